@@ -1,0 +1,73 @@
+"""Image bytes in, one kind of picture out: upright RGB, alpha composited on white."""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 64_000_000  # a 64-megapixel photo decodes to 192 MB; whatever claims more is refused before it is decoded
+ORIENTATION = 0x0112  # the EXIF tag; its values 5 to 8 turn the picture by 90 degrees
+
+
+class ImageError(ValueError):
+    """The bytes are no picture we can read. The message is the reason, short enough for a list of skipped files."""
+
+
+def _open(source: bytes | Path) -> Image.Image:
+    """Read the header only. Raises `ImageError` for what is no image or too big."""
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Image.DecompressionBombError as error:  # Pillow's own bound, above ours
+        raise ImageError(f"more than {MAX_PIXELS // 10**6} megapixels") from error
+    except Exception as error:  # a damaged header raises nearly anything: OSError, SyntaxError, struct.error, ...
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image"
+        raise ImageError(reason) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} megapixels")
+    return image
+
+
+def decode(source: bytes | Path) -> Image.Image:
+    """A picture file, or its bytes, as an upright RGB image at native size; of an animation, the first frame.
+
+    Raises:
+        ImageError: not an image, truncated or damaged, or more than `MAX_PIXELS` (known before decoding).
+    """
+    image = _open(source)
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would clip at 255 where it should scale
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # as above: decoders raise nearly anything
+        raise ImageError("truncated or damaged image") from error
+
+
+def native_size(source: bytes | Path) -> tuple[int, int]:
+    """(height, width) that `decode` would give, read from no more than the format makes us. Raises `ImageError`."""
+    image = _open(source)
+    try:
+        turned = image.getexif().get(ORIENTATION, 1) >= 5
+    except Exception as error:  # a PNG keeps it behind the pixels, which may be cut off
+        raise ImageError("truncated or damaged image") from error
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def to_canvas(image: Image.Image, canvas: tuple[int, int]) -> np.ndarray:
+    """RGB image -> uint8 (H, W, 3) of the canvas (H, W): bicubic, antialiased; untouched where it already fits."""
+    height, width = canvas
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def pixel_hash(image: Image.Image) -> int:
+    """64 bits that name an RGB picture by size and pixels: equal for two files of the same picture."""
+    digest = hashlib.blake2b(repr(image.size).encode(), digest_size=8)
+    digest.update(image.tobytes())
+    return int.from_bytes(digest.digest(), "little")

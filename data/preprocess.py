@@ -1,0 +1,60 @@
+"""From stored pixels to what the backbone reads: one object, the same in training, evaluation and inference."""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from data.images import to_canvas
+
+
+@functools.cache
+def _affine(mean: tuple, std: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """scale and shift (3, 1, 1) with `(x / 255 - mean) / std == x * scale + shift`; kept, as a copy to a GPU waits."""
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """uint8 pixels -> normalised input of the backbone, whole batches at a time on the device they are on.
+
+    The aspect is not kept: catalogue pictures are filled by their article, so a centre crop would cut it.
+
+    Args:
+        canvas: (height, width) the pictures are stored at.
+        size: (height, width) the backbone reads.
+        interpolation: "bicubic" or "bilinear", the backbone's own.
+        mean, std: per channel, of pixels in 0..1.
+    """
+
+    canvas: tuple[int, int]
+    size: tuple[int, int]
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self):
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise ValueError(f"interpolation is {self.interpolation!r}: bicubic or bilinear")
+        for name in ("canvas", "size", "mean", "std"):  # JSON gives lists; tuples compare and hash
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def to_canvas(self, image: Image.Image) -> np.ndarray:
+        """RGB image -> uint8 (H, W, 3), exactly as the store keeps it."""
+        return to_canvas(image, self.canvas)
+
+    def __call__(self, pixels: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
+        """pixels uint8 (B, H, W, 3), flip bool (B,): which to mirror -> float32 (B, 3, *size)."""
+        x = pixels.permute(0, 3, 1, 2)  # (B, 3, H, W), a channels-last view
+        if flip is not None:  # before the resize, where the pixels are fewest
+            x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+        if x.shape[-2:] != self.size:
+            resize = functools.partial(F.interpolate, size=self.size, mode=self.interpolation, antialias=True)
+            # Antialiasing uint8 is a fast path of the CPU alone; elsewhere in float, then rounded to the same values.
+            x = resize(x) if x.device.type == "cpu" else resize(x.float()).round_().clamp_(0, 255)
+        scale, shift = _affine(self.mean, self.std, x.device)
+        return torch.addcmul(shift, x.float(), scale)

@@ -1,0 +1,250 @@
+"""Where a catalogue comes from: the hub, a folder of parquet, a folder in Kaggle's layout, or the drawn demo.
+
+All give the same `Catalogue`: rows of text columns, and encoded picture bytes on demand.
+"""
+
+import csv
+import glob
+import hashlib
+import io
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import hub
+from data.attributes import FASHION
+from data.images import ImageError
+from errors import UserError
+
+NULLS = {"", "na", "nan", "none", "null"}
+COLUMNS = ("id", *dict.fromkeys(attribute.column for attribute in FASHION))  # every source must have these
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row without a usable picture, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Attributes:
+    name: what to call it in reports; never a path of this machine.
+    ids: one for each row.
+    columns: all metadata as text, column -> one value a row, None where missing.
+    read: row -> the picture's encoded bytes; raises `ImageError` where there are none.
+    fingerprint: changes when any row or picture may have changed.
+    skipped: rows left out because their picture does not exist.
+    """
+
+    name: str
+    ids: list[str]
+    columns: dict[str, list[str | None]]
+    read: Callable[[int], bytes]
+    fingerprint: str
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def load_source(spec: str, cache_dir: Path, limit: int | None = None) -> Catalogue:
+    """Load a catalogue.
+
+    Args:
+        spec: "demo"; a folder with `styles.csv` and `images/`; a parquet file or a folder of them; or a hub id
+            "owner/name". A file or folder that exists wins over a hub id.
+        cache_dir: where local parquet is unpacked for random access.
+        limit: keep this many rows, a fixed pseudo-random choice spread over the whole catalogue.
+
+    Raises:
+        UserError: there is no such source, it cannot be reached, has no rows, or lacks a column.
+    """
+    path = Path(spec).expanduser()
+    try:
+        if spec == "demo":
+            catalogue = _demo(cache_dir)
+        elif (path / "styles.csv").is_file():
+            catalogue = _kaggle(path)
+        elif path.exists():
+            catalogue = _parquet(path, cache_dir)
+        elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", spec):
+            catalogue = _hub(spec)
+        else:
+            raise UserError(f"no such data: {spec!r}; name a folder, a hub id OWNER/NAME, or demo")
+    except OSError as error:
+        raise UserError(
+            f"cannot read {spec}, or not unpack it into {cache_dir} (--cache-dir names another folder): {error}"
+        ) from error
+    if not len(catalogue):
+        raise UserError(f"{spec} has no rows with an image ({len(catalogue.skipped)} skipped)")
+    return catalogue if limit is None or limit >= len(catalogue) else _take(catalogue, limit)
+
+
+def _take(catalogue: Catalogue, limit: int) -> Catalogue:
+    rows = np.sort(np.random.default_rng(0).permutation(len(catalogue))[:limit]).tolist()
+    return replace(
+        catalogue,
+        ids=[catalogue.ids[row] for row in rows],
+        columns={name: [values[row] for row in rows] for name, values in catalogue.columns.items()},
+        read=lambda i: catalogue.read(rows[i]),
+        fingerprint=f"{catalogue.fingerprint}-{limit}",
+    )
+
+
+def _text(value) -> str | None:
+    """A cell as text; None for the many ways to write a missing one. 2012.0 is '2012': a null made the column float."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip()
+    return None if text.casefold() in NULLS else text
+
+
+def _check_columns(found, required: tuple[str, ...], spec) -> None:
+    if missing := [name for name in required if name not in found]:
+        raise UserError(f"{spec} lacks the column {', '.join(missing)}; it has {', '.join(found)}")
+
+
+def _stat_fingerprint(files: dict[str, os.stat_result]) -> str:
+    facts = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items())
+    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+
+
+def _kaggle(folder: Path) -> Catalogue:
+    """`styles.csv` beside `images/ID.jpg`. Titles hold unquoted commas; some pictures do not exist."""
+    table, images = folder / "styles.csv", folder / "images"
+    if not images.is_dir():
+        raise UserError(f"{folder} has styles.csv but no folder images/")
+    # Looking names up in this listing, never joining them to a path, is also what confines an id like '../x'.
+    files = {entry.name: entry.stat() for entry in os.scandir(images) if entry.is_file()}
+    with table.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
+        # Line by line: titles hold no line breaks, and a quote left open must not swallow the rows after it.
+        reader = (next(csv.reader([line]), []) for line in lines)
+        header = next(reader, [])
+        _check_columns(header, COLUMNS, table)
+        last = len(header) - 1
+        rows, skipped = [], []
+        for cells in filter(None, reader):
+            cells = [*cells[:last], ",".join(cells[last:])]  # the commas of the last column, the title
+            row = dict(zip_longest(header, map(_text, cells)))
+            if f"{row['id']}.jpg" in files:
+                rows.append(row)
+            else:
+                skipped.append(Skipped(str(row["id"]), "no such file in images/"))
+    ids = [row["id"] for row in rows]
+    return Catalogue(
+        name=folder.resolve().name,
+        ids=ids,
+        columns={name: [row[name] for row in rows] for name in header},
+        read=lambda i: _read_file(images / f"{ids[i]}.jpg"),
+        fingerprint=_stat_fingerprint(files | {"../styles.csv": table.stat()}),
+        skipped=skipped,
+    )
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(error.strerror) from error
+
+
+def _parquet(path: Path, cache_dir: Path) -> Catalogue:
+    """Parquet in the hub's schema: text columns and `image`, a struct of bytes and path."""
+    import pyarrow
+
+    datasets = _quiet_datasets()
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files or files[0].suffix != ".parquet":
+        raise UserError(f"{path} holds neither styles.csv with images/ nor *.parquet")
+    try:
+        table = datasets.load_dataset(
+            "parquet",
+            data_files=[glob.escape(str(file)) for file in files],
+            split="train",
+            cache_dir=str(cache_dir / "parquet"),
+        )
+    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
+        raise UserError(f"{path} cannot be read as parquet: {error.__cause__ or error}".splitlines()[0]) from error
+    root = path if path.is_dir() else path.parent
+    fingerprint = _stat_fingerprint({str(file.relative_to(root)): file.stat() for file in files})
+    return _from_table(path.resolve().stem if path.is_file() else path.resolve().name, table, fingerprint)
+
+
+def _hub(repo_id: str) -> Catalogue:
+    """A dataset on the hub, all its splits; from the local cache where the hub cannot be reached."""
+    datasets = _quiet_datasets()
+    online = hub.reachable()
+    datasets.config.HF_HUB_OFFLINE = not online  # its own copy of the flag, read at import
+    try:
+        splits = datasets.load_dataset(repo_id)
+        table = datasets.concatenate_datasets(list(splits.values()))
+    except Exception as error:  # of several libraries; whatever it is, there is no catalogue
+        if online:
+            raise UserError(f"cannot load {repo_id} from the hub: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{repo_id}: no such folder, and the hub cannot be reached; use --data FOLDER or --data demo"
+        ) from error
+    return _from_table(repo_id, table, "-".join(split._fingerprint for split in splits.values()))
+
+
+def _from_table(name: str, table, fingerprint: str) -> Catalogue:
+    """A `datasets.Dataset` -> Catalogue. The pictures stay on disk: Arrow maps them and reads a row at a time."""
+    from datasets import Image
+
+    _check_columns(table.column_names, (*COLUMNS, "image"), name)
+    images = table.cast_column("image", Image(decode=False)).data.column("image")
+    columns = {
+        column: [_text(value) for value in table.data.column(column).to_pylist()]
+        for column in table.column_names
+        if column != "image"
+    }
+
+    def read(i: int) -> bytes:
+        image = images[int(i)].as_py()
+        if not image or not image["bytes"]:
+            raise ImageError("no image in this row")
+        return image["bytes"]
+
+    return Catalogue(name, [str(value) for value in columns["id"]], columns, read, fingerprint)
+
+
+def _demo(cache_dir: Path) -> Catalogue:
+    """The drawn catalogue. `datasets` keeps the drawings, so they are made once for each version of the scripts."""
+    from data import demo, pen
+
+    scripts = (Path(module.__file__).read_bytes() for module in (demo, pen))
+    version = hashlib.blake2b(b"".join(scripts), digest_size=16).hexdigest()
+    table = _quiet_datasets().Dataset.from_generator(
+        _drawings, gen_kwargs={"rows": demo.ROWS, "version": version}, cache_dir=str(cache_dir / "demo")
+    )
+    return _from_table("demo", table, f"demo-{demo.ROWS}-{version}")
+
+
+def _drawings(rows: int, version: str):
+    """Rows in the hub's schema. `version` is part of the key they are kept under."""
+    from data import demo
+
+    for index in tqdm(range(rows), desc="drawing the demo", unit="img"):
+        fields, image = demo.draw(index)
+        image.save(buffer := io.BytesIO(), "png")
+        yield fields | {"image": {"bytes": buffer.getvalue(), "path": None}}
+
+
+def _quiet_datasets():
+    """`datasets`, imported when it is needed as that takes a second, without its bars and log lines."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    return datasets

@@ -1,0 +1,52 @@
+"""What a user can get wrong ends a command with one line and exit code 2; everything else keeps its traceback."""
+
+import argparse
+import functools
+import sys
+import tempfile
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake the user can fix. The message names the value and says what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Options, with a mistake in them told in one line like any other, not below a page of usage."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def positive_int(text: str) -> int:
+    """An option's type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raise a `UserError` now, not after the work, where a file of this name could not be made."""
+    if path.is_dir():
+        raise UserError(f"cannot write {option} {path}: it is a folder")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"cannot write {option} {path}: {error.strerror}") from None
+
+
+def exits_cleanly(main):
+    """Decorate a command's `main`: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+
+    @functools.wraps(main)
+    def command(*args, **kwargs):
+        try:
+            sys.exit(main(*args, **kwargs))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return command

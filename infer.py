@@ -1,0 +1,231 @@
+"""Attributes for images: files, folders and globs in, a table or JSON, CSV or Parquet out.
+
+    python infer.py shirt.jpg
+    python infer.py photos/ --out labels.csv --plot sheet.png
+
+Exit code 1 says that some image could not be read; its answer is the reason.
+"""
+
+import csv
+import glob
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from data.images import ImageError, decode
+from data.preprocess import Preprocess
+from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
+from figures import QUIET, contact_sheet
+from lora import merge_lora
+from models.checkpoint import find_checkpoint, load_checkpoint
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PLOT_AT_MOST = 48  # pictures on a contact sheet
+PLOT_KINDS = (".png", ".jpg", ".pdf", ".svg")
+
+
+def find_images(asked: list[str]) -> list[Path]:
+    """Every image file meant by files, folders (searched to any depth) and globs, in order, each once."""
+    found: list[Path] = []
+    for item in asked:
+        path = Path(item)
+        if path.is_file():
+            found.append(path)
+            continue
+        matches = path.rglob("*") if path.is_dir() else map(Path, glob.glob(item, recursive=True))
+        images = sorted(p for p in matches if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        if not images:
+            where = f"no image in folder {item}" if path.is_dir() else f"no image file, folder or match for {item!r}"
+            raise UserError(f"{where} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+        found += images
+    return list(dict.fromkeys(found))
+
+
+def read_batches(
+    paths: list[Path], batch_size: int, preprocess: Preprocess
+) -> Iterator[list[tuple[Path, np.ndarray | str]]]:
+    """Batches of (path, picture as uint8 (H, W, 3)); the reason in place of the picture where it cannot be read.
+
+    Threads decode one batch ahead, so at most two batches are in memory.
+    """
+
+    def read(path: Path) -> tuple[Path, np.ndarray | str]:
+        try:
+            return path, preprocess.to_canvas(decode(path))
+        except (ImageError, OSError) as error:
+            return path, str(error)
+
+    with ThreadPoolExecutor() as pool:
+        ahead = None
+        for start in range(0, len(paths), batch_size):
+            now, ahead = ahead, [pool.submit(read, path) for path in paths[start : start + batch_size]]
+            if now:
+                yield [future.result() for future in now]
+        if ahead:
+            yield [future.result() for future in ahead]
+
+
+@torch.inference_mode()
+def answer_batch(
+    model: nn.Module,
+    batch: list[tuple[Path, np.ndarray | str]],
+    preprocess: Preprocess,
+    attributes: list[dict],
+    top_k: int,
+    device: torch.device,
+) -> list[dict]:
+    """An object for each input: {"image", "attributes": {name: {"label", "confidence", "top"}}}, or {"image", "error"}.
+
+    The objects are those of `--json`.
+    """
+    # A file name need not be text; what no text can hold is replaced, or no format could write it.
+    answers = [{"image": os.fsencode(path).decode("utf-8", "replace")} for path, _ in batch]
+    readable = []
+    for answer, (_, picture) in zip(answers, batch, strict=True):
+        if isinstance(picture, str):
+            answer["error"] = picture
+        else:
+            answer["attributes"] = {}
+            readable.append((answer["attributes"], picture))
+    if not readable:
+        return answers
+    pixels = torch.from_numpy(np.stack([picture for _, picture in readable]))
+    for attribute, logits in zip(attributes, model(preprocess(pixels.to(device))).values(), strict=True):
+        labels = attribute["labels"]
+        p, classes = logits.softmax(-1).topk(min(top_k, len(labels)))  # (B, k)
+        for (said, _), row_p, row_classes in zip(readable, p.tolist(), classes.tolist(), strict=True):
+            top = [[labels[c], round(q, 4)] for c, q in zip(row_classes, row_p, strict=True)]
+            said[attribute["name"]] = {"label": top[0][0], "confidence": top[0][1], "top": top}
+    return answers
+
+
+class Output:
+    """A file of answers, written as they come; it takes its name only when all is done.
+
+    Use as a context manager. CSV and Parquet have a column for each attribute's label and confidence, and `error`;
+    JSONL has the objects of `--json`.
+    """
+
+    KINDS = (".csv", ".jsonl", ".parquet")
+
+    def __init__(self, path: Path, attributes: list[str]):
+        self.path, self.kind, self.part = path, path.suffix.lower(), path.with_name(path.name + ".part")
+        self.columns = ["image", *itertools.chain(*((name, f"{name}_confidence") for name in attributes)), "error"]
+
+    def __enter__(self):
+        if self.kind == ".parquet":
+            fields = [(c, pa.float32() if c.endswith("_confidence") else pa.string()) for c in self.columns]
+            self.file = pq.ParquetWriter(self.part, pa.schema(fields))
+        else:
+            self.file = open(self.part, "w", newline="", encoding="utf-8")
+        if self.kind == ".csv":
+            csv.writer(self.file).writerow(self.columns)
+        return self
+
+    def __exit__(self, failed, *_):
+        self.file.close()
+        if failed:
+            self.part.unlink()
+        else:
+            os.replace(self.part, self.path)
+
+    def write(self, answers: list[dict]) -> None:
+        if self.kind == ".jsonl":
+            self.file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+            return
+        rows = [dict.fromkeys(self.columns) | {"image": a["image"], "error": a.get("error")} for a in answers]
+        for row, answer in zip(rows, answers, strict=True):
+            for name, said in answer.get("attributes", {}).items():
+                row[name], row[f"{name}_confidence"] = said["label"], said["confidence"]
+        if self.kind == ".csv":
+            csv.writer(self.file).writerows(row.values() for row in rows)
+        else:
+            self.file.write_batch(pa.RecordBatch.from_pylist(rows, schema=self.file.schema))
+
+
+def table(answer: dict) -> str:
+    """What is said of one image, an attribute a line: label, confidence, and the next guesses."""
+    if "error" in answer:
+        return f"{answer['image']}: {answer['error']}\n"
+    lines = [answer["image"]]
+    for name, said in answer["attributes"].items():
+        rest = ", ".join(f"{label} {p:.2f}" for label, p in said["top"][1:])
+        lines.append(f"  {name:<16}{said['label']:<24}{said['confidence']:>5.2f}   {rest}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description="Predict the attributes of product photos.")
+    parser.add_argument("images", nargs="+", help="image files, folders, globs")
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the newest run's best)")
+    parser.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file")
+    parser.add_argument(
+        "--top-k", type=positive_int, default=3, help="guesses for each attribute (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=64)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line on standard output")
+    parser.add_argument("--out", type=Path, help="write all answers to FILE.csv, .jsonl or .parquet")
+    parser.add_argument(
+        "--plot", type=Path, help=f"draw the first {PLOT_AT_MOST} pictures with their labels to FILE.png"
+    )
+    args = parser.parse_args(argv)
+    for option, path, kinds in (("--out", args.out, Output.KINDS), ("--plot", args.plot, PLOT_KINDS)):
+        if path and path.suffix.lower() not in kinds:
+            raise UserError(f"{option} {path}: the name must end in {', '.join(kinds)}")
+        if path:
+            check_writable(path, option)
+
+    paths = find_images(args.images)
+    folder = find_checkpoint(args.checkpoint)
+    print(f"checkpoint {folder}", file=sys.stderr)
+    model, config = load_checkpoint(folder, args.weights)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = merge_lora(model).to(device)
+    preprocess, attributes = Preprocess(**config["preprocess"]), config["attributes"]
+
+    unreadable, sheet = 0, []
+    with ExitStack() as stack:
+        output = stack.enter_context(Output(args.out, [a["name"] for a in attributes])) if args.out else None
+        bar = stack.enter_context(tqdm(total=len(paths), unit="img", disable=len(paths) <= args.batch_size))
+        for batch in read_batches(paths, args.batch_size, preprocess):
+            answers = answer_batch(model, batch, preprocess, attributes, args.top_k, device)
+            for (_, picture), answer in zip(batch, answers, strict=True):
+                unreadable += "error" in answer
+                if "error" not in answer and len(sheet) < PLOT_AT_MOST:
+                    sheet.append((picture, answer))
+                if args.json:
+                    bar.write(json.dumps(answer, ensure_ascii=False), file=sys.stdout)
+                elif not output:
+                    bar.write(table(answer), file=sys.stdout)
+            if output:
+                output.write(answers)
+            bar.update(len(batch))
+    if output:
+        print(f"wrote {len(paths):,} rows to {args.out}", file=sys.stderr)
+    if args.plot and sheet:
+        captions = [
+            [(f"{name}: {said['label']} {said['confidence']:.2f}", QUIET) for name, said in a["attributes"].items()]
+            for _, a in sheet
+        ]
+        contact_sheet([picture for picture, _ in sheet], captions).savefig(args.plot)
+        print(f"drew {len(sheet)} of {len(paths):,} pictures to {args.plot}", file=sys.stderr)
+    if unreadable:
+        print(f"{unreadable:,} of {len(paths):,} images could not be read", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+if __name__ == "__main__":
+    main()

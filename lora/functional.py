@@ -1,0 +1,125 @@
+"""The arithmetic of a LoRA layer: cheap dropout, and an exact gradient that computes and keeps only what LoRA needs.
+
+Plain autograd over `base(x) + scaling * (dropout(x) @ A.T) @ B.T` gives the same numbers, but it makes a full-size
+tensor for the update and another for its sum with the base, in both directions, and passes over each of them.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    rows: Sequence[slice],
+    scaled_B: Sequence[Tensor],
+    dropout: float = 0.0,
+) -> Tensor:
+    """Frozen linear layer plus low-rank updates of some of its output rows.
+
+        y = W x + b;    y[rows_k] += scaled_B_k A_k dropout(x)    for each k
+
+    Args:
+        x: (..., in).
+        weight, bias: (out, in) and (out,) or None, both frozen: they get no gradient.
+        lora_A: (sum of ranks, in), the A_k stacked, so that all of them are one matrix product.
+        rows: for each k the output rows that it updates.
+        scaled_B: for each k (rows, rank), with the LoRA scaling already in it.
+        dropout: probability that an element of `x` is hidden from the updates; the base always sees all of `x`.
+
+    Returns:
+        (..., out), under autocast in its dtype. Gradients come back in each input's own dtype.
+    """
+    dropped = None
+    if dropout:
+        dropped = draw_dropped(x.numel(), dropout, x.device)
+        lora_A = lora_A / (1 - dropout)  # the keep-scale of dropout costs a pass over small A instead of one over x
+    # autograd Functions are opaque to autocast. Casting out here lets autograd cast each gradient back.
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+    y = _LoRALinearFunction.apply(
+        x.to(dtype).reshape(-1, x.shape[-1]),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        dropped,
+        lora_A.to(dtype),
+        rows,
+        *(B.to(dtype) for B in scaled_B),
+    )
+    return y.view(*x.shape[:-1], -1)
+
+
+class _LoRALinearFunction(torch.autograd.Function):
+    """With d(·) zeroing the dropped elements, xd = d(x), h = xd Aᵀ (n, ranks), and one row block for brevity:
+
+    y  = x Wᵀ + b + h Bᵀ
+    dh = dy B,    dA = dhᵀ xd,    dB = dyᵀ h,    dx = dy W + d(dh A)
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, dropped, lora_A, rows, *lora_B):
+        y = F.linear(x, weight, bias)  # (n, out)
+        if dropped is not None:
+            x = _zero_(x.clone(memory_format=torch.contiguous_format), dropped)
+        h = x @ lora_A.T  # (n, sum of ranks)
+        for block, h_k, B_k in zip(rows, h.split([B.shape[1] for B in lora_B], dim=1), lora_B, strict=True):
+            y[:, block].addmm_(h_k, B_k.T)  # into y: the update never exists as a tensor of its own
+        ctx.rows = rows
+        ctx.save_for_backward(x, h, dropped, weight, lora_A, *lora_B)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, h, dropped, weight, lora_A, *lora_B = ctx.saved_tensors
+        needs_x, _, _, _, needs_A, _, *needs_B = ctx.needs_input_grad
+        dx = dA = None
+        if needs_x or needs_A:
+            dh = torch.cat([dy[:, block] @ B_k for block, B_k in zip(ctx.rows, lora_B, strict=True)], dim=1)
+        if needs_A:
+            dA = dh.T @ x
+        if needs_x:
+            dx = dh @ lora_A
+            if dropped is not None:
+                _zero_(dx, dropped)
+            dx.addmm_(dy, weight)
+        h_parts = h.split([B.shape[1] for B in lora_B], dim=1)
+        dB = [
+            dy[:, block].T @ h_k if needed else None
+            for block, h_k, needed in zip(ctx.rows, h_parts, needs_B, strict=True)
+        ]
+        return dx, None, None, None, dA, None, *dB
+
+
+def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
+    """Which of `numel` elements dropout drops, each on its own with probability `p`, from the default generator.
+
+    Off the CPU a boolean mask (numel,). On the CPU, where drawing a number per element would take a fifth of a training
+    step, the positions of the dropped elements: the gap from one to the next is geometric, `1 + floor(log(1 - u) /
+    log(1 - p))` for uniform u, so only about `p * numel` numbers are drawn, and about `8 p` bytes per element are kept.
+    """
+    if device.type != "cpu":
+        return torch.empty(numel, dtype=torch.bool, device=device).bernoulli_(p)
+    # Six standard deviations over the expected count: too few about once in 10⁹ draws, and then only a tail is kept.
+    count = min(numel, math.ceil(numel * p + 6 * math.sqrt(numel * p)) + 8)
+    u = torch.rand(count, dtype=torch.float64)  # in [0, 1), so log(1 - u) is finite
+    gaps = u.neg_().log1p_().div_(math.log1p(-p)).floor_().add_(1)
+    positions = gaps.cumsum(0).sub_(1).long()
+    return positions[: int(torch.searchsorted(positions, numel))]
+
+
+def _zero_(x: Tensor, dropped: Tensor) -> Tensor:
+    """Zero in place what `draw_dropped` chose of contiguous `x`."""
+    flat = x.view(-1)
+    if dropped.dtype == torch.bool:
+        flat.masked_fill_(dropped, 0)
+    else:
+        flat.index_fill_(0, dropped, 0)
+    return x

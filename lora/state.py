@@ -1,0 +1,70 @@
+"""What of a model is LoRA: its parameters, which of all parameters train, and the model with LoRA merged away."""
+
+import copy
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .layer import LoRALayer, LowRank
+
+
+def get_adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All LoRA parameters by their names in `model`, found by structure: they are those of its `LowRank` modules."""
+    return {
+        name: parameter
+        for path, module in model.named_modules()
+        if isinstance(module, LowRank)
+        for name, parameter in module.named_parameters(prefix=path, recurse=False)
+    }
+
+
+def set_trainable_params(model: nn.Module, names: Iterable[str]) -> None:
+    """Make exactly the parameters called `names` trainable (a dict from `get_adapter_params` will do); freeze the rest.
+
+    Raises:
+        ValueError: the model has no parameter of such a name.
+    """
+    names = set(names)
+    params = dict(model.named_parameters())
+    if unknown := sorted(names - params.keys()):
+        raise ValueError(f"no such parameters in the model: {', '.join(unknown)}")
+    for name, parameter in params.items():
+        parameter.requires_grad_(name in names)
+
+
+def load_params(params: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
+    """Copy `state` into `params` (such as `get_adapter_params(model)`), all of it and nothing else, or change nothing.
+
+    Raises:
+        ValueError: names every missing and unexpected key, and every tensor of another shape.
+    """
+    problems = [f"missing {name}" for name in params.keys() - state.keys()]
+    problems += [f"unexpected {name}" for name in state.keys() - params.keys()]
+    problems += [
+        f"misshaped {name}, {tuple(state[name].shape)} for {tuple(params[name].shape)}"
+        for name in params.keys() & state.keys()
+        if state[name].shape != params[name].shape
+    ]
+    if problems:
+        raise ValueError(f"the state does not fit the model: {'; '.join(sorted(problems))}")
+    with torch.no_grad():
+        for name, parameter in params.items():
+            parameter.copy_(state[name])
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """A copy of `model` with each LoRA layer merged into a plain linear layer: the state dict of the unadapted model.
+
+    `model` itself is not changed.
+    """
+    # deepcopy takes what its memo holds as already copied, so no base weight is copied only to be replaced
+    merged = {id(module): module.merge() for module in model.modules() if isinstance(module, LoRALayer)}
+    return copy.deepcopy(model, merged)
+
+
+def parameter_summary(model: nn.Module) -> str:
+    """Such as "trainable 2,654,208 / total 88,452,864 (3.00%)"."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return f"trainable {trainable:,} / total {total:,} ({trainable / total:.2%})"

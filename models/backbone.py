@@ -1,0 +1,133 @@
+"""The frozen backbone: any timm ViT by name, its base weights, and the fingerprint that names those weights."""
+
+import difflib
+import hashlib
+from pathlib import Path
+
+import huggingface_hub
+import safetensors
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+
+import hub
+from errors import UserError
+from lora import Target
+
+# What the recipe's target names mean in timm's `vision_transformer.py`: query, key and value are the three row blocks
+# of the fused `attn.qkv`; dense is the attention output and both MLP layers, never the convolution `patch_embed.proj`.
+VIT_TARGETS = {
+    "query": (Target("attn.qkv", block=0, of=3),),
+    "key": (Target("attn.qkv", block=1, of=3),),
+    "value": (Target("attn.qkv", block=2, of=3),),
+    "dense": (Target("attn.proj"), Target("mlp.fc1"), Target("mlp.fc2")),
+}
+
+# The embedded demo's backbone: `pretrain_demo.py` makes the file.
+DEMO = "demo"
+DEMO_BACKBONE = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}
+DEMO_WEIGHTS = Path(__file__).with_name("demo_backbone.safetensors")
+
+
+def create_backbone(
+    name: str, weights: Path | None = None, img_size: int | None = None
+) -> tuple[VisionTransformer, str]:
+    """A timm ViT without its classifier, and the fingerprint of its base weights.
+
+    Args:
+        name: a timm model name, or "demo".
+        weights: a safetensors file in timm's names; None takes the hub's (the demo's own lie in the repo).
+        img_size: side of the square input in pixels; the position embedding is resampled to it.
+
+    Returns:
+        the model, mapping images (B, 3, S, S) to embeddings (B, `num_features`), and the fingerprint.
+
+    Raises:
+        UserError: unknown name, not a ViT, or weights that cannot be had or do not fit.
+    """
+    model = bare_backbone(name)
+    load_weights(model, weights or find_weights(name, model), name)
+    fingerprint = weights_fingerprint(model)
+    if img_size is not None:
+        patch = model.patch_embed.patch_size[0]
+        if img_size < patch or img_size % patch:
+            raise UserError(f"--img-size {img_size} is not a multiple of {name}'s patch size {patch}")
+        model.set_input_size(img_size=img_size)
+        note_size(model)
+    return model, fingerprint
+
+
+def bare_backbone(name: str) -> VisionTransformer:
+    """The architecture with timm's random start and no classifier.
+
+    Under `torch.device("meta")` it costs nothing: enough to check a name or count its parameters.
+    """
+    if name == DEMO:
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **DEMO_BACKBONE)
+        note_size(model)
+        return model
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models("*vit*"), n=3)
+        hint = f"near it: {', '.join(near)}" if near else "timm.list_models('vit_*') names them"
+        raise UserError(f"unknown backbone {name!r}; {hint}")
+    architecture, _, tag = name.partition(".")
+    if tag and name not in (tags := timm.list_pretrained(f"{architecture}.*")):
+        raise UserError(f"unknown pretrained tag in {name!r}; there are {', '.join(tags) or 'none'}")
+    model = timm.create_model(name, num_classes=0)
+    if not isinstance(model, VisionTransformer):
+        raise UserError(
+            f"backbone {name!r} is a {type(model).__name__}, not a timm VisionTransformer (try vit_base_patch16_224)"
+        )
+    return model
+
+
+def note_size(model: VisionTransformer) -> None:
+    """Put the input size where timm's data config, and so our preprocessing, reads it; timm itself does not."""
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, *model.patch_embed.img_size)}
+
+
+def find_weights(name: str, model: VisionTransformer) -> Path:
+    """The published safetensors file of a backbone: in the repo for the demo, else from the hub or its local cache."""
+    if name == DEMO:
+        return DEMO_WEIGHTS
+    repo = model.pretrained_cfg.get("hf_hub_id")
+    if not repo:
+        raise UserError(f"timm publishes no weights for {name!r}; give --weights FILE.safetensors")
+    hub.reachable()  # where it is not, this answers from the local cache at once instead of retrying for a minute
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, "model.safetensors"))
+    except Exception as error:  # of several libraries; whatever it is, there are no weights
+        raise UserError(
+            f"cannot get the weights of {name!r} from the hub ({type(error).__name__}); "
+            "give --weights FILE.safetensors, or use --backbone demo"
+        ) from None
+
+
+def load_weights(model: VisionTransformer, path: Path, name: str) -> None:
+    """Load a safetensors file in timm's names. Classifier tensors are left out; everything else must fit exactly."""
+    if not path.is_file():
+        raise UserError(f"no weights file at {path}; give its place with --weights FILE.safetensors")
+    try:
+        state = load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a safetensors file ({error}); give timm's model.safetensors") from None
+    classifier = tuple(f"{prefix}." for prefix in ("head", "head_dist"))
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(classifier)}
+    want = model.state_dict()
+    wrong = sorted(want.keys() ^ state.keys())
+    wrong += [key for key in want.keys() & state.keys() if want[key].shape != state[key].shape]
+    if wrong:
+        raise UserError(
+            f"{path} does not hold the weights of {name}: {len(wrong)} tensors differ, the first {wrong[0]!r}"
+        )
+    model.load_state_dict(state)
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 over tensor names, shapes and bytes, so the hub's copy and a local file of the same weights agree."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,41 @@
+"""The whole model, backbone -> embedding -> heads, and its loss over labels that are present."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.heads import HierarchicalHeads
+
+
+class AttributeClassifier(nn.Module):
+    """A (LoRA-adapted) backbone and hierarchical heads: images (B, 3, S, S) -> {attribute: logits (B, classes)}."""
+
+    def __init__(self, backbone: nn.Module, heads: HierarchicalHeads):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = heads
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.heads(self.backbone(images))
+
+
+def attribute_losses(logits: dict[str, Tensor], labels: Tensor, known: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each attribute over the rows whose label is present.
+
+    Args:
+        logits: {attribute: (B, classes)}, in the order of the label columns.
+        labels: (B, A) class indices; negative where the label is missing.
+        known: (A,) how many labels are present in the batch that the optimizer step covers; default: in this one.
+            Dividing by the step's own count makes micro-batches add up to the gradient of one big batch.
+
+    Returns:
+        (A,) fp32 losses; their sum is what training minimises. An attribute without a label gives 0, not NaN.
+    """
+    if known is None:
+        known = (labels >= 0).sum(0)
+    targets = labels.clamp(min=-1).unbind(1)
+    sums = [
+        F.cross_entropy(scores.float(), target, ignore_index=-1, reduction="sum")
+        for scores, target in zip(logits.values(), targets, strict=True)
+    ]
+    return torch.stack(sums) / known.clamp(min=1)

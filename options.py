@@ -1,0 +1,109 @@
+"""What a training run is asked for, and what it takes where nothing was said: source, backbone, precision."""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+
+import hub
+from data.store import default_cache_dir
+from errors import Parser, UserError, positive_int
+from models.backbone import DEMO, bare_backbone
+
+HUB_DATA, HUB_BACKBONE = "ashraq/fashion-product-images-small", "vit_base_patch16_224"
+LARGE = 40e6  # parameters from which training on a CPU takes days
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    p = Parser(description="Train LoRA adapters and hierarchical heads on a frozen timm ViT.")
+    p.add_argument("--data", help=f"hub id, parquet folder, Kaggle folder, or demo (default: {HUB_DATA})")
+    p.add_argument("--backbone", help=f"timm ViT by name, or demo (default: {HUB_BACKBONE})")
+    p.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file (default: the hub's)")
+    p.add_argument(
+        "--img-size", type=positive_int, help="side of the model's input in pixels (default: the backbone's own)"
+    )
+    p.add_argument("--rank", type=positive_int, default=16, help="LoRA rank, PEFT's r (default: %(default)s)")
+    p.add_argument(
+        "--alpha", type=float, default=32, help="updates scale by alpha/rank, PEFT's lora_alpha (default: 32)"
+    )
+    p.add_argument("--dropout", type=float, default=0.05, help="before A, PEFT's lora_dropout (default: %(default)s)")
+    p.add_argument(
+        "--targets", nargs="+", default=["query", "key", "value", "dense"], help="layers (default: all four)"
+    )
+    p.add_argument("--epochs", type=positive_int, default=5, help="(default: %(default)s)")
+    p.add_argument("--batch-size", type=positive_int, default=16, help="images in a micro-batch (default: %(default)s)")
+    p.add_argument(
+        "--accum", type=positive_int, default=1, help="micro-batches in an optimizer step (default: %(default)s)"
+    )
+    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+    p.add_argument(
+        "--amp", nargs="?", const="auto", choices=["auto", "bf16", "fp16"], help="mixed precision (default: off)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    p.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
+    p.add_argument(
+        "--min-brand-count", type=positive_int, default=10, help="rarer brands become Other (default: %(default)s)"
+    )
+    p.add_argument("--out", type=Path, help="folder of the run (default: runs/BACKBONE-DATE)")
+    p.add_argument("--resume", action="store_true", help="go on with --out (default: the newest run), with its options")
+    p.add_argument(
+        "--cache-dir", type=Path, default=default_cache_dir(), help="for decoded images (default: %(default)s)"
+    )
+    args = p.parse_args(argv)
+    if not 0 < args.lr < math.inf:
+        raise UserError(f"--lr {args.lr} is not a positive number")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} is negative")
+    if args.resume:
+        given = [n for n in vars(args) if n not in ("out", "resume") and getattr(args, n) != p.get_default(n)]
+        if given:
+            raise UserError(f"--resume goes on with the run's own options; leave out --{given[0].replace('_', '-')}")
+    for name in ("weights", "cache_dir"):  # a run may be resumed from another folder
+        if path := getattr(args, name):
+            setattr(args, name, path.absolute())
+    if args.data and args.data != DEMO and Path(args.data).exists():
+        args.data = str(Path(args.data).absolute())
+    return args
+
+
+def choose_source(args: argparse.Namespace) -> None:
+    """The hub's catalogue and ViT-B/16; the embedded demo where the hub is out of reach and nothing else was named."""
+    if not (args.data or args.backbone or args.weights) and not hub.reachable():
+        print(f"The hub ({hub.ENDPOINT}) cannot be reached: training on the embedded demo instead of {HUB_DATA}.")
+        print("For files of your own: --data FOLDER --backbone NAME --weights FILE")
+        args.data = DEMO
+    args.backbone = args.backbone or (DEMO if args.data == DEMO else HUB_BACKBONE)
+    args.data = args.data or HUB_DATA
+
+
+def choose_amp(device: torch.device) -> str | None:
+    """What `--amp` alone means: bf16 where the device has it, else fp16.
+
+    A CPU without bf16 instructions is a hundred times slower in either than in fp32, so there it means fp32, None.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+    def seconds(dtype: torch.dtype) -> float:  # of a matrix product: no list of CPU flags is as sure
+        square, times = torch.ones(256, 256, dtype=dtype), []
+        for _ in range(3):
+            start = time.perf_counter()
+            square @ square
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    if seconds(torch.bfloat16) <= seconds(torch.float32):
+        return "bf16"
+    print("--amp: this CPU has no fast bf16, so training stays in fp32 (--amp bf16 forces it)")
+    return None
+
+
+def warn_if_slow(backbone: str, device: torch.device) -> None:
+    """Say so before anything is downloaded or decoded."""
+    with torch.device("meta"):
+        size = sum(p.numel() for p in bare_backbone(backbone).parameters())
+    if device.type == "cpu" and size > LARGE:
+        print(f"hint: no GPU here, and {backbone} has {size / 1e6:.0f} M parameters: training may take days.")
+        print("      --backbone vit_tiny_patch16_224 --img-size 112 suits a CPU.")

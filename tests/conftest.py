@@ -1,0 +1,61 @@
+"""For all tests: the real catalogue and weights where they lie beside the checkout, and one trained demo run."""
+
+import importlib
+import io
+import os
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of the real catalogue and a real pretrained backbone, which are no part of the project."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs the real catalogue and weights in {folder.name}/ beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> Path:
+    """Decoded images, kept for the whole session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Run one of the project's commands from a folder, in this process, as importing torch anew takes seconds."""
+
+    def run(script: str, *words, cwd: Path = ROOT) -> CompletedProcess:
+        main = importlib.import_module(script.removesuffix(".py")).main
+        out, err = io.StringIO(), io.StringIO()
+        before = os.getcwd()
+        os.chdir(cwd)
+        try:
+            with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+                main(list(map(str, words)))
+        finally:
+            os.chdir(before)
+        return CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def demo_run(command, cache_dir, tmp_path_factory) -> Path:
+    """A short but real training run on part of the demo; the run's folder."""
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    done = command(
+        *("train.py", "--data", "demo", "--limit", 1000, "--epochs", 3, "--amp", "--accum", 2),
+        *("--out", out, "--cache-dir", cache_dir),
+    )
+    assert done.returncode == 0, done.stderr
+    return out

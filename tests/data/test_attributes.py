@@ -1,0 +1,101 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from data.attributes import FASHION, MISSING, UNSEEN, Attribute, LabelMap, encode_labels, fit_label_maps, known_paths
+from errors import UserError
+
+
+def catalogue(**changed):
+    columns = {attribute.column: ["a", "b", "c", None] for attribute in FASHION}
+    columns["productDisplayName"] = ["Nike Men Shoe", "Nike Women Shoe", "Zzz Men Shoe", None]
+    return columns | changed
+
+
+def test_the_declaration():
+    assert {a.name: a.level for a in FASHION} == {
+        "gender": 1, "masterCategory": 1, "usage": 1, "subCategory": 2, "articleType": 3, "baseColour": 4, "brand": 4
+    }  # fmt: skip
+
+
+def test_labels_are_sorted_and_from_train_rows_alone():
+    columns = catalogue(gender=["Women", "Men", "Boys", "Men"])
+    maps = fit_label_maps(columns, [0, 1, 3])
+    assert maps["gender"].labels == ["Men", "Women"]
+    assert encode_labels(columns, maps)[:, 0].tolist() == [1, 0, UNSEEN, 0]
+    columns["gender"][2] = "Unisex"  # what other rows say changes nothing
+    assert fit_label_maps(columns, [0, 1, 3]) == maps
+
+
+def test_brand_maps_are_from_train_rows_alone():
+    titles = ["Nike Men Shoe"] * 10 + ["Puma Men Shoe"] * 10
+    maps = fit_label_maps({"t": titles}, range(10), [Attribute("brand", 4, "t", FASHION[-1].derive)])
+    assert maps["brand"] == LabelMap(["Nike"], {"nike": "Nike"})
+
+
+def test_missing_and_unseen_values_are_no_class():
+    columns = catalogue()
+    labels = encode_labels(columns, fit_label_maps(columns, [0, 1], min_brand_count=2))
+    assert labels.dtype == np.int64
+    assert labels.shape == (4, len(FASHION))
+    assert (labels[2] == UNSEEN).all()  # brand too: no train row was "Other"
+    assert (labels[3] == MISSING).all()
+
+
+def test_rare_and_unknown_brands_are_other():
+    columns = catalogue()
+    brand = fit_label_maps(columns, [0, 1, 2], min_brand_count=2)["brand"]
+    assert brand.labels == ["Nike", "Other"]
+    titles = ("NIKE Men Cap", "Zzz Men Cap", "Unheard Men Cap", None)
+    assert [brand.encode(title) for title in titles] == [0, 1, 1, MISSING]
+
+
+def test_all_brands_rare():
+    columns = catalogue()
+    brand = fit_label_maps(columns, [0, 1, 2])["brand"]
+    assert brand.labels == ["Other"]
+    assert brand.encode("Nike Men Cap") == 0
+
+
+def test_a_class_named_other_is_only_itself():
+    columns = catalogue(usage=["Other", "Casual", "Sports", None])
+    usage = fit_label_maps(columns, [0, 1])["usage"]
+    assert usage.labels == ["Casual", "Other"]
+    assert usage.encode("Sports") == UNSEEN
+
+
+def test_maps_survive_json():
+    maps = fit_label_maps(catalogue(), [0, 1], min_brand_count=2)
+    read = json.loads(json.dumps({name: dataclasses.asdict(m) for name, m in maps.items()}))
+    assert {name: LabelMap(**fields) for name, fields in read.items()} == maps
+
+
+def test_known_paths_are_those_labelled_in_full():
+    attributes = [Attribute(name, 1, name) for name in ("articleType", "x", "masterCategory", "subCategory")]
+    labels = np.array([[5, 0, 1, 2], [4, 9, 1, 2], [5, 1, 1, 2], [MISSING, 0, 1, 2], [3, 0, 1, UNSEEN]])
+    assert known_paths(labels, attributes) == [[1, 2, 4], [1, 2, 5]]
+
+
+def test_an_attribute_without_a_value_is_named():
+    with pytest.raises(UserError, match="no train row has a value of usage"):
+        fit_label_maps(catalogue(usage=[None, None, "Casual", None]), [0, 1])
+
+
+def test_the_real_catalogue(real):
+    columns = real[0].columns
+    maps = fit_label_maps(columns, range(len(real[0])))
+    sizes = {name: len(m) for name, m in maps.items()}
+    assert sizes["gender"] == 5
+    assert sizes["usage"] == 8
+    assert sizes["subCategory"] <= 45
+    assert 140 <= sizes["articleType"] <= 142
+    assert sizes["baseColour"] == 46
+    assert 250 < sizes["brand"] < 320
+    labels = encode_labels(columns, maps)
+    missing = {a.name: int((labels[:, i] == MISSING).sum()) for i, a in enumerate(FASHION)}
+    assert missing == dict.fromkeys(missing, 0) | {"usage": 288, "baseColour": 15, "brand": 7}
+    assert (labels != UNSEEN).all()
+    other = maps["brand"].labels.index("Other")
+    assert (labels[:, -1] == other).mean() < 0.02

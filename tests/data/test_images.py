@@ -1,0 +1,112 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images import MAX_PIXELS, ImageError, decode, native_size, pixel_hash, to_canvas
+from tests.data.conftest import picture
+
+
+def encoded(image, kind, **options):
+    image.save(buffer := io.BytesIO(), kind, **options)
+    return buffer.getvalue()
+
+
+def test_exif_orientation_is_applied_to_pixels_and_size():
+    upright = Image.new("RGB", (60, 80), "white")
+    upright.paste("red", (0, 0, 60, 40))  # red on top
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn right to show": stored lying on its left side
+    source = encoded(upright.transpose(Image.Transpose.ROTATE_90), "jpeg", exif=exif, quality=95)
+    assert Image.open(io.BytesIO(source)).size == (80, 60)
+    assert native_size(source) == (80, 60)  # (height, width)
+    image = decode(source)
+    assert image.size == (60, 80)
+    assert np.allclose(image.getpixel((30, 10)), (254, 0, 0), atol=3)
+    assert np.allclose(image.getpixel((30, 70)), (255, 255, 255), atol=3)
+
+
+def test_transparency_is_composited_on_white():
+    rgba = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    rgba.putpixel((0, 0), (0, 0, 255, 255))
+    rgba.putpixel((1, 0), (0, 0, 0, 128))
+    image = decode(encoded(rgba, "png"))
+    assert [image.getpixel((x, 0)) for x in range(3)] == [(0, 0, 255), (127, 127, 127), (255, 255, 255)]
+
+
+def test_transparent_palette_is_composited_on_white():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 0, 0])
+    image.putpixel((1, 0), 1)
+    decoded = decode(encoded(image, "png", transparency=1))
+    assert [decoded.getpixel((x, 0)) for x in range(2)] == [(10, 20, 30), (255, 255, 255)]
+
+
+def test_16_bits_are_scaled_not_clipped():
+    levels = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
+    image = decode(encoded(Image.fromarray(levels), "png"))
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(("mode", "colour", "kind"), [("CMYK", (0, 255, 255, 0), "jpeg"), ("L", 90, "png")])
+def test_other_colour_modes_become_rgb(mode, colour, kind):
+    image = decode(encoded(Image.new(mode, (16, 16), colour), kind))
+    assert image.mode == "RGB"
+    assert np.allclose(image.getpixel((8, 8)), (254, 0, 0) if mode == "CMYK" else (90, 90, 90), atol=3)
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime")]
+    assert decode(encoded(frames[0], "gif", save_all=True, append_images=frames[1:])).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_too_many_pixels_are_refused_before_decoding(monkeypatch):
+    bomb = encoded(Image.new("1", (10_000, 7_000)), "png")  # a few KB of file
+    assert MAX_PIXELS < 10_000 * 7_000
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match="10000x7000 is more than 64 megapixels"):
+        decode(bomb)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (b"<!doctype html><title>404</title>", "not an image"),
+        (b"", "not an image"),
+        (picture(0, kind="jpeg")[:900], "truncated or damaged"),
+        (picture(0)[:900], "truncated or damaged"),
+        (picture(0)[:20], "not an image"),
+    ],
+)
+def test_what_is_no_whole_image_raises_with_its_reason(source, reason):
+    with pytest.raises(ImageError, match=reason):
+        decode(source)
+
+
+def test_a_missing_file_says_so(tmp_path):
+    with pytest.raises(ImageError, match="No such file"):
+        decode(tmp_path / "gone.jpg")
+
+
+def test_hash_names_the_pixels_not_the_file():
+    image = decode(picture(1))
+    same, other = decode(encoded(image, "bmp")), image.copy()
+    other.putpixel((0, 0), tuple(255 - c for c in image.getpixel((0, 0))))
+    assert pixel_hash(image) == pixel_hash(same) < 2**64
+    assert pixel_hash(image) != pixel_hash(other)
+    assert pixel_hash(Image.new("RGB", (6, 8))) != pixel_hash(Image.new("RGB", (8, 6)))  # the same bytes
+
+
+def test_canvas_leaves_a_fitting_image_alone_and_antialiases_others():
+    image = decode(picture(2))
+    assert (to_canvas(image, (80, 60)) == np.asarray(image)).all()
+    small = to_canvas(image, (8, 6))
+    assert small.shape == (8, 6, 3)
+    assert small.std() < 20  # noise of deviation 74 averages out; picking pixels would keep it
+
+
+def test_the_size_of_a_cut_png_is_an_image_error_too():
+    """Pillow reads a PNG's EXIF from behind its pixels, and so reads those."""
+    with pytest.raises(ImageError, match="truncated or damaged"):
+        native_size(picture(0)[:900])

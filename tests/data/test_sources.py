@@ -1,0 +1,232 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data import demo
+from data.images import ImageError, decode
+from data.sources import Catalogue, Skipped, load_source
+from errors import UserError
+from tests.data.conftest import HEADER, picture, write_kaggle
+
+ROW = ["Men", "Apparel", "Topwear", "Shirts", "Blue", "Summer", 2012.0, "Casual", "Nike Men Blue Shirt"]
+
+
+def write_parquet(path, ids, **changed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {"id": ids} | {name: [value] * len(ids) for name, value in zip(HEADER.split(",")[1:], ROW, strict=True)}
+    columns["image"] = [{"bytes": picture(i), "path": f"{i}.jpg"} for i in ids]
+    columns |= changed
+    types = {"id": pa.int64(), "year": pa.float64(), "image": pa.struct({"bytes": pa.binary(), "path": pa.string()})}
+    arrays = {name: pa.array(v, types.get(name, pa.string())) for name, v in columns.items() if v is not None}
+    pq.write_table(pa.table(arrays), path)
+
+
+def test_kaggle_folder_with_all_its_quirks(tmp_path):
+    folder = write_kaggle(
+        tmp_path / "shop",
+        [picture(0), None, picture(2), picture(3)],
+        ["Nike Men Blue, Red, and Green Shirt", "Lost Men Shirt", "NA", '"Quoted, Properly" Shirt'],
+    )
+    table = (folder / "styles.csv").read_text()
+    rows = table.replace("102,Men,", "102,NA,") + "../../secret,Men,Apparel,Topwear,Shirts,,Fall,2011,nan,Title\n\n"
+    (folder / "styles.csv").write_text("\ufeff" + rows, encoding="utf-8")
+    (tmp_path.parent / "secret.jpg").write_bytes(picture(9))
+
+    catalogue = load_source(str(folder), tmp_path)
+    assert catalogue.name == "shop"
+    assert catalogue.ids == ["100", "102", "103"]
+    assert catalogue.columns["gender"] == ["Men", None, "Men"]
+    assert catalogue.columns["productDisplayName"] == [
+        "Nike Men Blue, Red, and Green Shirt", None, "Quoted, Properly Shirt"
+    ]  # fmt: skip
+    assert catalogue.skipped == [Skipped(i, "no such file in images/") for i in ("101", "../../secret")]
+    assert catalogue.read(1) == picture(2)
+
+
+def test_a_quote_left_open_in_kaggles_table_swallows_no_row(tmp_path):
+    folder = write_kaggle(tmp_path / "shop", [picture(i) for i in range(3)], ["Plain", "@", "Last"])
+    table = (folder / "styles.csv").read_text()
+    (folder / "styles.csv").write_text(table.replace("@", '"Open Shirt, Blue'))
+    catalogue = load_source(str(folder), tmp_path)
+    assert catalogue.columns["productDisplayName"] == ["Plain", "Open Shirt, Blue", "Last"]
+
+
+def test_kaggle_columns_are_found_by_name(tmp_path):
+    folder = write_kaggle(tmp_path / "shop", [picture(0)])
+    header, row = [line.split(",") for line in (folder / "styles.csv").read_text().splitlines()]
+    order = [4, 0, 2, 1, 3, 5, 6, 7, 8, 9]
+    (folder / "styles.csv").write_text("\n".join(",".join(line[i] for i in order) for line in (header, row)))
+    assert load_source(str(folder), tmp_path).columns["gender"] == ["Men"]
+
+
+def test_a_missing_column_is_named(tmp_path):
+    folder = write_kaggle(tmp_path / "shop", [picture(0)])
+    (folder / "styles.csv").write_text((folder / "styles.csv").read_text().replace("baseColour", "colour"))
+    with pytest.raises(UserError, match=r"lacks the column baseColour; it has id, gender, .*colour"):
+        load_source(str(folder), tmp_path)
+    write_parquet(tmp_path / "flat" / "a.parquet", [1], image=None)
+    with pytest.raises(UserError, match="lacks the column image; it has id, gender"):
+        load_source(str(tmp_path / "flat"), tmp_path)
+
+
+def test_fingerprint_follows_content(tmp_path):
+    folder = write_kaggle(tmp_path / "shop", [picture(0), picture(1)])
+    first = load_source(str(folder), tmp_path).fingerprint
+    assert load_source(str(folder), tmp_path).fingerprint == first
+    (folder / "images" / "101.jpg").write_bytes(picture(7))
+    os.utime(folder / "images" / "101.jpg", (1, 1))
+    second = load_source(str(folder), tmp_path).fingerprint
+    (folder / "styles.csv").write_text((folder / "styles.csv").read_text() + "\n")
+    assert len({first, second, load_source(str(folder), tmp_path).fingerprint}) == 3
+
+
+def test_parquet_at_any_depth_in_the_order_of_names(tmp_path):
+    write_parquet(tmp_path / "shop" / "data" / "b.parquet", [3], baseColour=[None])
+    write_parquet(tmp_path / "shop" / "data" / "a.parquet", [1, 2], image=[{"bytes": picture(1), "path": None}, None])
+    catalogue = load_source(str(tmp_path / "shop"), tmp_path / "cache")
+    assert (catalogue.name, catalogue.ids, len(catalogue)) == ("shop", ["1", "2", "3"], 3)
+    assert catalogue.columns["baseColour"] == ["Blue", "Blue", None]
+    assert catalogue.columns["year"] == ["2012"] * 3  # a float only for its nulls
+    assert "image" not in catalogue.columns
+    assert (catalogue.read(0), catalogue.read(2)) == (picture(1), picture(3))
+    with pytest.raises(ImageError, match="no image in this row"):
+        catalogue.read(1)
+    assert load_source(str(tmp_path / "shop" / "data" / "b.parquet"), tmp_path / "cache").ids == ["3"]
+
+
+def test_limit_is_spread_and_stable(tmp_path):
+    folder = write_kaggle(tmp_path / "shop", [picture(i, (6, 8)) for i in range(100)])
+    full = load_source(str(folder), tmp_path)
+    some = load_source(str(folder), tmp_path, limit=20)
+    assert some.ids == load_source(str(folder), tmp_path, limit=20).ids == sorted(some.ids)
+    assert len(some) == 20
+    assert int(some.ids[0]) < 120
+    assert int(some.ids[-1]) > 180
+    assert some.fingerprint != full.fingerprint
+    assert some.read(7) == full.read(full.ids.index(some.ids[7]))
+    assert some.columns["productDisplayName"][7] == full.columns["productDisplayName"][full.ids.index(some.ids[7])]
+    assert load_source(str(folder), tmp_path, limit=1000).ids == full.ids
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("./nothing/here", r"no such data: './nothing/here'; name a folder"),
+        ("nothing", r"no such data: 'nothing'"),
+        ("EMPTY", r"holds neither styles.csv with images/ nor \*.parquet"),
+        ("TEXT", r"holds neither styles.csv with images/ nor \*.parquet"),
+        ("BROKEN", r"broken.parquet cannot be read as parquet"),
+        ("NO_IMAGES", r"has styles.csv but no folder images/"),
+        ("NO_ROWS", r"no rows with an image \(1 skipped\)"),
+    ],
+)
+def test_a_source_that_is_none_says_what_to_do(tmp_path, spec, message):
+    if spec == "EMPTY":
+        spec = tmp_path
+    elif spec == "TEXT":
+        (spec := tmp_path / "notes.txt").write_text("x")
+    elif spec == "BROKEN":
+        (spec := tmp_path / "broken.parquet").write_text("<html>")
+    elif spec == "NO_IMAGES":
+        (write_kaggle(spec := tmp_path / "shop", []) / "images").rmdir()
+    elif spec == "NO_ROWS":
+        write_kaggle(spec := tmp_path / "shop", [None])
+    with pytest.raises(UserError, match=message) as caught:
+        load_source(str(spec), tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    write_parquet(tmp_path / "shop" / "a.parquet", [1])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"unpack it into .*/file/cache \(--cache-dir names another folder\)"):
+        load_source(str(tmp_path / "shop"), tmp_path / "file" / "cache")
+
+
+LOAD = """
+import sys
+from pathlib import Path
+from data.sources import load_source
+from errors import UserError
+try:
+    catalogue = load_source("owner/name", Path(sys.argv[1]))
+    print(catalogue.name, catalogue.ids, len(catalogue.read(0)))
+except UserError as error:
+    print("error:", error)
+"""
+
+
+def load_without_hub(cache, endpoint):
+    """Load owner/name in a process of its own, as the libraries read their environment when imported."""
+    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_DATASETS_CACHE": str(cache / "datasets")}
+    env |= {"no_proxy": "*", "HF_HUB_OFFLINE": "0"}
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", LOAD, str(cache)]
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def silent_server():
+    """The address of a server that accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_silent_hub_is_given_up_within_ten_seconds(tmp_path, silent_server):
+    started = time.monotonic()
+    done = load_without_hub(tmp_path, silent_server)
+    assert done.stdout == (
+        "error: owner/name: no such folder, and the hub cannot be reached; use --data FOLDER or --data demo\n"
+    )
+    assert done.stderr == ""
+    assert 7 < time.monotonic() - started < 20  # 8 s of waiting, and the imports of this machine
+
+
+def test_a_cached_hub_dataset_loads_without_the_hub(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [5, 6])
+    built = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "a.parquet"), split="train", cache_dir=str(tmp_path / "built")
+    )
+    arrow = Path(built.cache_files[0]["filename"])
+    cached = tmp_path / "datasets" / "owner___name" / "default" / "0.0.0" / ("0" * 40)  # as the library lays it out
+    cached.mkdir(parents=True)
+    (cached / "name-train.arrow").write_bytes(arrow.read_bytes())
+    info = json.loads((arrow.parent / "dataset_info.json").read_text())
+    info |= {"dataset_name": "name", "config_name": "default", "version": {"version_str": "0.0.0"}}
+    info["splits"]["train"]["dataset_name"] = "name"
+    (cached / "dataset_info.json").write_text(json.dumps(info))
+    done = load_without_hub(tmp_path, "http://127.0.0.1:9")  # nobody listens there
+    assert done.stdout == f"owner/name ['5', '6'] {len(picture(5))}\n", done.stdout + done.stderr
+
+
+def test_demo_is_drawn_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(demo, "ROWS", 12)
+    first = load_source("demo", tmp_path)
+    assert (first.name, len(first)) == ("demo", 12)
+    assert "drawing the demo" in capfd.readouterr().err
+    fields, image = demo.draw(3)
+    assert first.ids[3] == str(fields["id"])
+    assert first.columns["articleType"][3] == fields["articleType"]
+    assert decode(first.read(3)).tobytes() == image.convert("RGB").tobytes()
+    again = load_source("demo", tmp_path)
+    assert (again.fingerprint, again.read(3)) == (first.fingerprint, first.read(3))
+    assert "drawing" not in capfd.readouterr().err
+
+
+def test_the_real_catalogue(real):
+    catalogue: Catalogue = real[0]
+    assert (catalogue.name, len(catalogue), catalogue.skipped) == ("fashion-product-images-small", 39924, [])
+    assert len(set(catalogue.ids)) == 39924
+    assert {name: values.count(None) for name, values in catalogue.columns.items() if None in values} == {
+        "baseColour": 15, "season": 17, "year": 1, "usage": 288, "productDisplayName": 7
+    }  # fmt: skip
+    assert decode(catalogue.read(0)).size == (60, 80)

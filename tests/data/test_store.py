@@ -1,0 +1,150 @@
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from data.images import decode, pixel_hash
+from data.preprocess import Preprocess
+from data.sources import Skipped, load_source
+from data.split import SPLITS, assign_splits
+from data.store import common_size, default_cache_dir, open_store
+from errors import UserError
+from tests.data.conftest import picture, write_kaggle
+
+
+@pytest.fixture
+def shop(tmp_path):
+    pictures = [picture(i) for i in range(8)]
+    pictures[2] = picture(2, (53, 80))  # another shape
+    pictures[4] = picture(4, kind="jpeg")[:1500]
+    pictures[6] = b"<html>not found</html>"
+    pictures[7] = picture(1, kind="bmp")  # the pixels of row 1 in another file
+    return load_source(str(write_kaggle(tmp_path / "shop", pictures)), tmp_path)
+
+
+SKIPPED = [Skipped("104", "truncated or damaged image"), Skipped("106", "not an image")]
+
+
+def test_rows_of_the_store_are_rows_of_the_catalogue(shop, tmp_path):
+    store = open_store(shop, (80, 60), tmp_path / "cache")
+    assert store.pixels.shape == (8, 80, 60, 3)
+    assert (store.pixels.dtype, store.nbytes) == (np.uint8, 8 * 80 * 60 * 3)
+    assert (store.pixels[3] == np.asarray(decode(picture(3)))).all()
+    assert store.ok.tolist() == [True] * 4 + [False, True, False, True]
+    assert store.skipped == SKIPPED
+    assert not store.pixels[4].any()
+    assert store.hashes[2] == pixel_hash(decode(picture(2, (53, 80))))  # at native size
+    assert store.hashes[1] == store.hashes[7] != store.hashes[0]
+    preprocess = Preprocess((80, 60), (32, 32), "bicubic", (0.5,) * 3, (0.5,) * 3)
+    assert (store.pixels[2] == preprocess.to_canvas(decode(shop.read(2)))).all()
+    with pytest.raises(ValueError, match="read-only"):
+        store.pixels[0] = 0
+
+
+def test_the_second_open_decodes_nothing_and_remembers_what_was_skipped(shop, tmp_path, monkeypatch):
+    first = open_store(shop, (80, 60), tmp_path / "cache")
+    monkeypatch.setattr("data.store.decode", lambda source: pytest.fail("decoded again"))
+    again = open_store(shop, (80, 60), tmp_path / "cache")
+    assert (first.built, again.built) == (True, False)
+    assert again.path == first.path
+    assert again.skipped == SKIPPED
+    assert (again.pixels == first.pixels).all()
+    assert (again.hashes == first.hashes).all()
+    assert (again.ok == first.ok).all()
+    assert open_store(shop, [80, 60], tmp_path / "cache").path == first.path  # as JSON has it
+
+
+def test_the_canvas_is_the_common_size_but_no_larger_than_the_model_reads(shop, tmp_path):
+    assert common_size(shop, 224) == common_size(shop, 80) == (80, 60)
+    assert common_size(shop, 70) == (70, 60)
+    full, capped = (open_store(shop, canvas, tmp_path / "cache") for canvas in ((80, 60), (32, 32)))
+    assert capped.pixels.shape == (8, 32, 32, 3)
+    assert (capped.hashes == full.hashes).all()
+
+
+def test_rows_of_a_split_are_readable_and_skipped_ones_are_listed(tmp_path):
+    pictures = [picture(i, (6, 8)) for i in range(60)]
+    pictures[3], pictures[9] = None, b"<html>"
+    catalogue = load_source(str(write_kaggle(tmp_path / "shop", pictures)), tmp_path)
+    store = open_store(catalogue, (8, 6), tmp_path / "cache")
+    rows = [store.rows(split) for split in SPLITS]
+    assert all(map(len, rows))
+    assert sorted(np.concatenate(rows)) == store.rows("all").tolist() == [i for i in range(59) if i != 8]
+    store.write_skipped(tmp_path / "skipped.csv")
+    lines = (tmp_path / "skipped.csv").read_text().splitlines()
+    assert lines == ["id,reason", "103,no such file in images/", "109,not an image"]
+
+
+def test_two_builders_at_once_leave_one_whole_store(shop, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        stores = list(pool.map(lambda _: open_store(shop, (80, 60), tmp_path / "cache"), range(4)))
+    assert len({store.path for store in stores}) == 1
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [stores[0].path.name]
+    assert all((store.pixels[3] == np.asarray(decode(picture(3)))).all() for store in stores)
+
+
+def test_an_interrupted_build_leaves_nothing(shop, tmp_path, monkeypatch):
+    def interrupted(source):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data.store.decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_store(shop, (80, 60), tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_not_one_readable_image(tmp_path):
+    catalogue = load_source(str(write_kaggle(tmp_path / "shop", [b"<html>"] * 3)), tmp_path)
+    with pytest.raises(UserError, match="shop: none of its 3 rows has a readable image"):
+        common_size(catalogue, 224)
+    with pytest.raises(UserError, match=r"shop: none of its 3 images can be read \(not an image\)"):
+        open_store(catalogue, (80, 60), tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written_is_named(shop, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to .*file/cache .*need 0 MB there.*--cache-dir"):
+        open_store(shop, (80, 60), tmp_path / "file" / "cache")
+
+
+def test_too_little_room_is_named(shop, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"only 0 MB free in .*cache: .*--cache-dir"):
+        open_store(shop, (80, 60), tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_default_cache_dir(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert default_cache_dir() == Path("/elsewhere/lora-vision")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache_dir() == Path.home() / ".cache" / "lora-vision"
+
+
+def test_splits_are_a_function_of_the_picture_alone():
+    hashes = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
+    splits = assign_splits(hashes)
+    shares = [np.mean(splits == name) for name in SPLITS]
+    assert np.allclose(shares, [0.8, 0.1, 0.1], atol=0.01)
+    order = np.random.default_rng(1).permutation(len(hashes))
+    assert (assign_splits(hashes[order]) == splits[order]).all()  # row order does not matter
+    assert (assign_splits(hashes[:50]) == splits[:50]).all()  # nor do rows added or removed
+
+
+def test_the_real_catalogue_decodes_whole_and_splits_without_a_leak(real):
+    catalogue, store = real
+    assert store.pixels.shape == (39924, 80, 60, 3)
+    assert store.ok.all()
+    assert not store.skipped
+    for row in (0, 12345, 39923):
+        assert (store.pixels[row] == np.asarray(decode(catalogue.read(row)))).all()
+    splits = assign_splits(store.hashes)
+    assert np.allclose([np.mean(splits == name) for name in SPLITS], [0.8, 0.1, 0.1], atol=0.01)
+    _, group = np.unique(store.pixels.reshape(39924, -1)[:, ::7], axis=0, return_inverse=True)
+    assert 600 < 39924 - group.max() - 1 < 800  # pictures that are copies of another
+    sides = {name: set(group[splits == name].tolist()) for name in SPLITS}
+    assert not sides["train"] & sides["test"]
+    assert not sides["train"] & sides["val"]
+    assert not sides["val"] & sides["test"]

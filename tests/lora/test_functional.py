@@ -1,0 +1,170 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lora import LoRAFusedLinear, LoRALinear, draw_dropped
+from lora.functional import _LoRALinearFunction
+
+CPU = torch.device("cpu")
+
+
+def make_layer(kind, dropout=0.0, bias=True, dtype=torch.float64):
+    torch.manual_seed(0)
+    base = nn.Linear(5, 12, bias=bias, dtype=dtype)
+    layer = {
+        "plain": lambda: LoRALinear(base, 2, 3, dropout),
+        "one block": lambda: LoRAFusedLinear(base, {"key": 1}, 3, 2, 3, dropout),
+        "two blocks": lambda: LoRAFusedLinear(base, {"value": 2, "query": 0}, 3, 2, 3, dropout),
+        "all blocks": lambda: LoRAFusedLinear(base, {"query": 0, "key": 1, "value": 2}, 3, 2, 3, dropout),
+    }[kind]()
+    for _, pair in layer.updates():
+        nn.init.normal_(pair.lora_B)
+    return layer
+
+
+def keep_mask(x, p):
+    """What the next `draw_dropped` will keep; leaves the generator as it found it."""
+    state = torch.get_rng_state()
+    keep = torch.ones_like(x)
+    keep.view(-1)[draw_dropped(x.numel(), p, x.device)] = 0
+    torch.set_rng_state(state)
+    return keep
+
+
+def gradients(y, layer, x):
+    trainable = [p for p in layer.parameters() if p.requires_grad]
+    return torch.autograd.grad((y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum(), [x, *trainable])
+
+
+@pytest.mark.parametrize("kind", ["plain", "one block", "two blocks", "all blocks"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 3, 5)])
+def test_output_and_gradients_are_those_of_plain_autograd(kind, dropout, bias, shape):
+    layer = make_layer(kind, dropout, bias)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    keep = keep_mask(x, dropout) if dropout else None
+    y, expected = layer(x), layer.reference_forward(x, keep)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(y, layer, x), gradients(expected, layer, x), rtol=1e-12, atol=1e-12)
+
+
+def test_input_need_not_be_contiguous():
+    layer = make_layer("two blocks", 0.3)
+    x = torch.randn(5, 4, dtype=torch.float64).T.requires_grad_()
+    keep = keep_mask(x.detach().contiguous(), 0.3)
+    y, expected = layer(x), layer.reference_forward(x, keep)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(y, layer, x), gradients(expected, layer, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dropped", [None, [0, 3, 11], "mask"])
+def test_gradcheck_with_ranks_that_differ(dropped):
+    def fresh(*shape):
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    if dropped == "mask":
+        dropped = torch.arange(20) % 3 == 0
+    elif dropped:
+        dropped = torch.tensor(dropped)
+    weight, bias = fresh(6, 5).detach(), fresh(6).detach()
+    rows = (slice(4, 6), slice(0, 2))
+    inputs = (fresh(4, 5), weight, bias, dropped, fresh(4, 5), rows, fresh(2, 3), fresh(2, 1))
+    assert torch.autograd.gradcheck(_LoRALinearFunction.apply, inputs)
+
+
+def test_input_without_gradient_still_trains_the_pair():
+    layer = make_layer("plain", 0.3)
+    x = torch.randn(7, 5, dtype=torch.float64)
+    keep = keep_mask(x, 0.3)
+    pair = [layer.lora_A, layer.lora_B]
+    expected = torch.autograd.grad(layer.reference_forward(x, keep).square().sum(), pair)
+    torch.testing.assert_close(torch.autograd.grad(layer(x).square().sum(), pair), expected)
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_half_a_pair_can_be_frozen(frozen):
+    layer = make_layer("plain")
+    getattr(layer, frozen).requires_grad_(False)
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(gradients(layer(x), layer, x), gradients(layer.reference_forward(x), layer, x))
+
+
+def test_keeps_one_copy_of_the_input():
+    saved = []
+    layer = make_layer("plain", 0.3)
+    x = torch.randn(7, 5, dtype=torch.float64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    assert [tuple(t.shape) for t in saved if t.numel() == x.numel()] == [(7, 5)]
+    assert any(t.data_ptr() == layer.base_layer.weight.data_ptr() for t in saved), "the weight is kept by reference"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_autocast(dropout):
+    layer = make_layer("two blocks", dropout, dtype=torch.float32)
+    x = torch.randn(4, 5, requires_grad=True)
+    keep = keep_mask(x, dropout) if dropout else None
+    expected = layer.reference_forward(x, keep)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+    for actual, exact in zip(gradients(y.float(), layer, x), gradients(expected, layer, x), strict=True):
+        assert actual.dtype == torch.float32
+        assert (actual - exact).norm() < 0.03 * exact.norm()
+
+
+def dropped_mask(shape, p):
+    mask = torch.zeros(math.prod(shape))
+    mask[draw_dropped(mask.numel(), p, CPU)] = 1
+    return mask.view(shape)
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.9])
+def test_dropout_statistics(p):
+    torch.manual_seed(0)
+    rows, columns = 1000, 301
+    mask = dropped_mask((rows, columns), p)
+    sigma = math.sqrt(p * (1 - p))
+    assert abs(mask.mean() - p) < 4 * sigma / math.sqrt(rows * columns)
+    # no column, first and last included, and no half of the rows is favoured
+    assert (mask.mean(0) - p).abs().max() < 5 * sigma / math.sqrt(rows) + 3 / rows
+    assert abs(mask[: rows // 2].mean() - mask[rows // 2 :].mean()) < 4 * sigma * math.sqrt(4 / (rows * columns))
+    z = (mask - p) / sigma
+    for a, b in [(z[:, 1:], z[:, :-1]), (z[:, 2:], z[:, :-2]), (z[1:], z[:-1])]:
+        assert abs((a * b).mean()) < 4 / math.sqrt(a.numel()), "neighbours are independent"
+
+
+def test_dropout_of_few_elements():
+    torch.manual_seed(0)
+    counts = torch.tensor([len(draw_dropped(3, 0.3, CPU)) for _ in range(4000)])
+    expected = torch.tensor([math.comb(3, k) * 0.3**k * 0.7 ** (3 - k) for k in range(4)])
+    assert (torch.bincount(counts, minlength=4) / 4000 - expected).abs().max() < 4 * 0.5 / math.sqrt(4000)
+    assert len(draw_dropped(0, 0.3, CPU)) == 0
+
+
+def test_dropout_is_new_each_time_and_follows_the_seed():
+    torch.manual_seed(0)
+    first, second = dropped_mask((50, 50), 0.3), dropped_mask((50, 50), 0.3)
+    torch.manual_seed(0)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, dropped_mask((50, 50), 0.3))
+
+
+def test_dropout_preserves_the_mean():
+    layer = make_layer("plain", 0.3)
+    x = torch.ones(20_000, 5, dtype=torch.float64)
+    trained = layer(x)
+    spread = trained.std(0) / math.sqrt(len(x))
+    assert ((trained.mean(0) - layer.eval()(x)[0]).abs() < 4 * spread).all()
+
+
+def test_no_dropout_in_eval_mode():
+    layer = make_layer("plain", 0.3).eval()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    state = torch.get_rng_state()
+    assert torch.equal(layer(x), layer(x))
+    assert torch.equal(state, torch.get_rng_state())

@@ -1,0 +1,58 @@
+"""Heads and loss: every level sees those above, and only labels that are present count."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.classifier import attribute_losses
+from models.heads import HierarchicalHeads
+
+LEVELS = {"gender": 1, "usage": 1, "subCategory": 2, "articleType": 3, "baseColour": 4, "brand": 4}
+CLASSES = {"gender": 5, "usage": 8, "subCategory": 45, "articleType": 142, "baseColour": 46, "brand": 9}
+
+
+def test_shapes_and_declaration_order():
+    logits = HierarchicalHeads(16, LEVELS, CLASSES)(torch.randn(3, 16))
+    assert list(logits) == list(CLASSES)
+    assert {name: scores.shape[1] for name, scores in logits.items()} == CLASSES
+
+
+def test_each_level_reads_the_embedding_and_all_logits_above():
+    heads = HierarchicalHeads(16, LEVELS, CLASSES)
+    first = [level if level.__class__ is torch.nn.Linear else level[0] for level in heads.levels]
+    assert [layer.in_features for layer in first] == [16, 16 + 13, 16 + 13 + 45, 16 + 13 + 45 + 142]
+
+
+def test_a_deeper_loss_reaches_the_level_above_it():
+    heads = HierarchicalHeads(16, LEVELS, CLASSES)
+    heads(torch.randn(3, 16))["articleType"].square().sum().backward()
+    gradients = [sum(p.grad.abs().sum() for p in level.parameters() if p.grad is not None) for level in heads.levels]
+    assert all(g > 0 for g in gradients[:3])
+    assert gradients[3] == 0
+
+
+def test_loss_is_the_mean_over_labels_present():
+    logits = {"a": torch.randn(4, 3), "b": torch.randn(4, 2)}
+    labels = torch.tensor([[0, 1], [-1, 0], [2, -1], [1, -2]])  # -1 missing, -2 never seen in training
+    want_a = F.cross_entropy(logits["a"][[0, 2, 3]], torch.tensor([0, 2, 1]))
+    want_b = F.cross_entropy(logits["b"][[0, 1]], torch.tensor([1, 0]))
+    torch.testing.assert_close(attribute_losses(logits, labels), torch.stack([want_a, want_b]))
+
+
+def test_an_attribute_without_labels_gives_zero_loss_and_zero_gradient():
+    scores = torch.randn(4, 3, requires_grad=True)
+    loss = attribute_losses({"a": scores}, torch.full((4, 1), -1))
+    loss.sum().backward()
+    assert loss.item() == 0
+    assert scores.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("cut", [1, 3, 5])
+def test_micro_batches_with_the_windows_counts_add_up_to_the_big_batch(cut):
+    torch.manual_seed(cut)
+    scores = torch.randn(6, 3, dtype=torch.float64)
+    labels = torch.tensor([[0], [-1], [2], [1], [-1], [0]])
+    whole = attribute_losses({"a": scores}, labels)
+    known = (labels >= 0).sum(0)
+    parts = [attribute_losses({"a": scores[rows]}, labels[rows], known) for rows in (slice(0, cut), slice(cut, 6))]
+    torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-6)

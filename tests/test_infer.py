@@ -1,0 +1,135 @@
+"""infer.py as a user runs it: every input answered once, in every format."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data import demo
+
+ROOT = Path(__file__).parents[1]
+ATTRIBUTES = ["gender", "masterCategory", "usage", "subCategory", "articleType", "baseColour", "brand"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Five fresh drawings in a folder and a folder below it, and two files that are no images."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more").mkdir()
+    for index in range(5):
+        _, image = demo.draw(index, seed=7)
+        image.save((folder / "more" if index > 2 else folder) / f"{index}.png")
+    (folder / "page.jpg").write_text("<html>404</html>")
+    whole = (folder / "0.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "notes.txt").write_text("not asked about")
+    return folder
+
+
+def test_table_of_one_image(demo_run, photos):
+    words = [sys.executable, ROOT / "infer.py", photos / "0.png", "--checkpoint", demo_run / "best"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split("\n")
+    assert lines[0] == str(photos / "0.png")
+    assert [line.split()[0] for line in lines[1:8]] == ATTRIBUTES
+
+
+def test_json_of_a_folder_answers_each_image_once_and_goes_on_after_bad_ones(command, demo_run, photos):
+    done = command("infer.py", photos, "--json", "--top-k", 2, "--batch-size", 3, "--checkpoint", demo_run / "best")
+    assert done.returncode == 1, "some images could not be read"
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    names = ["0.png", "1.png", "2.png", "cut.png", "more/3.png", "more/4.png", "page.jpg"]
+    assert [a["image"] for a in answers] == [str(photos / name) for name in names]
+    assert [set(a) for a in answers if a["image"].endswith(("cut.png", "page.jpg"))] == [{"image", "error"}] * 2
+    for answer in answers:
+        for name, said in answer.get("attributes", {}).items():
+            assert name in ATTRIBUTES
+            assert said["top"][0] == [said["label"], said["confidence"]]
+            assert 1 >= said["top"][0][1] >= said["top"][1][1] >= 0
+            assert len(said["top"]) == 2
+
+
+def test_formats_hold_the_same_rows(command, demo_run, photos, tmp_path):
+    for kind in ("csv", "jsonl", "parquet"):
+        done = command("infer.py", photos, "--out", tmp_path / f"labels.{kind}", "--checkpoint", demo_run / "best")
+        assert done.returncode == 1
+        assert not done.stdout, "answers go to the file"
+    with open(tmp_path / "labels.csv", newline="") as lines:
+        from_csv = list(csv.DictReader(lines))
+    from_parquet = pq.read_table(tmp_path / "labels.parquet").to_pylist()
+    from_json = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+    assert len(from_csv) == len(from_parquet) == len(from_json) == 7
+    for a, b, c in zip(from_csv, from_parquet, from_json, strict=True):
+        assert a["image"] == b["image"] == c["image"]
+        assert a["error"] == (b["error"] or "") == c.get("error", "")
+        for name in ATTRIBUTES:
+            said = c.get("attributes", {}).get(name, {"label": None, "confidence": None})
+            assert a[name] == (b[name] or "") == (said["label"] or "")
+            assert b[f"{name}_confidence"] == pytest.approx(said["confidence"]) if said["label"] else a[name] == ""
+
+
+def test_batch_size_changes_no_answer(command, demo_run, photos):
+    answers = []
+    for size in (1, 64):
+        done = command(
+            "infer.py",
+            photos / "*.png",
+            photos / "more",
+            "--json",
+            "--batch-size",
+            size,
+            "--checkpoint",
+            demo_run / "best",
+        )
+        answers.append([json.loads(line) for line in done.stdout.splitlines()])
+    for one, many in zip(*answers, strict=True):
+        assert one["image"] == many["image"]
+        for name, said in one.get("attributes", {}).items():
+            assert said["label"] == many["attributes"][name]["label"]
+            assert said["confidence"] == pytest.approx(many["attributes"][name]["confidence"], abs=2e-4)
+
+
+def test_plot(command, demo_run, photos, tmp_path):
+    done = command("infer.py", photos / "more", "--plot", tmp_path / "sheet.png", "--checkpoint", demo_run / "best")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert min(sheet.size) > 200
+        assert len(sheet.convert("L").getcolors()) > 50, "something is drawn"
+
+
+def test_newest_run_is_taken_and_named(command, demo_run, photos):
+    done = command("infer.py", photos / "0.png", cwd=demo_run.parent.parent)
+    assert done.returncode == 2, "there is no runs/ here"
+    (demo_run.parent.parent / "runs").symlink_to(demo_run.parent)
+    done = command("infer.py", photos / "0.png", cwd=demo_run.parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint runs/demo/best" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gone.jpg"], "no image file, folder or match for 'gone.jpg'"),
+        (["{empty}"], "no image in folder"),
+        (["{photos}/0.png", "--out", "labels.xls"], "--out labels.xls: the name must end in .csv, .jsonl, .parquet"),
+        (["{photos}/0.png", "--out", "/proc/labels.csv"], "cannot write --out /proc/labels.csv"),
+        (["{photos}/0.png", "--plot", "/proc/sheet.png"], "cannot write --plot /proc/sheet.png"),
+        (["{photos}/0.png", "--top-k", "0"], "--top-k: 0 is not a whole number above 0"),
+        (["{photos}/0.png", "--plot", "sheet"], "--plot sheet: the name must end in .png"),
+        (["{photos}/*.gif"], "no image file, folder or match for"),
+        (["{photos}/0.png", "--weights", "gone.safetensors"], "no weights file at gone.safetensors"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(command, demo_run, photos, tmp_path, words, message):
+    (tmp_path / "empty").mkdir()
+    words = [word.format(photos=photos, empty=tmp_path / "empty") for word in words]
+    done = command("infer.py", *words, "--checkpoint", demo_run / "best", cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,44 @@
+"""The rooms import one way: lora needs torch alone, models needs lora, data knows of neither."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = {"lora", "models", "data", "hub", "errors"}
+MAY_IMPORT = {
+    "lora": {"torch"},
+    "models": {"torch", "timm", "safetensors", "huggingface_hub", "lora", "hub", "errors"},
+    "data": {"torch", "numpy", "PIL", "tqdm", "datasets", "pyarrow", "hub", "errors"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of what a file imports, relative imports and the standard library left out."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.split(".")[0])
+    return names - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_rooms_import_one_way(room):
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        assert imported(path) <= MAY_IMPORT[room] | {room}, path.name
+
+
+def test_what_the_product_imports_is_listed():
+    listed = {line.split(">")[0].lower() for line in (ROOT / "requirements.txt").read_text().split()}
+    package = {"PIL": "pillow"}
+    files = [*ROOT.glob("*.py"), *(path for room in MAY_IMPORT for path in (ROOT / room).glob("*.py"))]
+    own = OURS | {path.stem for path in ROOT.glob("*.py")}
+    for path in files:
+        missing = {package.get(name, name) for name in imported(path) - own} - listed
+        assert not missing, f"{path.name} imports {missing}"

@@ -1,0 +1,316 @@
+"""The loop: exact accumulation, schedule, what trains, resuming, and train.py as a user runs it."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from data.preprocess import Preprocess
+from lora import apply_lora
+from models.backbone import VIT_TARGETS
+from models.checkpoint import load_checkpoint, trained_params
+from models.classifier import AttributeClassifier
+from models.heads import HierarchicalHeads
+from options import choose_amp
+from train import learning_rate, parameter_groups, train_step, windows
+
+ROOT = Path(__file__).parents[1]
+PREPROCESS = Preprocess((32, 32), (32, 32), "bicubic", (0.5,) * 3, (0.5,) * 3)
+
+
+def tiny_model(dropout: float = 0.0) -> AttributeClassifier:
+    """A real timm ViT of 50k parameters in fp64, with LoRA and two levels of heads, B away from zero."""
+    torch.manual_seed(0)
+    backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2, embed_dim=32, num_heads=2, img_size=32)
+    apply_lora(backbone, ["query", "value", "dense"], 4, 8, dropout, VIT_TARGETS)
+    model = AttributeClassifier(backbone, HierarchicalHeads(32, {"a": 1, "b": 2}, {"a": 3, "b": 5})).double()
+    for name, p in trained_params(model).items():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+class InDouble:
+    """The real preprocessing, without flips, for a model in fp64."""
+
+    def __call__(self, pixels, flip=None):
+        return PREPROCESS(pixels).double()
+
+
+def batch(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.stack(
+        [torch.randint(-1, 3, (rows,), generator=g), torch.randint(-1, 5, (rows,), generator=g)], dim=1
+    )
+    return torch.randint(0, 256, (rows, 32, 32, 3), dtype=torch.uint8, generator=g), labels
+
+
+def updated(model, micro_batches, scale: float | None = None) -> dict[str, torch.Tensor]:
+    """What trains, after one step; with the loss scaled as for fp16 where `scale` is given."""
+    optimizer = torch.optim.SGD(parameter_groups(trained_params(model).values()), lr=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    train_step(model, micro_batches, optimizer, scaler, 0.1, None, InDouble())
+    return {name: p.detach() for name, p in trained_params(model).items()}
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 1), (1, 3, 2), (6,)])
+def test_a_window_steps_as_one_big_batch(sizes):
+    """Also when it is short or uneven, and when labels are missing here and there."""
+    parts = [batch(rows, seed) for seed, rows in enumerate(sizes)]
+    big = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    one, many = updated(tiny_model(), [big]), updated(tiny_model(), parts)
+    start = {name: p.detach() for name, p in trained_params(tiny_model()).items()}
+    for name in one:
+        torch.testing.assert_close(many[name], one[name], rtol=0, atol=1e-7)  # the losses themselves are fp32
+        assert not torch.equal(one[name], start[name]), f"{name} did not train"
+
+
+def test_a_step_changes_adapters_and_heads_and_nothing_else():
+    model, before = tiny_model(), tiny_model().state_dict()
+    updated(model, [batch(8, 0)])
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == set(trained_params(model))
+    pairs = ["attn.qkv.query", "attn.qkv.value", "attn.proj", "mlp.fc1", "mlp.fc2"]
+    adapters = {f"backbone.blocks.{i}.{p}.lora_{m}" for i in (0, 1) for p in pairs for m in "AB"}
+    heads = {
+        f"heads.levels.{name}" for name in ("0.weight", "0.bias", "1.0.weight", "1.0.bias", "1.2.weight", "1.2.bias")
+    }
+    assert changed == adapters | heads
+
+
+@pytest.mark.parametrize("magnitude", [1, 100])
+def test_the_loss_scale_of_fp16_changes_no_update_clipped_or_not(magnitude):
+    """It would if gradients were clipped before they are unscaled."""
+
+    def model():
+        grown = tiny_model()
+        for p in grown.heads.parameters():
+            p.data *= magnitude
+        return grown
+
+    plain, scaled = updated(model(), [batch(4, 0)]), updated(model(), [batch(4, 0)], scale=1024.0)
+    for name in plain:
+        torch.testing.assert_close(scaled[name], plain[name], rtol=1e-6, atol=1e-9)
+
+
+def test_an_overflow_under_fp16_takes_no_step_and_halves_the_scale():
+    model, before = tiny_model(), trained_params(tiny_model())
+    for p in model.heads.parameters():
+        p.data *= 1e200  # the scaled loss is no longer finite
+    heads = {name: p.detach().clone() for name, p in trained_params(model).items()}
+    optimizer = torch.optim.SGD(trained_params(model).values(), lr=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    train_step(model, [batch(4, 0)], optimizer, scaler, 0.1, None, InDouble())
+    assert scaler.get_scale() == 2.0**15
+    assert all(torch.equal(p, heads[name]) for name, p in trained_params(model).items())
+    assert heads.keys() == before.keys()
+
+
+def test_a_window_without_any_label_changes_nothing_and_is_finite():
+    pixels, labels = batch(4, 0)
+    model = tiny_model()
+    optimizer = torch.optim.SGD(trained_params(model).values(), lr=1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    losses, norm = train_step(model, [(pixels, torch.full_like(labels, -1))], optimizer, scaler, 0.1, None, InDouble())
+    assert losses.tolist() == [0, 0]
+    assert norm == 0
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny_model().parameters(), strict=True))
+
+
+def test_the_gradient_is_clipped_to_norm_one():
+    model = tiny_model()
+    for p in model.heads.parameters():
+        p.data *= 100
+    before = {name: p.detach().clone() for name, p in trained_params(model).items()}
+    optimizer = torch.optim.SGD(trained_params(model).values(), lr=1)
+    _, norm = train_step(
+        model, [batch(4, 0)], optimizer, torch.amp.GradScaler("cpu", enabled=False), 0.1, None, InDouble()
+    )
+    moved = torch.stack([(p - before[name]).norm() for name, p in trained_params(model).items()]).norm()
+    assert norm > 1
+    assert moved.item() == pytest.approx(0.1 * 1, rel=1e-4)  # learning rate times the clipped norm
+
+
+def test_windows_keep_the_short_tail():
+    assert [len(w) for w in windows(range(7), 3)] == [3, 3, 1]
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    rates = [learning_rate(step, 100, 1e-3) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-3 / 5)
+    assert max(rates) == pytest.approx(1e-3) == rates[4]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] < 1e-6
+    assert learning_rate(0, 1, 1e-3) > 0
+
+
+def test_biases_are_not_decayed():
+    decayed, rest = parameter_groups(trained_params(tiny_model()).values())
+    assert decayed["weight_decay"] > 0 == rest["weight_decay"]
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in rest["params"]} == {1}
+
+
+def test_amp_alone_never_means_fp16_on_a_cpu():
+    assert choose_amp(torch.device("cpu")) in (None, "bf16")
+
+
+def test_bf16_step_stays_close_to_fp32():
+    steps = {}
+    for amp in (None, torch.bfloat16):
+        model = tiny_model().float()
+        optimizer = torch.optim.SGD(trained_params(model).values(), lr=1)
+        losses, norm = train_step(
+            model, [batch(4, 0)], optimizer, torch.amp.GradScaler("cpu", enabled=False), 0.1, amp, PREPROCESS
+        )
+        steps[amp] = losses.tolist(), norm.item()
+    np.testing.assert_allclose(steps[torch.bfloat16][0], steps[None][0], rtol=0.05)
+    np.testing.assert_allclose(steps[torch.bfloat16][1], steps[None][1], rtol=0.1)
+
+
+# train.py as a user runs it
+
+
+def test_a_run_leaves_what_the_design_says(demo_run):
+    metrics = json.loads((demo_run / "metrics.json").read_text())
+    assert metrics["split"] == "test"
+    assert set(metrics) >= {"rows", "attributes", "path_accuracy", "valid_path_rate", "exact_match"}
+    assert set(metrics["attributes"]["articleType"]) == {"accuracy", "macro_f1", "weighted_f1", "rows"}
+    assert metrics["mean_accuracy"] > 0.5, "three epochs on 800 drawings get most labels right"
+    config = json.loads((demo_run / "best" / "config.json").read_text())
+    assert [a["name"] for a in config["attributes"]] == list(metrics["attributes"])
+    assert (demo_run / "skipped.csv").read_text().startswith("id,reason")
+
+
+def test_a_checkpoint_holds_what_trained_and_no_path_of_the_machine(demo_run):
+    tensors = load_file(demo_run / "best" / "adapter.safetensors")
+    assert all("lora_" in name or name.startswith("heads.") for name in tensors)
+    text = (demo_run / "best" / "config.json").read_text()
+    assert str(ROOT) not in text
+    assert "/tmp" not in text
+    assert str(demo_run.parent) not in text
+
+
+def test_tensorboard_shows_losses_rates_scores_and_pictures(demo_run):
+    events = EventAccumulator(str(demo_run), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert scalars >= {"train/loss", "train/learning_rate", "train/gradient_norm", "train/images_per_second"}
+    assert scalars >= {"loss/brand", "val_accuracy/articleType", "val/mean_accuracy", "val/path_accuracy"}
+    assert len(events.Images("val/pictures")) == 3
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_ctrl_c_leaves_a_usable_checkpoint_and_resuming_ends_as_if_never_stopped(
+    command, cache_dir, tmp_path, monkeypatch
+):
+    options = ("--data", "demo", "--limit", 400, "--epochs", 2, "--accum", 3, "--cache-dir", cache_dir)
+    assert command("train.py", *options, "--out", tmp_path / "whole").returncode == 0
+
+    taken, real_step = [], train.train_step
+
+    def step_then_ctrl_c(*args):
+        taken.append(real_step(*args))
+        if len(taken) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return taken[-1]
+
+    monkeypatch.setattr(train, "train_step", step_then_ctrl_c)
+    done = command("train.py", *options, "--out", tmp_path / "cut")
+    assert done.returncode == 130
+    assert len(taken) == 5, "the step is finished, in the middle of an epoch, and no other begun"
+    assert f"go on with: python train.py --resume --out {tmp_path / 'cut'}" in done.stdout
+    load_checkpoint(tmp_path / "cut" / "last")
+
+    done = command("train.py", "--resume", "--out", tmp_path / "cut", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "at step 5 of" in done.stdout
+    for name in ("best", "last"):
+        whole, cut = (load_file(tmp_path / run / name / "adapter.safetensors") for run in ("whole", "cut"))
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert (tmp_path / "whole" / "metrics.json").read_text() == (tmp_path / "cut" / "metrics.json").read_text()
+    events = {run: EventAccumulator(str(tmp_path / run)).Reload() for run in ("whole", "cut")}
+    for tag in ("train/learning_rate", "val/mean_accuracy"):
+        steps = {run: [event.step for event in e.Scalars(tag)] for run, e in events.items()}
+        assert steps["whole"] == steps["cut"], tag
+
+
+@pytest.fixture(scope="module")
+def kaggle_folder(tmp_path_factory):
+    """Drawings in Kaggle's layout, two of whose pictures are damaged and one of which is gone."""
+    folder = tmp_path_factory.mktemp("shop")
+    subprocess.run([sys.executable, "-m", "data.demo", "--out", folder, "--rows", "120"], cwd=ROOT, check=True)
+    names = sorted((folder / "images").iterdir())
+    names[0].write_bytes(names[0].read_bytes()[:200])
+    names[1].write_text("<html>404</html>")
+    names[2].unlink()
+    return folder
+
+
+def test_bad_files_in_a_catalogue_are_skipped_counted_and_listed(command, kaggle_folder, cache_dir, tmp_path):
+    words = ("--data", kaggle_folder, "--backbone", "demo", "--epochs", 1, "--cache-dir", cache_dir)
+    done = command("train.py", *words, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "3 skipped" in done.stdout
+    with open(tmp_path / "run" / "skipped.csv", newline="") as file:
+        assert {row["id"] for row in csv.DictReader(file)} == {"10000", "10001", "10002"}
+
+    (kaggle_folder / "images" / "10050.jpg").unlink()
+    done = command("train.py", "--resume", "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert "--resume: the catalogue has rows: 118, but" in done.stderr
+
+
+def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
+    words = ("--data", "demo", "--limit", 100, "--epochs", 1, "--cache-dir", cache_dir, "--out", tmp_path / "run")
+    assert command("train.py", *words, "--targets", "gate").returncode == 2
+    assert command("train.py", *words).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--backbone", "vit_tinny_patch16_224"], "unknown backbone 'vit_tinny_patch16_224'"),
+        (["--data", "no/such/folder"], "no such data: 'no/such/folder'"),
+        (["--targets", "query", "gate"], "target 'gate' matches no linear layer"),
+        (["--rank", "0"], "--rank: 0 is not a whole number above 0"),
+        (["--weights", "notes.txt"], "notes.txt is not a safetensors file"),
+        (["--weights", "gone.safetensors"], "gone.safetensors"),
+        (["--out", "/proc/run"], "cannot write to --out /proc/run"),
+        (["--epochs", "two"], "--epochs: two is not a whole number above 0"),
+        (["--img-size", "60"], "--img-size 60 is not a multiple of demo's patch size 8"),
+        (["--resume", "--out", "nothing", "--limit", "50"], "leave out --data"),
+        (["--alpha", "-1"], "alpha must be positive, got -1"),
+        (["--seed", "-1"], "--seed -1 is negative"),
+        (["--lr", "nan"], "--lr nan is not a positive number"),
+        (["--amp", "fp8"], "argument --amp: invalid choice: 'fp8'"),
+        (["--limit", "3"], "is too small"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(command, cache_dir, tmp_path, words, message):
+    (tmp_path / "notes.txt").write_text("no tensors here")
+    if "--data" not in words:
+        words = ["--data", "demo", "--limit", "50", *words]
+    done = command("train.py", "--cache-dir", cache_dir, *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_an_out_folder_that_holds_a_run_is_not_overwritten(command, demo_run, cache_dir):
+    before = (demo_run / "metrics.json").read_text()
+    done = command("train.py", "--data", "demo", "--out", demo_run, "--cache-dir", cache_dir)
+    assert done.returncode == 2
+    assert "already holds a run" in done.stderr
+    assert (demo_run / "metrics.json").read_text() == before
