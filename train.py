@@ -48,10 +48,10 @@ INTERRUPTED = 130  # exit code, as a shell gives it for Ctrl-C
 
 def setup(args: argparse.Namespace) -> Task:
     """Backbone, pictures, labels and model. `config` is all that rebuilds the model, as checkpoints keep it."""
+    catalogue = load_source(args.data, args.cache_dir, args.limit)
     backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size)
     wants = timm.data.resolve_model_data_config(backbone)
     size = wants["input_size"][1:]
-    catalogue = load_source(args.data, args.cache_dir, args.limit)
     preprocess = Preprocess(
         common_size(catalogue, max(size)), size, wants["interpolation"], wants["mean"], wants["std"]
     )
