@@ -35,7 +35,8 @@ def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
     except ValueError as error:
         raise UserError(str(error)) from None
     heads = HierarchicalHeads(
-        backbone.num_features,
+        2 * backbone.num_features,
+        hidden=backbone.num_features,
         levels={a["name"]: a["level"] for a in attributes},
         classes={a["name"]: len(a["labels"]) for a in attributes},
     )

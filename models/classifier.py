@@ -8,7 +8,15 @@ from models.heads import HierarchicalHeads
 
 
 class AttributeClassifier(nn.Module):
-    """A (LoRA-adapted) backbone and hierarchical heads: images (B, 3, S, S) -> {attribute: logits (B, classes)}."""
+    """A (LoRA-adapted) backbone and hierarchical heads: images (B, 3, S, S) -> {attribute: logits (B, classes)}.
+
+    The embedding is the backbone's own (of most ViTs the CLS token) beside the mean of its patch tokens, (B, 2 d): the
+    mean has seen all of the picture where CLS chose, and few epochs get more from both than from CLS alone.
+
+    Args:
+        backbone: a timm `VisionTransformer` with `num_classes=0`.
+        heads: for embeddings of twice the backbone's `num_features`.
+    """
 
     def __init__(self, backbone: nn.Module, heads: HierarchicalHeads):
         super().__init__()
@@ -16,7 +24,9 @@ class AttributeClassifier(nn.Module):
         self.heads = heads
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return self.heads(self.backbone(images))
+        tokens = self.backbone.forward_features(images)  # (B, prefix + patches, d)
+        patches = self.backbone.fc_norm(tokens[:, self.backbone.num_prefix_tokens :].mean(1))  # (B, d)
+        return self.heads(torch.cat([self.backbone.forward_head(tokens), patches], dim=-1))
 
 
 def attribute_losses(logits: dict[str, Tensor], labels: Tensor, known: Tensor | None = None) -> Tensor:

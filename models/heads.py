@@ -15,11 +15,12 @@ class HierarchicalHeads(nn.Module):
 
     Args:
         dim: width of the embedding.
+        hidden: width of the MLPs' hidden layer.
         levels: attribute -> its level, in declaration order.
         classes: attribute -> its number of classes.
     """
 
-    def __init__(self, dim: int, levels: Mapping[str, int], classes: Mapping[str, int]):
+    def __init__(self, dim: int, hidden: int, levels: Mapping[str, int], classes: Mapping[str, int]):
         super().__init__()
         self.classes = dict(classes)
         self.by_level = [[name for name in levels if levels[name] == level] for level in sorted(set(levels.values()))]
@@ -27,7 +28,7 @@ class HierarchicalHeads(nn.Module):
         seen = dim
         for depth, names in enumerate(self.by_level):
             width = sum(classes[name] for name in names)
-            mlp = nn.Sequential(nn.Linear(seen, dim), nn.GELU(), nn.Linear(dim, width))
+            mlp = nn.Sequential(nn.Linear(seen, hidden), nn.GELU(), nn.Linear(hidden, width))
             self.levels.append(nn.Linear(seen, width) if depth == 0 else mlp)
             seen += width
 

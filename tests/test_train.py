@@ -33,7 +33,7 @@ def tiny_model(dropout: float = 0.0) -> AttributeClassifier:
     torch.manual_seed(0)
     backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2, embed_dim=32, num_heads=2, img_size=32)
     apply_lora(backbone, ["query", "value", "dense"], 4, 8, dropout, VIT_TARGETS)
-    model = AttributeClassifier(backbone, HierarchicalHeads(32, {"a": 1, "b": 2}, {"a": 3, "b": 5})).double()
+    model = AttributeClassifier(backbone, HierarchicalHeads(64, 32, {"a": 1, "b": 2}, {"a": 3, "b": 5})).double()
     for name, p in trained_params(model).items():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(p, std=0.1)

@@ -1,10 +1,11 @@
 """Heads and loss: every level sees those above, and only labels that are present count."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
-from models.classifier import attribute_losses
+from models.classifier import AttributeClassifier, attribute_losses
 from models.heads import HierarchicalHeads
 
 LEVELS = {"gender": 1, "usage": 1, "subCategory": 2, "articleType": 3, "baseColour": 4, "brand": 4}
@@ -12,23 +13,37 @@ CLASSES = {"gender": 5, "usage": 8, "subCategory": 45, "articleType": 142, "base
 
 
 def test_shapes_and_declaration_order():
-    logits = HierarchicalHeads(16, LEVELS, CLASSES)(torch.randn(3, 16))
+    logits = HierarchicalHeads(16, 8, LEVELS, CLASSES)(torch.randn(3, 16))
     assert list(logits) == list(CLASSES)
     assert {name: scores.shape[1] for name, scores in logits.items()} == CLASSES
 
 
 def test_each_level_reads_the_embedding_and_all_logits_above():
-    heads = HierarchicalHeads(16, LEVELS, CLASSES)
+    heads = HierarchicalHeads(16, 8, LEVELS, CLASSES)
     first = [level if level.__class__ is torch.nn.Linear else level[0] for level in heads.levels]
     assert [layer.in_features for layer in first] == [16, 16 + 13, 16 + 13 + 45, 16 + 13 + 45 + 142]
 
 
 def test_a_deeper_loss_reaches_the_level_above_it():
-    heads = HierarchicalHeads(16, LEVELS, CLASSES)
+    heads = HierarchicalHeads(16, 8, LEVELS, CLASSES)
     heads(torch.randn(3, 16))["articleType"].square().sum().backward()
     gradients = [sum(p.grad.abs().sum() for p in level.parameters() if p.grad is not None) for level in heads.levels]
     assert all(g > 0 for g in gradients[:3])
     assert gradients[3] == 0
+
+
+@pytest.mark.parametrize("pool", ["token", "avg", "map"])
+def test_the_heads_see_the_backbones_embedding_beside_the_mean_of_its_patches(pool):
+    """ViTs without a CLS token too, such as SigLIP's."""
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 0}
+    backbone = timm.create_model("vit_tiny_patch16_224", global_pool=pool, class_token=pool == "token", **small).eval()
+    images = torch.randn(2, 3, 32, 32)
+    embedding = AttributeClassifier(backbone, torch.nn.Identity())(images)
+    own, patches = embedding.split(32, dim=1)
+    tokens = backbone.forward_features(images)
+    assert tokens.shape[1] == 4 + (pool == "token")
+    torch.testing.assert_close(own, backbone(images))
+    torch.testing.assert_close(patches, own if pool == "avg" else tokens[:, -4:].mean(1))
 
 
 def test_loss_is_the_mean_over_labels_present():
