@@ -1,13 +1,15 @@
 """LoRA by hand, for any frozen PyTorch model; needs torch alone.
 
 Read `layer` for what LoRA is, `functional` for how it is computed and differentiated, `inject` for how it gets into a
-model, and `state` for what is then trained, saved and merged. `pissa`, `quantize` and `adapters` are extras.
+model, and `state` for what is then trained, saved and merged. `pissa`, `quantize`, `adapters` and
+`peft_format` are extras.
 """
 
 from .adapters import Adapters
 from .functional import Frozen, draw_dropped, lora_linear
 from .inject import Target, apply_lora, lora_layers
 from .layer import LoRAFusedLinear, LoRALayer, LoRALinear, LowRank
+from .peft_format import from_peft, to_peft
 from .pissa import start_at_principal
 from .quantize import Int8Linear, quantize_base
 from .state import (
@@ -30,6 +32,7 @@ __all__ = [
     "Target",
     "apply_lora",
     "draw_dropped",
+    "from_peft",
     "get_adapter_params",
     "keep_base_in",
     "load_params",
@@ -40,4 +43,5 @@ __all__ = [
     "quantize_base",
     "set_trainable_params",
     "start_at_principal",
+    "to_peft",
 ]

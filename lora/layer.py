@@ -44,6 +44,7 @@ class LowRank(nn.Module):
         lengths = nn.Parameter(weight.detach().to(**where).norm(dim=1)) if dora else None
         self.register_parameter("lora_magnitude", lengths)
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
+        self.start: tuple[Tensor, Tensor] | None = None  # PiSSA's A and B, which the base then lacks
 
     @property
     def scaled_B(self) -> Tensor:
@@ -53,6 +54,13 @@ class LowRank(nn.Module):
     def delta_weight(self) -> Tensor:
         """ΔW, (out, in)."""
         return self.scaled_B @ self.lora_A
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of the update to the weight that was given: with PiSSA, less the part that was taken out of it."""
+        if self.start is None:
+            return self.lora_A, self.lora_B
+        start_A, start_B = self.start
+        return torch.cat([self.lora_A, start_A]), torch.cat([self.lora_B, -start_B], dim=1)
 
     def row_scale(self, weight: Tensor) -> Tensor:
         """DoRA's m / |W₀ + ΔW| (out,), which multiplies each output. The length gets no gradient (its section 4.3)."""
