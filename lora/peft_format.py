@@ -25,8 +25,8 @@ def to_peft(model: nn.Module, rename: Callable[[str], str], dropout: float = 0.0
         dropout: `lora_dropout`, which the weights do not show.
 
     Returns:
-        the configuration and the tensors. Every scaling is written as lora_alpha / r. What PiSSA took out of the base is
-        given back by the update, at twice the rank, so that PEFT needs the original base alone.
+        the configuration and the tensors. Every scaling is written as lora_alpha / r. What PiSSA took out of the base
+        is given back by the update, at twice the rank, so that PEFT needs the original base alone.
     """
     pairs = {rename(path): pair for path, pair in model.named_modules() if isinstance(pair, LowRank)}
     factors = {path: pair.factors() for path, pair in pairs.items()}
