@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lora import apply_lora, from_peft, get_adapter_params, merge_lora, to_peft
 from models.backbone import VIT_TARGETS, hf_name, timm_name
 
-peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install -r tests/interchange/requirements.txt")
+peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install -r benchmarks/requirements.txt")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed, as for PEFT")
 
 IMAGES = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
