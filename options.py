@@ -16,6 +16,18 @@ HUB_DATA, HUB_BACKBONE = "ashraq/fashion-product-images-small", "vit_base_patch1
 LARGE = 40e6  # parameters from which training on a CPU takes days
 
 
+def per_target(number):
+    """An option's type: a number for all targets, or such as query=8,dense=4 for each."""
+
+    def parse(text: str):
+        if "=" not in text:
+            return number(text)
+        return {name: number(value) for name, _, value in (part.partition("=") for part in text.split(","))}
+
+    parse.__name__ = number.__name__
+    return parse
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(description="Train LoRA adapters and hierarchical heads on a frozen timm ViT.")
     p.add_argument("--data", help=f"hub id, parquet folder, Kaggle folder, or demo (default: {HUB_DATA})")
@@ -24,13 +36,35 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--img-size", type=positive_int, help="side of the model's input in pixels (default: the backbone's own)"
     )
-    p.add_argument("--rank", type=positive_int, default=16, help="LoRA rank, PEFT's r (default: %(default)s)")
     p.add_argument(
-        "--alpha", type=float, default=32, help="updates scale by alpha/rank, PEFT's lora_alpha (default: 32)"
+        "--rank",
+        type=per_target(positive_int),
+        default=16,
+        help="LoRA rank, PEFT's r; of single targets: query=8,dense=4 (default: %(default)s)",
+    )
+    p.add_argument(
+        "--alpha",
+        type=per_target(float),
+        default=32,
+        help="updates scale by alpha/rank, PEFT's lora_alpha; of single targets as --rank (default: %(default)s)",
     )
     p.add_argument("--dropout", type=float, default=0.05, help="before A, PEFT's lora_dropout (default: %(default)s)")
     p.add_argument(
         "--targets", nargs="+", default=["query", "key", "value", "dense"], help="layers (default: all four)"
+    )
+    p.add_argument("--layers", nargs="+", type=int, help="only these blocks, counted from 0 (default: all)")
+    p.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(rank) instead")
+    p.add_argument("--dora", action="store_true", help="learn the length of each row of the weights too")
+    p.add_argument("--pissa", action="store_true", help="start at the principal part of each weight")
+    p.add_argument(
+        "--lora-plus",
+        type=float,
+        default=1,
+        metavar="RATIO",
+        help="B learns at RATIO times --lr, such as 16 (default: 1)",
+    )
+    p.add_argument(
+        "--base", choices=["float", "int8"], default="float", help="how frozen weights are kept while training"
     )
     p.add_argument("--epochs", type=positive_int, default=5, help="(default: %(default)s)")
     p.add_argument("--batch-size", type=positive_int, default=16, help="images in a micro-batch (default: %(default)s)")
@@ -54,6 +88,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if not 0 < args.lr < math.inf:
         raise UserError(f"--lr {args.lr} is not a positive number")
+    if not 0 < args.lora_plus < math.inf:
+        raise UserError(f"--lora-plus {args.lora_plus} is not a positive number")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} is negative")
     if args.resume:

@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from data.store import common_size, open_store
 from errors import UserError, exits_cleanly
 from evaluate import Task, evaluate, scores_table
 from figures import label_sheet
-from lora import get_adapter_params, parameter_summary
+from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_base
 from models.backbone import create_backbone
 from models.checkpoint import attach, load_tensors, read_config, save_checkpoint, trained_params
 from models.classifier import attribute_losses
@@ -42,6 +42,7 @@ WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 WARMUP = 0.05  # share of all steps
 LOG_EVERY = 10  # steps: reading a loss makes a GPU wait
+LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
 AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 INTERRUPTED = 130  # exit code, as a shell gives it for Ctrl-C
 
@@ -69,7 +70,7 @@ def setup(args: argparse.Namespace) -> Task:
 
     config = {
         "backbone": {"name": args.backbone, "img_size": args.img_size, "fingerprint": fingerprint},
-        "lora": {"targets": args.targets, "rank": args.rank, "alpha": args.alpha, "dropout": args.dropout},
+        "lora": {name: getattr(args, name) for name in LORA_OPTIONS},
         "attributes": [{"name": a.name, "level": a.level, **asdict(maps[a.name])} for a in FASHION],
         "paths": known_paths(labels[store.rows("train")], FASHION),
         "preprocess": asdict(preprocess),
@@ -77,18 +78,28 @@ def setup(args: argparse.Namespace) -> Task:
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__},
     }
     model = attach(backbone, config)
+    if args.base == "int8":
+        quantize_base(model.backbone)
     heads = sum(p.numel() for p in model.heads.parameters())
     adapters = sum(p.numel() for p in get_adapter_params(model).values())
     print(f"LoRA {adapters:,} and heads {heads:,}: {parameter_summary(model)}")
     return Task(model, config, preprocess, store, labels)
 
 
-def parameter_groups(params: Iterable[nn.Parameter]) -> list[dict]:
-    """Weight decay on matrices; none on biases and norms."""
-    params = list(params)
+def parameter_groups(params: Mapping[str, nn.Parameter], lora_plus: float = 1.0) -> list[dict]:
+    """Weight decay on matrices; none on biases, norms and DoRA's lengths.
+
+    `lora_plus`, the ratio of B's learning rate to that of all others, is LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
+    """
+    is_B = {name: name.endswith("lora_B") for name in params}
     return [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for n, p in params.items() if is_B[n]], "weight_decay": WEIGHT_DECAY, "lr_ratio": lora_plus},
+        {
+            "params": [p for n, p in params.items() if p.ndim > 1 and not is_B[n]],
+            "weight_decay": WEIGHT_DECAY,
+            "lr_ratio": 1.0,
+        },
+        {"params": [p for p in params.values() if p.ndim <= 1], "weight_decay": 0.0, "lr_ratio": 1.0},
     ]
 
 
@@ -132,7 +143,7 @@ def train_step(
         scaler.scale(micro.sum()).backward()
         losses += micro.detach()
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_ratio"]
     scaler.unscale_(optimizer)  # before clipping: the norm is the true gradient's
     norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], MAX_GRAD_NORM)
     scaler.step(optimizer)  # not taken where fp16 overflowed
@@ -193,7 +204,7 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
     """Train to the end, or until Ctrl-C (then False). Leaves `best/`, by mean validation accuracy, and `last/`."""
     total = steps_in_epoch(args, task) * args.epochs
     params = trained_params(task.model)
-    optimizer = torch.optim.AdamW(parameter_groups(params.values()))
+    optimizer = torch.optim.AdamW(parameter_groups(params, args.lora_plus))
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     progress = {"step": 0, "best_accuracy": -1.0, "best_epoch": 0}
     if args.resume:
@@ -247,6 +258,8 @@ def main(argv: list[str] | None = None) -> int:
     warn_if_slow(args.backbone, device)
     task = setup(args)
     task.model.to(device)
+    if args.amp:
+        keep_base_in(task.model, AMP[args.amp])
     print(f"run {args.out}; watch it: tensorboard --logdir {args.out.parent}")
     if not fit(args, task, device):
         print(f"stopped and saved in {args.out / 'last'}; go on with: python train.py --resume --out {args.out}")

@@ -1,15 +1,30 @@
 """LoRA by hand, for any frozen PyTorch model; needs torch alone.
 
 Read `layer` for what LoRA is, `functional` for how it is computed and differentiated, `inject` for how it gets into a
-model, and `state` for what is then trained, saved and merged.
+model, and `state` for what is then trained, saved and merged. `pissa`, `quantize`, `adapters` and
+`peft_format` are extras.
 """
 
-from .functional import draw_dropped, lora_linear
-from .inject import Target, apply_lora
+from .adapters import Adapters
+from .functional import Frozen, draw_dropped, lora_linear
+from .inject import Target, apply_lora, lora_layers
 from .layer import LoRAFusedLinear, LoRALayer, LoRALinear, LowRank
-from .state import get_adapter_params, load_params, merge_lora, parameter_summary, set_trainable_params
+from .peft_format import from_peft, to_peft
+from .pissa import start_at_principal
+from .quantize import Int8Linear, quantize_base
+from .state import (
+    get_adapter_params,
+    keep_base_in,
+    load_params,
+    merge_lora,
+    parameter_summary,
+    set_trainable_params,
+)
 
 __all__ = [
+    "Adapters",
+    "Frozen",
+    "Int8Linear",
     "LoRAFusedLinear",
     "LoRALayer",
     "LoRALinear",
@@ -17,10 +32,16 @@ __all__ = [
     "Target",
     "apply_lora",
     "draw_dropped",
+    "from_peft",
     "get_adapter_params",
+    "keep_base_in",
     "load_params",
+    "lora_layers",
     "lora_linear",
     "merge_lora",
     "parameter_summary",
+    "quantize_base",
     "set_trainable_params",
+    "start_at_principal",
+    "to_peft",
 ]

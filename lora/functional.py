@@ -6,6 +6,7 @@ tensor for the update and another for its sum with the base, in both directions,
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+class Frozen(NamedTuple):
+    """The weight (out, in) and bias (out,) of a frozen linear layer; an int8 weight has a scale (out,) for its rows."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+
+
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    base: Frozen,
     lora_A: Tensor,
     rows: Sequence[slice],
     scaled_B: Sequence[Tensor],
@@ -28,26 +36,24 @@ def lora_linear(
 
     Args:
         x: (..., in).
-        weight, bias: (out, in) and (out,) or None, both frozen: they get no gradient.
+        base: W and b, in the dtype to compute in; they get no gradient.
         lora_A: (sum of ranks, in), the A_k stacked, so that all of them are one matrix product.
         rows: for each k the output rows that it updates.
         scaled_B: for each k (rows, rank), with the LoRA scaling already in it.
         dropout: probability that an element of `x` is hidden from the updates; the base always sees all of `x`.
 
     Returns:
-        (..., out), under autocast in its dtype. Gradients come back in each input's own dtype.
+        (..., out), in the dtype of `base`. Gradients come back in each input's own dtype.
     """
     dropped = None
     if dropout:
         dropped = draw_dropped(x.numel(), dropout, x.device)
         lora_A = lora_A / (1 - dropout)  # the keep-scale of dropout costs a pass over small A instead of one over x
     # autograd Functions are opaque to autocast. Casting out here lets autograd cast each gradient back.
-    device_type = x.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+    dtype = base.weight.dtype if base.scale is None else base.scale.dtype
     y = _LoRALinearFunction.apply(
         x.to(dtype).reshape(-1, x.shape[-1]),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
+        *base,
         dropped,
         lora_A.to(dtype),
         rows,
@@ -57,45 +63,54 @@ def lora_linear(
 
 
 class _LoRALinearFunction(torch.autograd.Function):
-    """With d(·) zeroing the dropped elements, xd = d(x), h = xd Aᵀ (n, ranks), and one row block for brevity:
+    """With d(·) zeroing the dropped elements, h = d(x) Aᵀ (n, ranks), and one row block for brevity:
 
     y  = x Wᵀ + b + h Bᵀ
-    dh = dy B,    dA = dhᵀ xd,    dB = dyᵀ h,    dx = dy W + d(dh A)
+    dh = dy B,    dA = dhᵀ d(x),    dB = dyᵀ h,    dx = dy W + d(dh A)
+
+    `x` is kept, not d(x): it may be a tensor that another operation keeps too, and zeroing a copy again costs little.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, dropped, lora_A, rows, *lora_B):
-        y = F.linear(x, weight, bias)  # (n, out)
-        if dropped is not None:
-            x = _zero_(x.clone(memory_format=torch.contiguous_format), dropped)
-        h = x @ lora_A.T  # (n, sum of ranks)
+    def forward(ctx, x, weight, bias, scale, dropped, lora_A, rows, *lora_B):
+        y = frozen_linear(x, Frozen(weight, bias, scale))  # (n, out)
+        h = _drop(x, dropped) @ lora_A.T  # (n, sum of ranks)
         for block, h_k, B_k in zip(rows, h.split([B.shape[1] for B in lora_B], dim=1), lora_B, strict=True):
             y[:, block].addmm_(h_k, B_k.T)  # into y: the update never exists as a tensor of its own
         ctx.rows = rows
-        ctx.save_for_backward(x, h, dropped, weight, lora_A, *lora_B)
+        ctx.save_for_backward(x, h, dropped, weight, scale, lora_A, *lora_B)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, h, dropped, weight, lora_A, *lora_B = ctx.saved_tensors
-        needs_x, _, _, _, needs_A, _, *needs_B = ctx.needs_input_grad
+        x, h, dropped, weight, scale, lora_A, *lora_B = ctx.saved_tensors
+        needs_x, needs_A, needs_B = ctx.needs_input_grad[0], ctx.needs_input_grad[5], ctx.needs_input_grad[7:]
         dx = dA = None
         if needs_x or needs_A:
             dh = torch.cat([dy[:, block] @ B_k for block, B_k in zip(ctx.rows, lora_B, strict=True)], dim=1)
         if needs_A:
-            dA = dh.T @ x
+            dA = dh.T @ _drop(x, dropped)
         if needs_x:
             dx = dh @ lora_A
             if dropped is not None:
                 _zero_(dx, dropped)
-            dx.addmm_(dy, weight)
+            dx.addmm_(dy, weight) if scale is None else dx.addmm_(dy * scale, weight.to(dy.dtype))
         h_parts = h.split([B.shape[1] for B in lora_B], dim=1)
         dB = [
             dy[:, block].T @ h_k if needed else None
             for block, h_k, needed in zip(ctx.rows, h_parts, needs_B, strict=True)
         ]
-        return dx, None, None, None, dA, None, *dB
+        return dx, None, None, None, None, dA, None, *dB
+
+
+def frozen_linear(x: Tensor, base: Frozen) -> Tensor:
+    """x Wᵀ + b. An int8 weight is widened for this product alone; its rows' scales multiply the outputs, not W."""
+    weight, bias, scale = base
+    if scale is None:
+        return F.linear(x, weight, bias)
+    y = F.linear(x, weight.to(x.dtype)).mul_(scale)
+    return y if bias is None else y.add_(bias)
 
 
 def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
@@ -103,7 +118,7 @@ def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
 
     Off the CPU a boolean mask (numel,). On the CPU, where drawing a number per element would take a fifth of a training
     step, the positions of the dropped elements: the gap from one to the next is geometric, `1 + floor(log(1 - u) /
-    log(1 - p))` for uniform u, so only about `p * numel` numbers are drawn, and about `8 p` bytes per element are kept.
+    log(1 - p))` for uniform u, so only about `p * numel` numbers are drawn, and about `4 p` bytes per element are kept.
     """
     if device.type != "cpu":
         return torch.empty(numel, dtype=torch.bool, device=device).bernoulli_(p)
@@ -111,8 +126,14 @@ def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
     count = min(numel, math.ceil(numel * p + 6 * math.sqrt(numel * p)) + 8)
     u = torch.rand(count, dtype=torch.float64)  # in [0, 1), so log(1 - u) is finite
     gaps = u.neg_().log1p_().div_(math.log1p(-p)).floor_().add_(1)
-    positions = gaps.cumsum(0).sub_(1).long()
-    return positions[: int(torch.searchsorted(positions, numel))]
+    positions = gaps.cumsum(0).sub_(1)
+    positions = positions[: int(torch.searchsorted(positions, numel))]
+    return positions.to(torch.int32 if numel < 2**31 else torch.int64)
+
+
+def _drop(x: Tensor, dropped: Tensor | None) -> Tensor:
+    """`x` without what `draw_dropped` chose of it: a copy, or `x` itself where that is nothing."""
+    return x if dropped is None else _zero_(x.clone(memory_format=torch.contiguous_format), dropped)
 
 
 def _zero_(x: Tensor, dropped: Tensor) -> Tensor:
@@ -121,5 +142,5 @@ def _zero_(x: Tensor, dropped: Tensor) -> Tensor:
     if dropped.dtype == torch.bool:
         flat.masked_fill_(dropped, 0)
     else:
-        flat.index_fill_(0, dropped, 0)
+        flat.index_fill_(0, dropped.long(), 0)
     return x

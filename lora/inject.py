@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .layer import LoRAFusedLinear, LoRALayer, LoRALinear
+from .layer import LoRAFusedLinear, LoRALayer, LoRALinear, choose
+from .pissa import start_at_principal
 from .state import get_adapter_params, set_trainable_params
 
 
@@ -24,38 +25,62 @@ class Target:
 Table = Mapping[str, Target | Iterable[Target]]
 
 
-def apply_lora(
+def apply_lora(model: nn.Module, target_modules: Iterable[str], *settings, **options) -> nn.Module:
+    """Put LoRA on the target layers of `model`, in place, and freeze all of it but the LoRA parameters.
+
+    Takes what `lora_layers` takes, and raises what it raises; the model is then unchanged. Returns `model`.
+    """
+    for path, layer in lora_layers(model, target_modules, *settings, **options).items():
+        model.set_submodule(path, layer)
+    set_trainable_params(model, get_adapter_params(model))
+    return model
+
+
+def lora_layers(
     model: nn.Module,
     target_modules: Iterable[str],
-    rank: int,
-    alpha: float,
+    rank: int | Mapping[str, int],
+    alpha: float | Mapping[str, float],
     dropout: float = 0.0,
     table: Table | None = None,
-) -> nn.Module:
-    """Put LoRA on the target layers of `model`, in place, and freeze all of it but the LoRA parameters.
+    *,
+    layers: Iterable[int] | None = None,
+    pissa: bool = False,
+    **variant: bool,
+) -> dict[str, LoRALayer]:
+    """LoRA layers over the target layers of `model`, by dotted name; `model` itself stays as it is.
 
     Args:
         model: any module.
         target_modules: names from `table`, or as in PEFT the last parts of dotted names of `nn.Linear` layers, so that
             "proj" is `blocks.0.attn.proj` but neither `blocks.0.attn.q_proj` nor a convolution called `proj`.
-        rank, alpha, dropout: as in `LoRALinear`; `r`, `lora_alpha` and `lora_dropout` in PEFT.
+        rank, alpha: as in `LoRALinear`, for all targets or {target: ...} for each; `r` and `lora_alpha` in PEFT, whose
+            `rank_pattern` and `alpha_pattern` are the dictionaries.
+        dropout: as in `LoRALinear`; `lora_dropout` in PEFT.
         table: what target names mean in this model, where that is not one whole layer of that name.
-
-    Returns:
-        `model`.
+        layers: only these blocks, by the first number in a layer's dotted name; `layers_to_transform` in PEFT.
+        pissa: start at the principal part of each weight, see `start_at_principal`.
+        variant: `rslora`, `dora`, as in `LowRank`.
 
     Raises:
-        ValueError: there is no target, a target matches no layer or one that has LoRA already, or `rank`, `alpha` or
-            `dropout` is out of range. The model is then unchanged.
+        ValueError: there is no target, a target matches no layer or one that has LoRA already, no target layer is in
+            such a block, or `rank`, `alpha` or `dropout` is missing or out of range.
     """
+    target_modules = list(target_modules)
+    for what, setting in (("rank", rank), ("alpha", alpha)):
+        if isinstance(setting, Mapping) and (missing := [name for name in target_modules if name not in setting]):
+            raise ValueError(f"no {what} for target {missing[0]!r}; {what} has {', '.join(setting)}")
+    plan = _resolve(model, target_modules, table or {})
+    if layers is not None:
+        plan = _only(plan, set(layers))
     adapted = {
-        path: _adapt(model.get_submodule(path), blocks, rank, alpha, dropout)
-        for path, blocks in _resolve(model, target_modules, table or {}).items()
+        path: _adapt(model.get_submodule(path), targets, rank, alpha, dropout, variant)
+        for path, targets in plan.items()
     }
-    for path, layer in adapted.items():
-        model.set_submodule(path, layer)
-    set_trainable_params(model, get_adapter_params(model))
-    return model
+    if pissa:
+        for layer in adapted.values():
+            start_at_principal(layer)
+    return adapted
 
 
 def _resolve(model: nn.Module, target_modules: Iterable[str], table: Table) -> dict[str, dict[str, Target]]:
@@ -81,9 +106,21 @@ def _resolve(model: nn.Module, target_modules: Iterable[str], table: Table) -> d
     return plan
 
 
-def _adapt(base_layer: nn.Linear, targets: dict[str, Target], rank: int, alpha: float, dropout: float) -> LoRALayer:
+def _only(plan: dict[str, dict[str, Target]], layers: set[int]) -> dict[str, dict[str, Target]]:
+    """The part of the plan in blocks of these numbers."""
+    numbers = {path: next((int(part) for part in path.split(".") if part.isdecimal()), None) for path in plan}
+    if unknown := layers - set(numbers.values()):
+        known = sorted({number for number in numbers.values() if number is not None})
+        raise ValueError(f"no target layer is in block {min(unknown)}; there are blocks {known}")
+    if not layers:
+        raise ValueError("layers is empty: name at least one block, or None for all")
+    return {path: targets for path, targets in plan.items() if numbers[path] in layers}
+
+
+def _adapt(base_layer: nn.Linear, targets: dict[str, Target], rank, alpha, dropout: float, variant: dict) -> LoRALayer:
     num_blocks = next(iter(targets.values())).of
     if num_blocks == 1:
-        return LoRALinear(base_layer, rank, alpha, dropout)
+        name = next(iter(targets))
+        return LoRALinear(base_layer, choose(rank, name), choose(alpha, name), dropout, **variant)
     blocks = {name: target.block for name, target in targets.items()}
-    return LoRAFusedLinear(base_layer, blocks, num_blocks, rank, alpha, dropout)
+    return LoRAFusedLinear(base_layer, blocks, num_blocks, rank, alpha, dropout, **variant)

@@ -1,6 +1,5 @@
 """LoRA layers, after Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685)."""
 
-import copy
 import math
 from collections.abc import Mapping
 
@@ -8,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import lora_linear
+from .functional import Frozen, lora_linear
+from .quantize import Int8Linear
 
 
 class LowRank(nn.Module):
@@ -18,15 +18,19 @@ class LowRank(nn.Module):
     the matrix's device, in float32 or, where the matrix is, float64: small steps would be lost in lower precision.
 
     Args:
-        weight: the matrix to update, (out, in); only its shape, device and dtype are used.
+        weight: the matrix to update, (out, in).
         rank: r in the paper and in PEFT.
         alpha: `lora_alpha` in PEFT.
+        rslora: scaling = alpha / sqrt(rank), so that the update does not shrink as the rank grows (Kalajdzievski 2023,
+            arXiv:2312.03732; `use_rslora` in PEFT).
+        dora: train the length of each row of W₀ + ΔW too, `lora_magnitude` (out,), which starts at W₀'s (Liu et al.
+            2024, arXiv:2402.09353; `use_dora` in PEFT).
 
     Raises:
         ValueError: `rank` is below 1 or `alpha` is not positive.
     """
 
-    def __init__(self, weight: Tensor, rank: int, alpha: float):
+    def __init__(self, weight: Tensor, rank: int, alpha: float, *, rslora: bool = False, dora: bool = False):
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
@@ -37,7 +41,10 @@ class LowRank(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, **where))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **where))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.scaling = alpha / rank
+        lengths = nn.Parameter(weight.detach().to(**where).norm(dim=1)) if dora else None
+        self.register_parameter("lora_magnitude", lengths)
+        self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
+        self.start: tuple[Tensor, Tensor] | None = None  # PiSSA's A and B, which the base then lacks
 
     @property
     def scaled_B(self) -> Tensor:
@@ -48,6 +55,19 @@ class LowRank(nn.Module):
         """ΔW, (out, in)."""
         return self.scaled_B @ self.lora_A
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of the update to the weight that was given: with PiSSA, less the part that was taken out of it."""
+        if self.start is None:
+            return self.lora_A, self.lora_B
+        start_A, start_B = self.start
+        return torch.cat([self.lora_A, start_A]), torch.cat([self.lora_B, -start_B], dim=1)
+
+    def row_scale(self, weight: Tensor) -> Tensor:
+        """DoRA's m / |W₀ + ΔW| (out,), which multiplies each output. The length gets no gradient (its section 4.3)."""
+        with torch.no_grad():
+            lengths = (weight + self.delta_weight()).norm(dim=1)
+        return self.lora_magnitude / lengths
+
 
 class LoRALayer:
     """What both layers below share: a frozen `base_layer`, and `updates()`, the pairs for rows of its weight."""
@@ -57,33 +77,82 @@ class LoRALayer:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.base_layer = base_layer.requires_grad_(False)
         self.dropout = dropout
+        self.cast = None
         self.train(base_layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)"""
+        """(..., in) -> (..., out), under autocast in its dtype."""
         rows, pairs = zip(*self.updates(), strict=True)
-        return lora_linear(
+        base, scale = self._frozen(), self._row_scale()
+        y = lora_linear(
             x,
-            self.base_layer.weight,
-            self.base_layer.bias,
+            base if scale is None else base._replace(bias=None),
             torch.cat([pair.lora_A for pair in pairs]),
             rows,
             [pair.scaled_B for pair in pairs],
             self.dropout if self.training else 0.0,
         )
+        return y if scale is None else _rescale(y, scale.to(y.dtype), base.bias)
 
     def reference_forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """What `forward` computes, in plain autograd, given which elements of `x` dropout keeps (1) and drops (0)."""
         dropped_out = x if keep is None else x * keep / (1 - self.dropout)
-        return self.base_layer(x) + F.linear(dropped_out, self.delta_weight())
+        base, update, scale = self.base_layer, F.linear(dropped_out, self.delta_weight()), self._row_scale()
+        return base(x) + update if scale is None else _rescale(F.linear(x, base.weight) + update, scale, base.bias)
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """A new linear layer of weight W₀ + ΔW, added in the adapter's precision and rounded once. Changes nothing."""
-        base = self.base_layer.weight
-        merged = nn.Parameter((base + self.delta_weight()).to(base.dtype), requires_grad=False)
-        # deepcopy takes what its memo holds as already copied, so everything but the weight is copied
-        return copy.deepcopy(self.base_layer, {id(base): merged})
+        base, scale = self.base_layer, self._row_scale()
+        weight = base.weight + self.delta_weight()
+        if scale is not None:
+            weight *= scale[:, None]
+        merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        merged.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
+        if base.bias is not None:
+            merged.bias = nn.Parameter(base.bias.clone(), requires_grad=False)
+        return merged.train(base.training)
+
+    def keep_base_in(self, dtype: torch.dtype) -> None:
+        """Keep a copy of the base in the dtype that autocast will compute in, rather than cast it at every call.
+
+        To be called once the layer is on its device; a base changed later needs another call.
+        """
+        self.cast = None
+        self.cast = self._frozen(dtype)
+
+    def _frozen(self, dtype: torch.dtype | None = None) -> Frozen:
+        """The base in `dtype`, by default in what is computed in now: autocast's dtype, or its own."""
+        base, lora_A = self.base_layer, self.updates()[0][1].lora_A
+        device = lora_A.device.type
+        if dtype is None and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        if isinstance(base, Int8Linear):
+            return base.frozen(dtype or lora_A.dtype)
+        dtype = dtype or base.weight.dtype
+        if self.cast and self.cast.weight.dtype == dtype:
+            return self.cast
+        return Frozen(base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype))
+
+    def _row_scale(self) -> Tensor | None:
+        """DoRA's scale of every output (out,), 1 where no pair updates it; None without DoRA."""
+        weight, updates = self.base_layer.weight, self.updates()
+        if updates[0][1].lora_magnitude is None:
+            return None
+        scale = updates[0][1].lora_magnitude.new_ones(len(weight))
+        for rows, pair in updates:
+            scale[rows] = pair.row_scale(weight[rows])
+        return scale
+
+
+def choose(setting: float | Mapping[str, float], name: str) -> float:
+    """A setting that is one for all, or {name: ...}."""
+    return setting[name] if isinstance(setting, Mapping) else setting
+
+
+def _rescale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """scale · y + b: DoRA scales W₀ x + ΔW x, before the bias."""
+    return y * scale if bias is None else torch.addcmul(bias, y, scale)
 
 
 class LoRALinear(LoRALayer, LowRank):
@@ -93,15 +162,15 @@ class LoRALinear(LoRALayer, LowRank):
 
     Args:
         base_layer: the layer to adapt; it is kept, by reference, and frozen.
-        rank, alpha: as in `LowRank`.
+        rank, alpha, rslora, dora: as in `LowRank`.
         dropout: `lora_dropout` in PEFT: the probability that the update does not see an element of x, while training.
 
     Raises:
         ValueError: `rank` is below 1, `alpha` is not positive, or `dropout` is outside [0, 1).
     """
 
-    def __init__(self, base_layer: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
-        super().__init__(base_layer.weight, rank, alpha)
+    def __init__(self, base_layer: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **variant: bool):
+        super().__init__(base_layer.weight, rank, alpha, **variant)
         self._wrap(base_layer, dropout)
 
     def updates(self) -> list[tuple[slice, LowRank]]:
@@ -122,7 +191,8 @@ class LoRAFusedLinear(LoRALayer, nn.Module):
         base_layer: the layer to adapt; it is kept, by reference, and frozen.
         blocks: name -> index of the row block, such as {"query": 0, "value": 2}.
         num_blocks: how many blocks the rows of `base_layer` are.
-        rank, alpha: as in `LowRank`, for each block.
+        rank, alpha: as in `LowRank`, for all blocks or {name: ...} for each.
+        rslora, dora: as in `LowRank`.
         dropout: as in `LoRALinear`.
 
     Raises:
@@ -134,9 +204,10 @@ class LoRAFusedLinear(LoRALayer, nn.Module):
         base_layer: nn.Linear,
         blocks: Mapping[str, int],
         num_blocks: int,
-        rank: int,
-        alpha: float,
+        rank: int | Mapping[str, int],
+        alpha: float | Mapping[str, float],
         dropout: float = 0.0,
+        **variant: bool,
     ):
         super().__init__()
         size, rest = divmod(base_layer.out_features, num_blocks)
@@ -146,7 +217,7 @@ class LoRAFusedLinear(LoRALayer, nn.Module):
             raise ValueError(f"blocks must name some of the blocks 0 to {num_blocks - 1}, got {dict(blocks)}")
         self.rows = {name: slice(block * size, (block + 1) * size) for name, block in blocks.items()}
         for name, rows in self.rows.items():
-            self.add_module(name, LowRank(base_layer.weight[rows], rank, alpha))
+            self.add_module(name, LowRank(base_layer.weight[rows], choose(rank, name), choose(alpha, name), **variant))
         self._wrap(base_layer, dropout)
 
     def updates(self) -> list[tuple[slice, LowRank]]:

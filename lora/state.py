@@ -53,6 +53,13 @@ def load_params(params: Mapping[str, nn.Parameter], state: Mapping[str, Tensor])
             parameter.copy_(state[name])
 
 
+def keep_base_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the frozen layers under LoRA in autocast's dtype too, so that they are cast once and not at every call."""
+    for module in model.modules():
+        if isinstance(module, LoRALayer):
+            module.keep_base_in(dtype)
+
+
 def merge_lora(model: nn.Module) -> nn.Module:
     """A copy of `model` with each LoRA layer merged into a plain linear layer: the state dict of the unadapted model.
 

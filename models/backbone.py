@@ -18,10 +18,20 @@ from lora import Target
 # What the recipe's target names mean in timm's `vision_transformer.py`: query, key and value are the three row blocks
 # of the fused `attn.qkv`; dense is the attention output and both MLP layers, never the convolution `patch_embed.proj`.
 VIT_TARGETS = {
-    "query": (Target("attn.qkv", block=0, of=3),),
-    "key": (Target("attn.qkv", block=1, of=3),),
-    "value": (Target("attn.qkv", block=2, of=3),),
+    "query": Target("attn.qkv", block=0, of=3),
+    "key": Target("attn.qkv", block=1, of=3),
+    "value": Target("attn.qkv", block=2, of=3),
     "dense": (Target("attn.proj"), Target("mlp.fc1"), Target("mlp.fc2")),
+}
+
+# LoRA pairs of a timm ViT and the layers of Hugging Face's `ViTModel` that they are, up to transformers 5.8 and since.
+HF_LAYERS = {
+    "blocks.{}.attn.qkv.query": ("encoder.layer.{}.attention.attention.query", "layers.{}.attention.q_proj"),
+    "blocks.{}.attn.qkv.key": ("encoder.layer.{}.attention.attention.key", "layers.{}.attention.k_proj"),
+    "blocks.{}.attn.qkv.value": ("encoder.layer.{}.attention.attention.value", "layers.{}.attention.v_proj"),
+    "blocks.{}.attn.proj": ("encoder.layer.{}.attention.output.dense", "layers.{}.attention.o_proj"),
+    "blocks.{}.mlp.fc1": ("encoder.layer.{}.intermediate.dense", "layers.{}.mlp.fc1"),
+    "blocks.{}.mlp.fc2": ("encoder.layer.{}.output.dense", "layers.{}.mlp.fc2"),
 }
 
 # The embedded demo's backbone: `pretrain_demo.py` makes the file.
@@ -56,6 +66,19 @@ def create_backbone(
         model.set_input_size(img_size=img_size)
         note_size(model)
     return model, fingerprint
+
+
+def hf_name(pair: str, old: bool = False) -> str:
+    """A LoRA pair of a timm ViT -> its layer in `ViTModel`; `old`: in transformers up to 5.8."""
+    number = pair.split(".")[1]
+    return HF_LAYERS[pair.replace(f".{number}.", ".{}.", 1)][0 if old else 1].format(number)
+
+
+def timm_name(layer: str) -> str:
+    """The inverse of `hf_name`, of either spelling."""
+    number = next(part for part in layer.split(".") if part.isdecimal())
+    numbered = {name.format(number): pair.format(number) for pair, names in HF_LAYERS.items() for name in names}
+    return numbered[layer]
 
 
 def bare_backbone(name: str) -> VisionTransformer:

@@ -29,9 +29,9 @@ def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
     Raises:
         UserError: a LoRA target that matches nothing, a rank below 1 (the message names it).
     """
-    lora, attributes = config["lora"], config["attributes"]
+    attributes, settings = config["attributes"], dict(config["lora"])
     try:
-        apply_lora(backbone, lora["targets"], lora["rank"], lora["alpha"], lora["dropout"], table=VIT_TARGETS)
+        apply_lora(backbone, settings.pop("targets"), **settings, table=VIT_TARGETS)
     except ValueError as error:
         raise UserError(str(error)) from None
     heads = HierarchicalHeads(

@@ -55,9 +55,14 @@ def batch(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(0, 256, (rows, 32, 32, 3), dtype=torch.uint8, generator=g), labels
 
 
+def sgd(model) -> torch.optim.SGD:
+    """Without weight decay, so that a step is the gradient alone."""
+    return torch.optim.SGD([{"params": list(trained_params(model).values()), "lr_ratio": 1.0}], lr=1)
+
+
 def updated(model, micro_batches, scale: float | None = None) -> dict[str, torch.Tensor]:
     """What trains, after one step; with the loss scaled as for fp16 where `scale` is given."""
-    optimizer = torch.optim.SGD(parameter_groups(trained_params(model).values()), lr=1)
+    optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
     train_step(model, micro_batches, optimizer, scaler, 0.1, None, InDouble())
     return {name: p.detach() for name, p in trained_params(model).items()}
@@ -108,7 +113,7 @@ def test_an_overflow_under_fp16_takes_no_step_and_halves_the_scale():
     for p in model.heads.parameters():
         p.data *= 1e200  # the scaled loss is no longer finite
     heads = {name: p.detach().clone() for name, p in trained_params(model).items()}
-    optimizer = torch.optim.SGD(trained_params(model).values(), lr=1)
+    optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     train_step(model, [batch(4, 0)], optimizer, scaler, 0.1, None, InDouble())
     assert scaler.get_scale() == 2.0**15
@@ -119,7 +124,7 @@ def test_an_overflow_under_fp16_takes_no_step_and_halves_the_scale():
 def test_a_window_without_any_label_changes_nothing_and_is_finite():
     pixels, labels = batch(4, 0)
     model = tiny_model()
-    optimizer = torch.optim.SGD(trained_params(model).values(), lr=1)
+    optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     losses, norm = train_step(model, [(pixels, torch.full_like(labels, -1))], optimizer, scaler, 0.1, None, InDouble())
     assert losses.tolist() == [0, 0]
@@ -132,7 +137,7 @@ def test_the_gradient_is_clipped_to_norm_one():
     for p in model.heads.parameters():
         p.data *= 100
     before = {name: p.detach().clone() for name, p in trained_params(model).items()}
-    optimizer = torch.optim.SGD(trained_params(model).values(), lr=1)
+    optimizer = sgd(model)
     _, norm = train_step(
         model, [batch(4, 0)], optimizer, torch.amp.GradScaler("cpu", enabled=False), 0.1, None, InDouble()
     )
@@ -155,10 +160,28 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_biases_are_not_decayed():
-    decayed, rest = parameter_groups(trained_params(tiny_model()).values())
-    assert decayed["weight_decay"] > 0 == rest["weight_decay"]
-    assert {p.ndim for p in decayed["params"]} == {2}
+    params = trained_params(tiny_model())
+    *decayed, rest = parameter_groups(params)
+    assert all(group["weight_decay"] > 0 for group in decayed)
+    assert rest["weight_decay"] == 0
+    assert {p.ndim for group in decayed for p in group["params"]} == {2}
     assert {p.ndim for p in rest["params"]} == {1}
+    assert sum(len(group["params"]) for group in [*decayed, rest]) == len(params)
+
+
+def test_lora_plus_is_the_learning_rate_of_b_alone():
+    def moved(lora_plus):
+        model = tiny_model()
+        before = {name: p.detach().clone() for name, p in trained_params(model).items()}
+        optimizer = torch.optim.SGD(parameter_groups(trained_params(model), lora_plus), lr=1, weight_decay=0)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        train_step(model, [batch(4, 0)], optimizer, scaler, 1e-4, None, InDouble())
+        return {name: (p - before[name]).norm() for name, p in trained_params(model).items()}
+
+    plain, plus = moved(1.0), moved(16.0)
+    for name in plain:
+        ratio = 16 if name.endswith("lora_B") else 1
+        torch.testing.assert_close(plus[name], ratio * plain[name], rtol=1e-2, atol=1e-9)  # decay differs in part
 
 
 def test_amp_alone_never_means_fp16_on_a_cpu():
@@ -169,7 +192,7 @@ def test_bf16_step_stays_close_to_fp32():
     steps = {}
     for amp in (None, torch.bfloat16):
         model = tiny_model().float()
-        optimizer = torch.optim.SGD(trained_params(model).values(), lr=1)
+        optimizer = sgd(model)
         losses, norm = train_step(
             model, [batch(4, 0)], optimizer, torch.amp.GradScaler("cpu", enabled=False), 0.1, amp, PREPROCESS
         )
@@ -179,6 +202,22 @@ def test_bf16_step_stays_close_to_fp32():
 
 
 # train.py as a user runs it
+
+
+def test_variants_train_and_load(command, cache_dir, tmp_path):
+    done = command(
+        *("train.py", "--data", "demo", "--limit", 200, "--epochs", 1, "--cache-dir", cache_dir, "--out", "run"),
+        *("--targets", "query", "dense", "--rank", "query=2,dense=4", "--alpha", "8", "--layers", 0, 3),
+        *("--rslora", "--dora", "--pissa", "--lora-plus", 4, "--base", "int8", "--amp", "bf16"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    model, _ = load_checkpoint(tmp_path / "run" / "best")
+    block = model.backbone.blocks[3]
+    assert (len(block.attn.qkv.query.lora_A), len(block.mlp.fc2.lora_A)) == (2, 4)
+    assert block.mlp.fc2.scaling == 8 / 2
+    assert (block.mlp.fc2.lora_magnitude - block.mlp.fc2.base_layer.weight.norm(dim=1)).abs().max() > 0
+    assert isinstance(model.backbone.blocks[1].mlp.fc2, torch.nn.Linear), "--layers names the others"
 
 
 def test_a_run_leaves_what_the_design_says(demo_run):
@@ -294,6 +333,10 @@ def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
         (["--alpha", "-1"], "alpha must be positive, got -1"),
         (["--seed", "-1"], "--seed -1 is negative"),
         (["--lr", "nan"], "--lr nan is not a positive number"),
+        (["--rank", "query=0"], "--rank: 0 is not a whole number above 0"),
+        (["--rank", "query=4"], "no rank for target 'key'"),
+        (["--layers", "9"], "no target layer is in block 9; there are blocks [0, 1, 2, 3]"),
+        (["--lora-plus", "0"], "--lora-plus 0.0 is not a positive number"),
         (["--amp", "fp8"], "argument --amp: invalid choice: 'fp8'"),
         (["--limit", "3"], "is too small"),
     ],

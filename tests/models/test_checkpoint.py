@@ -119,6 +119,31 @@ def test_damaged_checkpoints(trained, tmp_path):
         load_checkpoint(other)
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"rslora": True, "dora": True},
+        {"pissa": True},
+        {"rank": {"query": 2, "value": 3, "dense": 5}, "layers": [1, 2]},
+    ],
+)
+def test_variants_round_trip(tmp_path, variant):
+    torch.manual_seed(0)
+    backbone, fingerprint = create_backbone(DEMO)
+    config = {
+        "backbone": {"name": DEMO, "img_size": None, "fingerprint": fingerprint},
+        "lora": {"targets": ["query", "value", "dense"], "rank": 4, "alpha": 8, "dropout": 0.1} | variant,
+        "attributes": [{"name": "gender", "level": 1, "labels": ["a", "b"], "aliases": None}],
+    }
+    model = attach(backbone, config).eval()
+    with torch.no_grad():
+        for p in trained_params(model).values():
+            p += 0.05 * torch.randn_like(p)
+    save_checkpoint(tmp_path / "best", model, config)
+    loaded, _ = load_checkpoint(tmp_path / "best")
+    torch.testing.assert_close(loaded(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
+
+
 def test_vit_b_has_the_recipes_2654208_lora_parameters():
     with torch.device("meta"):
         backbone = bare_backbone("vit_base_patch16_224")

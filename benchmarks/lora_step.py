@@ -1,0 +1,214 @@
+"""A training step of LoRA on a ViT: this project beside PEFT, full fine-tuning, and what no LoRA step can do without.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/lora_step.py [--amp bf16] [--batch-size 4] [--plot FILE.png]
+
+A step is forward, backward and AdamW on pictures in memory, ViT-B/16 at 224 px, rank 16 on query, key, value and dense,
+dropout 0.05, random weights (the numbers do not depend on them). The ways take turns in one process; speeds are ratios
+to PEFT on Hugging Face's ViT, by the median over rounds. *floor* is two passes of the frozen forward without gradients,
+plus 5 % for the low-rank products. *kept* is what is in memory between forward and backward beside the model itself.
+"""
+
+import argparse
+import gc
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import peft
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from matplotlib.figure import Figure
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lora import LoRALayer, apply_lora, keep_base_in
+from models.backbone import VIT_TARGETS
+
+RANK, ALPHA, CLASSES = 16, 32, 100
+AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class OfViT(nn.Module):
+    """The CLS token of Hugging Face's ViT, as timm's ViT gives it."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images):
+        return self.vit(pixel_values=images).last_hidden_state[:, 0]
+
+
+def timm_vit(name: str) -> nn.Module:
+    return timm.create_model(name, num_classes=0)
+
+
+def peft_config(targets, dropout: float) -> peft.LoraConfig:
+    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=targets)
+
+
+def ours(name: str, dropout: float) -> nn.Module:
+    return apply_lora(timm_vit(name), VIT_TARGETS, RANK, ALPHA, dropout, VIT_TARGETS)
+
+
+def peft_hf(name: str, dropout: float) -> nn.Module:
+    vit = timm_vit(name)
+    config = transformers.ViTConfig(
+        hidden_size=vit.embed_dim,
+        num_hidden_layers=len(vit.blocks),
+        num_attention_heads=vit.blocks[0].attn.num_heads,
+        intermediate_size=vit.blocks[0].mlp.fc1.out_features,
+        image_size=vit.patch_embed.img_size[0],
+        patch_size=vit.patch_embed.patch_size[0],
+    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
+    hf = transformers.ViTModel(config, add_pooling_layer=False)
+    return OfViT(peft.get_peft_model(hf, peft_config(targets, dropout)))
+
+
+def peft_timm(name: str, dropout: float) -> nn.Module:
+    return peft.get_peft_model(timm_vit(name), peft_config(["qkv", "attn.proj", "fc1", "fc2"], dropout))
+
+
+def frozen(name: str, dropout: float) -> nn.Module:
+    return timm_vit(name).requires_grad_(False)
+
+
+WAYS = {
+    "PEFT on HF ViT": (peft_hf, 0.05),
+    "PEFT on HF ViT, dropout 0": (peft_hf, 0.0),
+    "PEFT on timm": (peft_timm, 0.05),
+    "this project": (ours, 0.05),
+    "this project, dropout 0": (ours, 0.0),
+    "full fine-tuning": (lambda name, dropout: timm_vit(name), 0.0),
+    "linear probe": (frozen, 0.0),
+}
+FIRST, FLOOR = next(iter(WAYS)), "floor"
+
+
+class Step:
+    """One way of training, with what it needs to take a step."""
+
+    def __init__(self, make, dropout: float, args: argparse.Namespace, device: torch.device):
+        torch.manual_seed(0)
+        backbone = make(args.backbone, dropout).to(device)
+        if AMP[args.amp] and any(isinstance(module, LoRALayer) for module in backbone.modules()):
+            keep_base_in(backbone, AMP[args.amp])
+        width = timm.create_model(args.backbone, num_classes=0).num_features
+        self.model = nn.Sequential(backbone, nn.Linear(width, CLASSES, device=device)).train()
+        self.run = torch.compile(self.model) if args.compile else self.model
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], 1e-4)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        self.autocast = torch.autocast(device.type, AMP[args.amp], enabled=AMP[args.amp] is not None)
+
+    def loss(self, images, labels):
+        with self.autocast:
+            return F.cross_entropy(self.run(images).float(), labels)
+
+    def __call__(self, images, labels):
+        self.scaler.scale(self.loss(images, labels)).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def kept(self, images, labels) -> int:
+        """Bytes that the forward pass keeps for the backward pass, each memory block once, the model's own left out."""
+        casts = [m.cast.weight for m in self.model.modules() if isinstance(m, LoRALayer) and m.cast]
+        own = {t.untyped_storage().data_ptr() for t in [*self.model.parameters(), *self.model.buffers(), *casts]}
+        blocks = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own | {images.untyped_storage().data_ptr()}:
+                blocks[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.loss(images, labels)  # the graph lives until the blocks are counted: no address is used twice
+        total = sum(blocks.values())
+        del loss
+        return total
+
+    @torch.no_grad()
+    def twice_forward(self, images, labels):
+        for _ in range(2):
+            self.loss(images, labels)
+
+
+def measure(steps: dict, batch, device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way in each round; the order turns so that none is always first."""
+    seconds = {name: [] for name in steps}
+    order = list(steps)
+    for round_ in tqdm(range(rounds + 1), desc="rounds", file=sys.stderr):
+        order = order[1:] + order[:1]
+        for name in order:
+            gc.collect()
+            start = time.perf_counter()
+            steps[name](*batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if round_:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def draw(speeds: dict[str, float], kept: dict[str, int], title: str, path: Path) -> None:
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    names = list(reversed(speeds))
+    panels = figure.subplots(1, 2, sharey=True)
+    values = [speeds, {name: kept.get(name, 0) / 1e9 for name in names}]
+    for axes, value, label in zip(panels, values, ("speed, PEFT on HF ViT = 1", "kept for backward, GB"), strict=True):
+        colours = ["#1f6feb" if name.startswith("this project") else "#c3c9d0" for name in names]
+        bars = axes.barh(names, [value[name] for name in names], color=colours)
+        axes.bar_label(bars, [f"{value[name]:.2f}" if value[name] else "" for name in names], padding=3, fontsize=8)
+        axes.set_xlabel(label)
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", default="vit_base_patch16_224")
+    parser.add_argument("--amp", choices=AMP, default="fp32")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="torch.compile every way")
+    parser.add_argument("--plot", type=Path, help="draw the table here")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = {name: Step(*way, args, device) for name, way in WAYS.items()}
+    size = timm.data.resolve_model_data_config(timm.create_model(args.backbone))["input_size"]
+    batch = (
+        torch.randn(args.batch_size, *size, device=device),
+        torch.randint(CLASSES, (args.batch_size,), device=device),
+    )
+    kept = {name: step.kept(*batch) for name, step in steps.items()}
+    seconds = measure(steps | {FLOOR: steps["linear probe"].twice_forward}, batch, device, args.rounds)
+    seconds[FLOOR] = [1.05 * s for s in seconds[FLOOR]]
+    ratios = {name: [b / s for s, b in zip(times, seconds[FIRST], strict=True)] for name, times in seconds.items()}
+
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    title = f"{args.backbone}, {args.amp}, batch {args.batch_size}, {where}, torch {torch.__version__}"
+    title += f", peft {peft.__version__}, transformers {transformers.__version__}" + ", compiled" * args.compile
+    print(f"{title}, {platform.machine()}")
+    print(f"{'':<28}{'images/s':>9}{'ratio':>7}{'rounds':>15}{'kept, GB':>10}{'ratio':>7}")
+    for name, times in seconds.items():
+        speed, ratio = args.batch_size / statistics.median(times), statistics.median(ratios[name])
+        spread = f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}"
+        memory = f"{kept[name] / 1e9:>10.2f}{kept[name] / kept[FIRST]:>7.2f}" if name in kept else ""
+        print(f"{name:<28}{speed:>9.2f}{ratio:>7.2f}{spread:>15}{memory}")
+    if args.plot:
+        draw({name: statistics.median(r) for name, r in ratios.items()}, kept, title, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""A trained run in other formats.
+
+python export.py --to timm --out backbone.safetensors    merged weights, for timm.create_model and --weights
+python export.py --to peft --out adapter/                LoRA alone, for PEFT on Hugging Face's ViT
+python export.py --to onnx --out model.onnx              merged backbone and heads, for onnxruntime
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from errors import Parser, UserError, check_writable, exits_cleanly
+from lora import merge_lora, to_peft
+from models.backbone import hf_name
+from models.checkpoint import find_checkpoint, load_checkpoint
+
+KINDS = {"timm": ".safetensors", "peft": "", "onnx": ".onnx"}
+
+
+def export_timm(model: nn.Module, config: dict, out: Path) -> None:
+    """The backbone with LoRA merged in, in timm's names; the heads stay behind."""
+    save_file(merge_lora(model.backbone).state_dict(), out, metadata={"format": "pt"})
+    size = config["backbone"]["img_size"]
+    create = f"{config['backbone']['name']!r}, num_classes=0" + (f", img_size={size}" if size else "")
+    print(f"load it: timm.create_model({create}).load_state_dict(load_file({str(out)!r}))")
+
+
+def export_peft(model: nn.Module, config: dict, out: Path, old: bool) -> None:
+    """PEFT's two files; the heads stay behind, as PEFT has no place for them."""
+    adapter, tensors = to_peft(model.backbone, lambda name: hf_name(name, old), config["lora"]["dropout"])
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "adapter_config.json").write_text(json.dumps(adapter, indent=1) + "\n", encoding="utf-8")
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    since = "up to 5.8" if old else "from 5.9 on"
+    print(f"load it, transformers {since}: PeftModel.from_pretrained(ViTModel(...), {str(out)!r})")
+
+
+class Logits(nn.Module):
+    """The model with its outputs in a tuple, in the order of the attributes, as ONNX wants them."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.model(images).values())
+
+
+def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
+    """`images` (batch, 3, S, S), resized and normalised as the file beside it says, -> the logits of each attribute."""
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
+        raise UserError(f"--to onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    images = torch.zeros(2, 3, *config["preprocess"]["size"])
+    torch.onnx.export(
+        Logits(merge_lora(model)).eval(),
+        (images,),
+        out,
+        dynamo=True,
+        verbose=False,
+        external_data=False,
+        input_names=["images"],
+        output_names=[attribute["name"] for attribute in config["attributes"]],
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+    )
+    labels = {attribute["name"]: attribute["labels"] for attribute in config["attributes"]}
+    about = {"preprocess": config["preprocess"], "labels": labels}
+    beside = out.with_suffix(".json")
+    beside.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"what its inputs and outputs mean: {beside}")
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description="Write a trained run in another format.")
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the newest run's best)")
+    parser.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file")
+    parser.add_argument("--to", choices=KINDS, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="FILE.safetensors, FOLDER or FILE.onnx")
+    parser.add_argument("--old-names", action="store_true", help="peft: for transformers up to 5.8")
+    args = parser.parse_args(argv)
+    if args.out.suffix.lower() != KINDS[args.to]:
+        raise UserError(f"--out {args.out}: --to {args.to} makes a {KINDS[args.to] or 'folder, without a suffix'}")
+    check_writable(args.out / "adapter_config.json" if args.out.is_dir() else args.out, "--out")
+    folder = find_checkpoint(args.checkpoint)
+    print(f"checkpoint {folder}")
+    model, config = load_checkpoint(folder, args.weights)
+    if args.to == "timm":
+        export_timm(model, config, args.out)
+    elif args.to == "peft":
+        export_peft(model, config, args.out, args.old_names)
+    else:
+        export_onnx(model, config, args.out)
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

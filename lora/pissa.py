@@ -1,0 +1,30 @@
+"""PiSSA: start at what the frozen weight does most, and train that."""
+
+import torch
+from torch import nn
+
+from .layer import LoRALayer
+
+
+@torch.no_grad()
+def start_at_principal(layer: LoRALayer) -> None:
+    """Start each pair at the principal part of its weight and freeze the rest (Meng et al. 2024, arXiv:2404.02948).
+
+        W₀ = U S Vᵀ;    B = U_r √S_r,  A = √S_r V_rᵀ (less the scaling);    base = W₀ - ΔW
+
+    so that the layer computes at first what it did before; `init_lora_weights="pissa"` in PEFT. The layer gets a base
+    of its own: the one it was given is not changed. The same weight gives the same rest, up to rounding, so a
+    checkpoint needs A and B alone.
+    """
+    base = layer.base_layer
+    for rows, pair in layer.updates():
+        u, s, v = torch.linalg.svd(base.weight[rows].to(pair.lora_A.dtype), full_matrices=False)
+        rank = len(pair.lora_A)
+        root = (s[:rank] / pair.scaling).sqrt()
+        pair.lora_B.copy_(u[:, :rank] * root)
+        pair.lora_A.copy_(root[:, None] * v[:rank])
+        pair.start = pair.lora_A.clone(), pair.lora_B.clone()
+    rest = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+    rest.weight = nn.Parameter((base.weight - layer.delta_weight()).to(base.weight.dtype), requires_grad=False)
+    rest.bias = base.bias
+    layer.base_layer = rest.train(base.training)

@@ -1,0 +1,30 @@
+"""The ONNX export, run by onnxruntime: the same logits, at any batch size."""
+
+import json
+
+import pytest
+import torch
+
+from models.checkpoint import load_checkpoint
+
+onnxruntime = pytest.importorskip(
+    "onnxruntime", reason="onnxruntime is not installed: pip install -r benchmarks/requirements.txt"
+)
+
+
+def test_logits_are_the_same_at_any_batch_size(command, demo_run, tmp_path):
+    done = command("export.py", "--checkpoint", demo_run / "best", "--to", "onnx", "--out", "m.onnx", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    model, config = load_checkpoint(demo_run / "best")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    assert names == [attribute["name"] for attribute in config["attributes"]]
+    for batch in (1, 2, 5):
+        images = torch.randn(batch, 3, *config["preprocess"]["size"])
+        with torch.inference_mode():
+            expected = model(images)
+        for name, logits in zip(names, session.run(None, {"images": images.numpy()}), strict=True):
+            torch.testing.assert_close(torch.from_numpy(logits), expected[name], rtol=1e-4, atol=1e-4)
+    about = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
+    assert about["labels"] == {attribute["name"]: attribute["labels"] for attribute in config["attributes"]}
+    assert about["preprocess"]["size"] == list(config["preprocess"]["size"])

@@ -1,0 +1,182 @@
+"""Against PEFT on Hugging Face's ViT: the same weights in, the same outputs, gradients and merged weights out."""
+
+import copy
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora import apply_lora, from_peft, get_adapter_params, merge_lora, to_peft
+from models.backbone import VIT_TARGETS, hf_name, timm_name
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install -r benchmarks/requirements.txt")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed, as for PEFT")
+
+IMAGES = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+VARIANTS = {
+    "lora": {},
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "rslora and dora": {"rslora": True, "dora": True},
+    "pissa": {"pissa": True},
+}
+
+
+@pytest.fixture(scope="module")
+def vits():
+    """The same tiny ViT twice: timm's and Hugging Face's, in fp64."""
+    torch.manual_seed(0)
+    size = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32}
+    ours = timm.create_model("vit_tiny_patch16_224", num_classes=0, **size).double().eval()
+    options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = transformers.ViTConfig(**options, image_size=32, layer_norm_eps=1e-6)
+    theirs = transformers.ViTModel(config, add_pooling_layer=False).double().eval()
+    theirs.load_state_dict(hf_state(ours.state_dict(), theirs.state_dict()), strict=True)
+    torch.testing.assert_close(theirs(IMAGES).last_hidden_state[:, 0], ours(IMAGES))
+    return ours, theirs
+
+
+def is_old(vit) -> bool:
+    return any(name.startswith("encoder.") for name, _ in vit.named_modules())
+
+
+def hf_state(state, like) -> dict:
+    """timm's tensors under Hugging Face's names."""
+    old = any(name.startswith("encoder.") for name in like)
+    around = {
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj": "embeddings.patch_embeddings.projection",
+        "norm": "layernorm",
+    }
+    block = "encoder.layer.{}." if old else "layers.{}."
+    renamed = {}
+    for name, tensor in state.items():
+        layer, _, kind = name.rpartition(".")
+        if name in around or layer in around:
+            renamed[around[name] if name in around else f"{around[layer]}.{kind}"] = tensor
+        elif layer.endswith("attn.qkv"):
+            for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                renamed[f"{hf_name(f'{layer}.{part}', old)}.{kind}"] = rows
+        elif ".norm" in layer:
+            where = "layernorm_before" if layer.endswith("norm1") else "layernorm_after"
+            renamed[block.format(layer.split(".")[1]) + f"{where}.{kind}"] = tensor
+        else:
+            renamed[f"{hf_name(layer, old)}.{kind}"] = tensor
+    return renamed
+
+
+def adapted(ours, **options):
+    model = apply_lora(copy.deepcopy(ours), VIT_TARGETS, 4, 8, table=VIT_TARGETS, **options)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in get_adapter_params(model).values():
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def saved(model, folder, old):
+    folder.mkdir()
+    config, tensors = to_peft(model, lambda name: hf_name(name, old))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_export_is_the_same_model_in_peft(vits, tmp_path, variant):
+    ours, theirs = vits
+    model = adapted(ours, **VARIANTS[variant])
+    folder = saved(model, tmp_path / "adapter", is_old(theirs))
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), folder).eval()
+    expected = model(IMAGES)
+    assert (expected - ours(IMAGES)).abs().max() > 1e-2
+    torch.testing.assert_close(loaded(IMAGES).last_hidden_state[:, 0], expected, rtol=1e-5, atol=1e-5)
+    merged = hf_state(merge_lora(model).state_dict(), theirs.state_dict())
+    unloaded = loaded.merge_and_unload().state_dict()
+    assert merged.keys() == unloaded.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(unloaded[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "pissa"])
+def test_gradients_are_pefts(vits, tmp_path, variant):
+    ours, theirs = vits
+    model = adapted(ours, **VARIANTS[variant]).train()
+    folder = saved(model, tmp_path / "adapter", is_old(theirs))
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), folder, is_trainable=True)
+    # PEFT loads adapters in fp32; gradients are compared in fp64
+    loaded.double()
+    model(IMAGES).pow(3).sum().backward()
+    loaded(IMAGES).last_hidden_state[:, 0].pow(3).sum().backward()
+    theirs_grad = {name: p.grad for name, p in loaded.named_parameters() if p.grad is not None}
+    # a saved scaling of alpha / r is the same whether rsLoRA made it or not
+    old, checked = is_old(theirs), 0
+    for name, p in get_adapter_params(model).items():
+        pair, _, kind = name.rpartition(".")
+        end = {"lora_A": "lora_A.default.weight", "lora_B": "lora_B.default.weight"}.get(
+            kind, "lora_magnitude_vector.default.weight"
+        )
+        torch.testing.assert_close(
+            theirs_grad[f"base_model.model.{hf_name(pair, old)}.{end}"], p.grad, rtol=1e-4, atol=1e-6, msg=name
+        )
+        checked += 1
+    assert checked == len(theirs_grad) == (36 if "dora" in variant else 24)
+
+
+def test_pissa_starts_as_pefts(vits):
+    ours, theirs = vits
+    config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights="pissa", target_modules=["fc1", "intermediate.dense"])
+    wrapped = peft.get_peft_model(copy.deepcopy(theirs).float(), config)
+    layers = [m for m in wrapped.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+    assert len(layers) == 2
+    for block, layer in zip(ours.blocks, layers, strict=True):
+        model = apply_lora(copy.deepcopy(block.mlp).float(), ["fc1"], 4, 8, pissa=True)
+        torch.testing.assert_close(model.fc1.delta_weight(), layer.get_delta_weight("default"), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model.fc1.base_layer.weight, layer.base_layer.weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_what_peft_saved_is_read(vits, tmp_path, options):
+    """With the ranks and alphas of single layers, which PEFT writes as patterns."""
+    ours, theirs = vits
+    names = ["query", "intermediate.dense"] if is_old(theirs) else ["q_proj", "fc1"]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=names, rank_pattern={names[1]: 2}, alpha_pattern={names[1]: 3}, **options
+    )
+    wrapped = peft.get_peft_model(copy.deepcopy(theirs), config).eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora_" in name:
+                p += 0.2 * torch.randn_like(p)
+    wrapped.save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    model = from_peft(copy.deepcopy(ours), found, tensors, timm_name, VIT_TARGETS)
+    expected = wrapped(IMAGES).last_hidden_state[:, 0]
+    assert (expected - ours(IMAGES)).abs().max() > 1e-2
+    torch.testing.assert_close(model(IMAGES), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_our_own_export_is_read_back(vits, old):
+    ours, _ = vits
+    model = adapted(ours, dora=True)
+    config, tensors = to_peft(model, lambda name: hf_name(name, old))
+    back = from_peft(copy.deepcopy(ours), config, tensors, timm_name, VIT_TARGETS)
+    assert torch.equal(back(IMAGES), model(IMAGES))
+    assert get_adapter_params(back).keys() == get_adapter_params(model).keys()
+
+
+def test_what_cannot_be_read_is_said(vits):
+    ours, _ = vits
+    for config, message in (
+        ({"peft_type": "IA3"}, "PEFT type 'IA3', not LORA"),
+        ({"peft_type": "LORA", "modules_to_save": ["classifier"]}, "modules_to_save, which is not supported"),
+        ({"peft_type": "LORA", "bias": "all"}, "bias, which is not supported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_peft(copy.deepcopy(ours), config, {}, timm_name, VIT_TARGETS)

@@ -1,0 +1,79 @@
+"""An int8 base: small, close, trainable."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lora import Int8Linear, LoRALinear, apply_lora, get_adapter_params, quantize_base
+
+
+def test_by_hand():
+    linear = nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[127.0, -63.6, 0.4], [0, 0, 0]]))
+    quantised = Int8Linear(linear)
+    assert quantised.quantised.tolist() == [[127, -64, 0], [0, 0, 0]]
+    assert quantised.weight.tolist() == [[127, -64, 0], [0, 0, 0]]
+    assert quantised(torch.tensor([1.0, 1.0, 9.0])).tolist() == [63, 0]
+
+
+def test_output_and_gradients_are_those_of_the_widened_weight():
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(16, 8), rank=2, alpha=4)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 16, requires_grad=True)
+    exact = layer(x)
+    quantize_base(layer)
+    assert isinstance(layer.base_layer, Int8Linear)
+    wanted = [x, layer.lora_A, layer.lora_B]
+    y, reference = layer(x), layer.reference_forward(x)
+    torch.testing.assert_close(y, reference)
+    actual, expected = (torch.autograd.grad(out.square().sum(), wanted) for out in (y, reference))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert (y - exact).norm() < 0.01 * exact.norm()
+    torch.testing.assert_close(layer.merge()(x), y)
+
+
+@pytest.mark.parametrize("targets", [["query", "key", "value", "dense"], ["query"]])
+def test_base_of_a_vit_is_a_quarter(table, targets):
+    model = timm.create_model("vit_base_patch16_224", num_classes=0, depth=2)
+    blocks = model.blocks  # of the 12 of a ViT-B: the embeddings weigh too much beside 2
+
+    def base_bytes():
+        adapters = {id(p) for p in get_adapter_params(model).values()}
+        tensors = [*blocks.parameters(), *blocks.buffers()]
+        return sum(t.numel() * t.element_size() for t in tensors if id(t) not in adapters)
+
+    whole = base_bytes()
+    quantize_base(apply_lora(model, targets, 4, 4, table=table))
+    assert not [path for path, module in model.named_modules() if type(module) is nn.Linear]
+    assert base_bytes() <= 0.26 * whole
+
+
+def test_outputs_of_every_layer_are_within_a_hundredth(make_vit):
+    model = make_vit().eval()
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, x, y, name=name: seen.update({name: (module, x[0], y)}))
+    model(torch.randn(4, 3, 32, 32))
+    assert len(seen) == 8
+    for name, (module, x, y) in seen.items():
+        error = Int8Linear(module)(x) - y
+        assert error.norm() < 0.01 * y.norm(), name
+
+
+def test_training_works(make_vit, table):
+    model = quantize_base(apply_lora(make_vit(), table, 4, 8, table=table))
+    params = list(get_adapter_params(model).values())
+    optimizer = torch.optim.AdamW(params, 1e-2)
+    images, targets = torch.randn(8, 3, 32, 32), torch.randn(8, 32)
+    losses = []
+    for _ in range(20):
+        loss = (model(images) - targets).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0]

@@ -1,0 +1,157 @@
+"""rsLoRA, DoRA, PiSSA, ranks of each target, chosen blocks: by hand, and against plain autograd."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lora import (
+    LoRAFusedLinear,
+    LoRALinear,
+    apply_lora,
+    draw_dropped,
+    get_adapter_params,
+    merge_lora,
+    start_at_principal,
+)
+
+
+def set_(parameter, values):
+    with torch.no_grad():
+        parameter.copy_(torch.tensor(values))
+
+
+def test_rslora_by_hand():
+    layer = LoRALinear(nn.Linear(2, 1, bias=False), rank=4, alpha=6, rslora=True)
+    assert layer.scaling == 3.0  # 6 / √4, where LoRA has 6 / 4
+    set_(layer.base_layer.weight, [[1, 2]])
+    set_(layer.lora_A, [[1, 0], [0, 1], [0, 0], [0, 0]])
+    set_(layer.lora_B, [[2, -1, 5, 5]])
+    assert layer.merge().weight.tolist() == [[7, -1]]
+    assert layer(torch.tensor([1.0, 10.0])).tolist() == [-3]
+
+
+def test_dora_by_hand():
+    base = nn.Linear(2, 2)
+    set_(base.weight, [[3, 4], [0, 2]])
+    set_(base.bias, [100, 200])
+    layer = LoRALinear(base, rank=1, alpha=1, dora=True)
+    assert layer.lora_magnitude.tolist() == [5, 2]
+    set_(layer.lora_A, [[3, 4]])
+    set_(layer.lora_B, [[1], [0]])  # W₀ + ΔW = [[6, 8], [0, 2]], of lengths 10 and 2
+    assert layer.merge().weight.tolist() == [[3, 4], [0, 2]]
+    assert layer(torch.tensor([1.0, 1.0])).tolist() == [107, 202]
+    set_(layer.lora_magnitude, [20, 1])
+    assert layer.merge().weight.tolist() == [[12, 16], [0, 1]]
+    assert layer(torch.tensor([1.0, 1.0])).tolist() == [128, 201]
+
+
+def test_dora_leaves_the_blocks_without_it_as_they_are():
+    base = nn.Linear(2, 6, bias=False)
+    layer = LoRAFusedLinear(base, {"key": 1}, num_blocks=3, rank=1, alpha=1, dora=True)
+    set_(layer.key.lora_magnitude, [2, 2])
+    set_(layer.key.lora_B, [[1], [1]])
+    merged = layer.merge().weight
+    assert torch.equal(merged[[0, 1, 4, 5]], base.weight[[0, 1, 4, 5]])
+    torch.testing.assert_close(merged[2:4].norm(dim=1), torch.tensor([2.0, 2.0]))
+    assert set(dict(layer.key.named_parameters())) == {"lora_A", "lora_B", "lora_magnitude"}
+
+
+@pytest.mark.parametrize("kind", ["plain", "two blocks"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_dora_are_those_of_plain_autograd(kind, dropout, bias):
+    torch.manual_seed(0)
+    base = nn.Linear(5, 12, bias=bias, dtype=torch.float64)
+    if kind == "plain":
+        layer = LoRALinear(base, 2, 3, dropout, dora=True)
+    else:
+        layer = LoRAFusedLinear(base, {"value": 2, "query": 0}, 3, 2, 3, dropout, dora=True)
+    for p in layer.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p)
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    state, keep = torch.get_rng_state(), torch.ones_like(x)
+    if dropout:
+        keep.view(-1)[draw_dropped(x.numel(), dropout, x.device).long()] = 0
+    torch.set_rng_state(state)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    assert len(wanted) == (4 if kind == "plain" else 7)
+    y, expected = layer(x), layer.reference_forward(x, keep if dropout else None)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    actual, exact = (torch.autograd.grad(out.pow(3).sum(), wanted) for out in (y, expected))
+    torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-10)
+
+
+def test_pissa_by_hand():
+    base = nn.Linear(3, 3, bias=False)
+    set_(base.weight, [[0, 3, 0], [5, 0, 0], [0, 0, 1]])
+    layer = LoRALinear(base, rank=1, alpha=2)
+    start_at_principal(layer)
+    torch.testing.assert_close(layer.delta_weight(), torch.tensor([[0.0, 0, 0], [5, 0, 0], [0, 0, 0]]))
+    torch.testing.assert_close(layer.base_layer.weight, torch.tensor([[0.0, 3, 0], [0, 0, 0], [0, 0, 1]]))
+    assert base.weight.tolist() == [[0, 3, 0], [5, 0, 0], [0, 0, 1]], "the base it was given is not touched"
+    torch.testing.assert_close(layer.merge().weight, base.weight)
+    torch.testing.assert_close(layer.lora_A.norm(), layer.lora_B.norm())
+
+
+@pytest.mark.parametrize("variant", [{}, {"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}])
+@pytest.mark.parametrize("pissa", [False, True])
+def test_every_variant_starts_as_the_base_and_merges_exactly(make_vit, table, variant, pissa):
+    model = make_vit().double()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    before = model.eval()(x)
+    adapted = apply_lora(copy.deepcopy(model), table, 4, 8, table=table, pissa=pissa, **variant)
+    torch.testing.assert_close(adapted(x), before, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        for p in get_adapter_params(adapted).values():
+            p += 0.1 * torch.randn_like(p)
+    after = adapted(x)
+    assert (after - before).abs().max() > 1e-3
+    merged = merge_lora(adapted)
+    torch.testing.assert_close(merged(x), after, rtol=1e-12, atol=1e-12)
+    model.load_state_dict(merged.state_dict(), strict=True)
+    torch.testing.assert_close(model(x), after, rtol=1e-12, atol=1e-12)
+
+
+def test_rank_and_alpha_of_each_target(make_vit, table):
+    rank, alpha = {"query": 2, "value": 3, "dense": 5}, {"query": 2, "value": 6, "dense": 5}
+    model = apply_lora(make_vit(), ["query", "value", "dense"], rank, alpha, table=table)
+    qkv, fc1 = model.blocks[1].attn.qkv, model.blocks[0].mlp.fc1
+    assert [qkv.query.lora_A.shape[0], qkv.value.lora_B.shape[1], fc1.lora_A.shape[0]] == [2, 3, 5]
+    assert [qkv.query.scaling, qkv.value.scaling, fc1.scaling] == [1, 2, 1]
+    with pytest.raises(ValueError, match="no rank for target 'key'; rank has query, value, dense"):
+        apply_lora(make_vit(), ["query", "key"], rank, 1, table=table)
+
+
+def test_only_some_blocks(make_vit, table):
+    model = apply_lora(make_vit(), ["query", "dense"], 2, 2, table=table, layers=[1])
+    adapted = {name.rsplit(".", 1)[0] for name in get_adapter_params(model)}
+    paths = ("attn.qkv.query", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert adapted == {f"blocks.1.{path}" for path in paths}
+    with pytest.raises(ValueError, match=r"no target layer is in block 7; there are blocks \[0, 1\]"):
+        apply_lora(make_vit(), ["query"], 2, 2, table=table, layers=[0, 7])
+    with pytest.raises(ValueError, match="layers is empty"):
+        apply_lora(make_vit(), ["query"], 2, 2, table=table, layers=[])
+
+
+def test_the_base_cast_once_gives_the_same_as_cast_at_every_call():
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(16, 8), rank=2, alpha=math.pi)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 16, requires_grad=True)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        return y, *torch.autograd.grad(y.float().square().sum(), [x, layer.lora_A, layer.lora_B])
+
+    before, in_fp32 = run(), layer(x)
+    layer.keep_base_in(torch.bfloat16)
+    kept = layer.cast.weight
+    assert all(map(torch.equal, run(), before))
+    assert layer.cast.weight is kept
+    assert torch.equal(layer(x), in_fp32), "outside autocast the base is used as it is"
+    assert "cast" not in "".join(layer.state_dict())

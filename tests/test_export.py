@@ -1,0 +1,52 @@
+"""export.py: the merged backbone in timm, PEFT's files, and its errors. PEFT and onnxruntime: tests/interchange."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from models.backbone import DEMO_BACKBONE
+from models.checkpoint import load_checkpoint
+
+
+def test_timm_takes_the_merged_weights_strictly(command, demo_run, tmp_path):
+    done = command(
+        "export.py", "--checkpoint", demo_run / "best", "--to", "timm", "--out", "b.safetensors", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0, **DEMO_BACKBONE).eval()
+    plain.load_state_dict(load_file(tmp_path / "b.safetensors"), strict=True)
+    model, _ = load_checkpoint(demo_run / "best")
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(plain(images), model.backbone(images), rtol=1e-4, atol=1e-4)
+
+
+def test_peft_gets_its_two_files(command, demo_run, tmp_path):
+    for words, name in (([], "layers.3.mlp.fc2"), (["--old-names"], "encoder.layer.3.output.dense")):
+        done = command(
+            "export.py", "--checkpoint", demo_run / "best", "--to", "peft", "--out", "adapter", *words, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (16, 32, 0.05)
+        assert len(config["target_modules"]) == 4 * 6
+        assert name in config["target_modules"]
+        tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        assert tensors[f"base_model.model.{name}.lora_B.weight"].shape == (128, 16)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--to", "timm", "--out", "model.bin"], "--out model.bin: --to timm makes a .safetensors"),
+        (["--to", "peft", "--out", "a.onnx"], "--out a.onnx: --to peft makes a folder, without a suffix"),
+        (["--to", "timm", "--out", "no/such/b.safetensors"], "cannot write --out no/such/b.safetensors"),
+        (["--to", "tflite", "--out", "x"], "invalid choice: 'tflite'"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(command, demo_run, tmp_path, words, message):
+    done = command("export.py", "--checkpoint", demo_run / "best", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
