@@ -17,9 +17,10 @@ def contact_sheet(pictures: list[np.ndarray], captions: list[list[tuple[str, str
     Args:
         pictures: uint8 arrays (H, W, 3), of any sizes.
         captions: for each picture its lines, (text, colour).
+        columns: at most so many pictures side by side.
     """
-    columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
+    columns = math.ceil(len(pictures) / rows)  # no more than it takes: eight pictures are two rows of four
     lines = max(map(len, captions))
     height = 2.2 + 0.17 * lines
     figure = Figure(figsize=(2.3 * columns, height * rows), dpi=110)
