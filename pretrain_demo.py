@@ -3,9 +3,10 @@
     python pretrain_demo.py
 
 It learns to say eight things about a scene at once, from scratch, on the CPU, and keeps the backbone's weights alone in
-`models/demo_backbone.safetensors`. The committed file: 16,000 scenes, 10 epochs, 12 minutes on two cores of an AMD EPYC,
-2026-11-24, torch 2.15.0, timm 1.0.31. On 1,000 held-out scenes it was right about the colour .988, size .981, aspect .996,
-shape .926, corners .796, border .709, symbol .310 (of 10) and pattern .297 (of 4), so it hardly sees small print.
+`models/demo_backbone.safetensors`. The committed file took 16,000 scenes, 10 epochs and 12 minutes on two
+cores of an AMD EPYC (2026-11-24, torch 2.15.0, timm 1.0.31). On 1,000 held-out scenes it was right about aspect .996,
+colour .988, size .981, shape .926, corners .796, border .709, symbol .310 (one of 10) and pattern .297 (one of 4): it
+sees little of small print.
 """
 
 import argparse

@@ -47,8 +47,8 @@ AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 INTERRUPTED = 130  # exit code, as a shell gives it for Ctrl-C
 
 
-def setup(args: argparse.Namespace) -> Task:
-    """Backbone, pictures, labels and model. `config` is all that rebuilds the model, as checkpoints keep it."""
+def setup(args: argparse.Namespace, device: torch.device) -> Task:
+    """Pictures, labels, and the model on its device. `config` is all that rebuilds it, as checkpoints keep it."""
     catalogue = load_source(args.data, args.cache_dir, args.limit)
     backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size)
     wants = timm.data.resolve_model_data_config(backbone)
@@ -80,6 +80,9 @@ def setup(args: argparse.Namespace) -> Task:
     model = attach(backbone, config)
     if args.base == "int8":
         quantize_base(model.backbone)
+    model.to(device)
+    if args.amp:
+        keep_base_in(model, AMP[args.amp])
     heads = sum(p.numel() for p in model.heads.parameters())
     adapters = sum(p.numel() for p in get_adapter_params(model).values())
     print(f"LoRA {adapters:,} and heads {heads:,}: {parameter_summary(model)}")
@@ -256,10 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     args = open_run(args)
     torch.manual_seed(args.seed)
     warn_if_slow(args.backbone, device)
-    task = setup(args)
-    task.model.to(device)
-    if args.amp:
-        keep_base_in(task.model, AMP[args.amp])
+    task = setup(args, device)
     print(f"run {args.out}; watch it: tensorboard --logdir {args.out.parent}")
     if not fit(args, task, device):
         print(f"stopped and saved in {args.out / 'last'}; go on with: python train.py --resume --out {args.out}")

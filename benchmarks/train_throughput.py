@@ -54,8 +54,8 @@ def main() -> None:
     args.amp = choose_amp(device) if args.amp == "auto" else args.amp
     with tempfile.TemporaryDirectory() as folder:
         args.out = Path(folder)
-        task = train.setup(args)
-        task.model.to(device).train()
+        task = train.setup(args, device)
+        task.model.train()
         optimizer = torch.optim.AdamW(train.parameter_groups(trained_params(task.model)), lr=args.lr)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         board, stop = Board(args.out, list(task.classes), 0), SimpleNamespace(made=False)
