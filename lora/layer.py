@@ -136,9 +136,10 @@ class LoRALayer:
 
     def _row_scale(self) -> Tensor | None:
         """DoRA's scale of every output (out,), 1 where no pair updates it; None without DoRA."""
-        weight, updates = self.base_layer.weight, self.updates()
+        updates = self.updates()
         if updates[0][1].lora_magnitude is None:
             return None
+        weight = self.base_layer.weight
         scale = updates[0][1].lora_magnitude.new_ones(len(weight))
         for rows, pair in updates:
             scale[rows] = pair.row_scale(weight[rows])
