@@ -1,6 +1,7 @@
 """The folder of a run: its options, TensorBoard's events, and the training state that `--resume` goes on from."""
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -44,6 +45,14 @@ def open_run(args: argparse.Namespace) -> argparse.Namespace:
     except OSError as error:
         raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
     return args
+
+
+def discard_run(out: Path) -> None:
+    """Take away the folder of a run that could not be set up, unless there is more in it than `open_run` put there."""
+    for made in ("options.json", "skipped.csv"):
+        (out / made).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty: it was there before
+        out.rmdir()
 
 
 def optimizer_tensors(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> dict[str, Tensor]:

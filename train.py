@@ -36,7 +36,7 @@ from models.backbone import create_backbone
 from models.checkpoint import attach, load_tensors, read_config, save_checkpoint, trained_params
 from models.classifier import attribute_losses
 from options import choose_amp, choose_source, parse_args, warn_if_slow
-from runs import Board, StopRequest, open_run, optimizer_tensors, restore_optimizer
+from runs import Board, StopRequest, discard_run, open_run, optimizer_tensors, restore_optimizer
 
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
@@ -258,8 +258,13 @@ def main(argv: list[str] | None = None) -> int:
         args.amp = choose_amp(device) if args.amp == "auto" else args.amp
     args = open_run(args)
     torch.manual_seed(args.seed)
-    warn_if_slow(args.backbone, device)
-    task = setup(args, device)
+    try:
+        warn_if_slow(args.backbone, device)
+        task = setup(args, device)
+    except UserError:
+        if not args.resume:
+            discard_run(args.out)
+        raise
     print(f"run {args.out}; watch it: tensorboard --logdir {args.out.parent}")
     if not fit(args, task, device):
         print(f"stopped and saved in {args.out / 'last'}; go on with: python train.py --resume --out {args.out}")

@@ -349,6 +349,7 @@ def test_errors_are_one_line_and_exit_code_2(command, cache_dir, tmp_path, words
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("runs/*")), "no folder is left of a run that never was"
 
 
 def test_an_out_folder_that_holds_a_run_is_not_overwritten(command, demo_run, cache_dir):
