@@ -154,8 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         check_writable(args.json, "--json")
 
     folder = find_checkpoint(args.checkpoint)
-    print(f"checkpoint {folder}")
     model, config = load_checkpoint(folder, args.weights)
+    print(f"checkpoint {folder}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     preprocess = Preprocess(**config["preprocess"])
     catalogue = load_source(args.data, args.cache_dir, args.limit)

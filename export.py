@@ -15,7 +15,7 @@ from torch import nn
 
 from errors import Parser, UserError, check_writable, exits_cleanly
 from lora import merge_lora, to_peft
-from models.backbone import hf_name
+from models.backbone import DEMO, DEMO_ARCHITECTURE, DEMO_BACKBONE, hf_name
 from models.checkpoint import find_checkpoint, load_checkpoint
 
 KINDS = {"timm": ".safetensors", "peft": "", "onnx": ".onnx"}
@@ -24,9 +24,10 @@ KINDS = {"timm": ".safetensors", "peft": "", "onnx": ".onnx"}
 def export_timm(model: nn.Module, config: dict, out: Path) -> None:
     """The backbone with LoRA merged in, in timm's names; the heads stay behind."""
     save_file(merge_lora(model.backbone).state_dict(), out, metadata={"format": "pt"})
-    size = config["backbone"]["img_size"]
-    create = f"{config['backbone']['name']!r}, num_classes=0" + (f", img_size={size}" if size else "")
-    print(f"load it: timm.create_model({create}).load_state_dict(load_file({str(out)!r}))")
+    name, size = config["backbone"]["name"], config["backbone"]["img_size"]
+    options = {"num_classes": 0} | (DEMO_BACKBONE if name == DEMO else {}) | ({"img_size": size} if size else {})
+    create = ", ".join([repr(DEMO_ARCHITECTURE if name == DEMO else name), *(f"{k}={v}" for k, v in options.items())])
+    print(f"load it: timm.create_model({create}).load_state_dict(safetensors.torch.load_file({str(out)!r}))")
 
 
 def export_peft(model: nn.Module, config: dict, out: Path, old: bool) -> None:
@@ -86,8 +87,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--out {args.out}: --to {args.to} makes a {KINDS[args.to] or 'folder, without a suffix'}")
     check_writable(args.out / "adapter_config.json" if args.out.is_dir() else args.out, "--out")
     folder = find_checkpoint(args.checkpoint)
-    print(f"checkpoint {folder}")
     model, config = load_checkpoint(folder, args.weights)
+    print(f"checkpoint {folder}")
     if args.to == "timm":
         export_timm(model, config, args.out)
     elif args.to == "peft":

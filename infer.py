@@ -190,8 +190,8 @@ def main(argv: list[str] | None = None) -> int:
 
     paths = find_images(args.images)
     folder = find_checkpoint(args.checkpoint)
-    print(f"checkpoint {folder}", file=sys.stderr)
     model, config = load_checkpoint(folder, args.weights)
+    print(f"checkpoint {folder}", file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = merge_lora(model).to(device)
     preprocess, attributes = Preprocess(**config["preprocess"]), config["attributes"]

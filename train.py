@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.resume:
             discard_run(args.out)
         raise
-    print(f"run {args.out}; watch it: tensorboard --logdir {args.out.parent}")
+    print(f"run {args.out}, in {args.amp or 'fp32'}; watch it: tensorboard --logdir {args.out.parent}")
     if not fit(args, task, device):
         print(f"stopped and saved in {args.out / 'last'}; go on with: python train.py --resume --out {args.out}")
         return INTERRUPTED

@@ -302,7 +302,10 @@ def main():
     args = parser.parse_args()
     if args.rows < 1:
         raise UserError(f"--rows {args.rows} draws nothing; give 1 or more")
-    (args.out / "images").mkdir(parents=True, exist_ok=True)
+    try:
+        (args.out / "images").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
     rows = []
     for index in range(args.rows):
         row, image = draw(index, args.seed)
@@ -312,6 +315,7 @@ def main():
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    print(f"drew {len(rows)} articles to {args.out / 'images'}, their labels to {args.out / 'styles.csv'}")
 
 
 if __name__ == "__main__":

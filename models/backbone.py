@@ -35,7 +35,7 @@ HF_LAYERS = {
 }
 
 # The embedded demo's backbone: `pretrain_demo.py` makes the file.
-DEMO = "demo"
+DEMO, DEMO_ARCHITECTURE = "demo", "vit_tiny_patch16_224"
 DEMO_BACKBONE = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}
 DEMO_WEIGHTS = Path(__file__).with_name("demo_backbone.safetensors")
 
@@ -87,7 +87,7 @@ def bare_backbone(name: str) -> VisionTransformer:
     Under `torch.device("meta")` it costs nothing: enough to check a name or count its parameters.
     """
     if name == DEMO:
-        model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **DEMO_BACKBONE)
+        model = timm.create_model(DEMO_ARCHITECTURE, num_classes=0, **DEMO_BACKBONE)
         note_size(model)
         return model
     if not timm.is_model(name):

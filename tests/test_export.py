@@ -1,13 +1,13 @@
 """export.py: the merged backbone in timm, PEFT's files, and its errors. PEFT and onnxruntime: tests/interchange."""
 
 import json
+import re
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
-from models.backbone import DEMO_BACKBONE
 from models.checkpoint import load_checkpoint
 
 
@@ -16,7 +16,9 @@ def test_timm_takes_the_merged_weights_strictly(command, demo_run, tmp_path):
         "export.py", "--checkpoint", demo_run / "best", "--to", "timm", "--out", "b.safetensors", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0, **DEMO_BACKBONE).eval()
+    printed = re.search(r"timm\.create_model\('(\w+)', (.+?)\)\.load", done.stdout)
+    options = {key: int(value) for key, value in (word.split("=") for word in printed[2].split(", "))}
+    plain = timm.create_model(printed[1], **options).eval()  # as the command says
     plain.load_state_dict(load_file(tmp_path / "b.safetensors"), strict=True)
     model, _ = load_checkpoint(demo_run / "best")
     images = torch.randn(2, 3, 64, 64)
