@@ -207,7 +207,7 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
     """Train to the end, or until Ctrl-C (then False). Leaves `best/`, by mean validation accuracy, and `last/`."""
     total = steps_in_epoch(args, task) * args.epochs
     params = trained_params(task.model)
-    optimizer = torch.optim.AdamW(parameter_groups(params, args.lora_plus))
+    optimizer = torch.optim.AdamW(parameter_groups(params, args.lora_plus), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     progress = {"step": 0, "best_accuracy": -1.0, "best_epoch": 0}
     if args.resume:

@@ -56,7 +56,7 @@ def main() -> None:
         args.out = Path(folder)
         task = train.setup(args, device)
         task.model.train()
-        optimizer = torch.optim.AdamW(train.parameter_groups(trained_params(task.model)), lr=args.lr)
+        optimizer = torch.optim.AdamW(train.parameter_groups(trained_params(task.model)), lr=args.lr, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         board, stop = Board(args.out, list(task.classes), 0), SimpleNamespace(made=False)
         size = args.batch_size * args.accum * WINDOWS

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .recompute import source_of
+
 
 class Frozen(NamedTuple):
     """The weight (out, in) and bias (out,) of a frozen linear layer; an int8 weight has a scale (out,) for its rows."""
@@ -49,10 +51,11 @@ def lora_linear(
     if dropout:
         dropped = draw_dropped(x.numel(), dropout, x.device)
         lora_A = lora_A / (1 - dropout)  # the keep-scale of dropout costs a pass over small A instead of one over x
-    # autograd Functions are opaque to autocast. Casting out here lets autograd cast each gradient back.
+    # autograd Functions are opaque to autocast. Casting A and B out here lets autograd cast their gradients back.
     dtype = base.weight.dtype if base.scale is None else base.scale.dtype
     y = _LoRALinearFunction.apply(
-        x.to(dtype).reshape(-1, x.shape[-1]),
+        x.reshape(-1, x.shape[-1]).contiguous(),
+        source_of(x),
         *base,
         dropped,
         lora_A.to(dtype),
@@ -68,40 +71,45 @@ class _LoRALinearFunction(torch.autograd.Function):
     y  = x Wᵀ + b + h Bᵀ
     dh = dy B,    dA = dhᵀ d(x),    dB = dyᵀ h,    dx = dy W + d(dh A)
 
-    `x` is kept, not d(x): it may be a tensor that another operation keeps too, and zeroing a copy again costs little.
+    Of its input it keeps what `source` makes it from, else x: not d(x), as another operation may keep x too.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, dropped, lora_A, rows, *lora_B):
-        y = frozen_linear(x, Frozen(weight, bias, scale))  # (n, out)
-        h = _drop(x, dropped) @ lora_A.T  # (n, sum of ranks)
+    def forward(ctx, x, source, weight, bias, scale, dropped, lora_A, rows, *lora_B):
+        cast = x.to(lora_A.dtype)
+        y = frozen_linear(cast, Frozen(weight, bias, scale))  # (n, out)
+        own = cast if cast is not x or dropped is None else x.clone()
+        h = _zero_(own, dropped) @ lora_A.T  # (n, sum of ranks)
         for block, h_k, B_k in zip(rows, h.split([B.shape[1] for B in lora_B], dim=1), lora_B, strict=True):
             y[:, block].addmm_(h_k, B_k.T)  # into y: the update never exists as a tensor of its own
-        ctx.rows = rows
-        ctx.save_for_backward(x, h, dropped, weight, scale, lora_A, *lora_B)
+        ctx.rows, ctx.x_dtype = rows, x.dtype
+        ctx.make, kept = source or (torch.clone, (cast,))
+        ctx.save_for_backward(h, dropped, weight, scale, lora_A, *lora_B, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, h, dropped, weight, scale, lora_A, *lora_B = ctx.saved_tensors
-        needs_x, needs_A, needs_B = ctx.needs_input_grad[0], ctx.needs_input_grad[5], ctx.needs_input_grad[7:]
+        pairs = len(ctx.rows)
+        h, dropped, weight, scale, lora_A, *rest = ctx.saved_tensors
+        lora_B, kept = rest[:pairs], rest[pairs:]
+        needs_x, needs_A, needs_B = ctx.needs_input_grad[0], ctx.needs_input_grad[6], ctx.needs_input_grad[8:]
         dx = dA = None
         if needs_x or needs_A:
             dh = torch.cat([dy[:, block] @ B_k for block, B_k in zip(ctx.rows, lora_B, strict=True)], dim=1)
         if needs_A:
-            dA = dh.T @ _drop(x, dropped)
+            x = ctx.make(*kept).to(dh.dtype).view(-1, lora_A.shape[1])
+            dA = dh.T @ _zero_(x, dropped)
         if needs_x:
-            dx = dh @ lora_A
-            if dropped is not None:
-                _zero_(dx, dropped)
+            dx = _zero_(dh @ lora_A, dropped)
             dx.addmm_(dy, weight) if scale is None else dx.addmm_(dy * scale, weight.to(dy.dtype))
+            dx = dx.to(ctx.x_dtype)
         h_parts = h.split([B.shape[1] for B in lora_B], dim=1)
         dB = [
-            dy[:, block].T @ h_k if needed else None
+            (h_k.T @ dy[:, block]).T if needed else None  # so rather than dyᵀ h: a third sooner where out is large
             for block, h_k, needed in zip(ctx.rows, h_parts, needs_B, strict=True)
         ]
-        return dx, None, None, None, None, dA, None, *dB
+        return dx, None, None, None, None, None, dA, None, *dB
 
 
 def frozen_linear(x: Tensor, base: Frozen) -> Tensor:
@@ -131,13 +139,10 @@ def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
     return positions.to(torch.int32 if numel < 2**31 else torch.int64)
 
 
-def _drop(x: Tensor, dropped: Tensor | None) -> Tensor:
-    """`x` without what `draw_dropped` chose of it: a copy, or `x` itself where that is nothing."""
-    return x if dropped is None else _zero_(x.clone(memory_format=torch.contiguous_format), dropped)
-
-
-def _zero_(x: Tensor, dropped: Tensor) -> Tensor:
-    """Zero in place what `draw_dropped` chose of contiguous `x`."""
+def _zero_(x: Tensor, dropped: Tensor | None) -> Tensor:
+    """Zero in place what `draw_dropped` chose of contiguous `x`; None is nothing."""
+    if dropped is None:
+        return x
     flat = x.view(-1)
     if dropped.dtype == torch.bool:
         flat.masked_fill_(dropped, 0)

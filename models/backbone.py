@@ -15,6 +15,8 @@ import hub
 from errors import UserError
 from lora import Target
 
+from .attention import use_packed_attention
+
 # What the recipe's target names mean in timm's `vision_transformer.py`: query, key and value are the three row blocks
 # of the fused `attn.qkv`; dense is the attention output and both MLP layers, never the convolution `patch_embed.proj`.
 VIT_TARGETS = {
@@ -65,7 +67,7 @@ def create_backbone(
             raise UserError(f"--img-size {img_size} is not a multiple of {name}'s patch size {patch}")
         model.set_input_size(img_size=img_size)
         note_size(model)
-    return model, fingerprint
+    return use_packed_attention(model), fingerprint
 
 
 def hf_name(pair: str, old: bool = False) -> str:

@@ -71,7 +71,7 @@ def test_gradcheck_with_ranks_that_differ(dropped):
         dropped = torch.tensor(dropped)
     weight, bias = fresh(6, 5).detach(), fresh(6).detach()
     rows = (slice(4, 6), slice(0, 2))
-    inputs = (fresh(4, 5), weight, bias, None, dropped, fresh(4, 5), rows, fresh(2, 3), fresh(2, 1))
+    inputs = (fresh(4, 5), None, weight, bias, None, dropped, fresh(4, 5), rows, fresh(2, 3), fresh(2, 1))
     assert torch.autograd.gradcheck(_LoRALinearFunction.apply, inputs)
 
 
