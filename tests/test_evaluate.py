@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.attributes import MISSING, UNSEEN
-from evaluate import f1_scores, score, scores_table
+from metrics import f1_scores, score, scores_table
 
 NAMES = ["masterCategory", "subCategory", "articleType", "brand"]
 # masterCategory 0 > subCategory 0 > articleType 0 and 1 > 1 > 1 are the paths of training.
