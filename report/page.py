@@ -17,13 +17,13 @@ from data.sources import TITLE, Catalogue
 from data.store import ImageStore
 from metrics import path_distance
 from models.decode import Decoder
-from report.suspects import conflicting, contradicted, write_csv
+from report.suspects import EXCLUDED, LIKELY, Suspect, conflicting, contradicted, write_csv
 
-MISTAKES, SUSPECTS, GROUPS = 12, 60, 30  # shown: mistakes of an attribute, suspects, groups of identical pictures
+MISTAKES, SUSPECTS, GROUPS = 12, 60, 30  # shown: mistakes of an attribute, suspect rows, groups of equal pictures
 SIDE = 120  # pixels, the longest side of an inlined picture
 CONFUSED = 12  # classes in a confusion matrix
 OFTEN = (1, 10, 50, 200, 1000)  # train rows of a class, from which each group of classes starts
-LEFT, RIGHT, TOP, BOTTOM = 30, 232, 8, 160  # of a chart's plot area, in the units of its viewBox
+LEFT, RIGHT, TOP, BOTTOM = 42, 234, 12, 160  # of a chart's plot area, in the units of its viewBox
 
 
 def write_report(
@@ -43,6 +43,9 @@ def write_report(
     groups = conflicting(rows, store.hashes[rows], given, said, p)
     write_csv(folder / "suspects.csv", single, groups, catalogue, classes)
 
+    by_row: dict[int, list[Suspect]] = {}
+    for suspect in single:
+        by_row.setdefault(suspect.row, []).append(suspect)
     raw = Decoder(config | {"calibration": None}, PATH, found.scores["decoding"] == "joint")(found.logits)
     thresholds = config["calibration"]["threshold"][found.scores["decoding"]]
     charts, confusions, mistakes = {}, {}, {}
@@ -51,7 +54,7 @@ def write_report(
         charts[name] = {
             "before": reliability_points(*judged(raw, given, column)),
             "after": reliability_points(*judgement),
-            "coverage": coverage_line(*judgement),
+            "coverage": coverage_chart(*judgement, thresholds[name], config["calibration"]["target_precision"]),
             "threshold": thresholds[name],
         }
         confusions[name] = confusion(given[:, column], said[:, column], texts)
@@ -85,12 +88,14 @@ def write_report(
         starts=OFTEN,
         charts=charts,
         target=config["calibration"]["target_precision"],
-        target_y=_y(config["calibration"]["target_precision"]),
         area={"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
         confusions=confusions,
         mistakes=mistakes,
-        single=single[:SUSPECTS],
-        single_total=len(single),
+        suspects=list(by_row.values())[:SUSPECTS],
+        excluded=EXCLUDED,
+        likely=LIKELY,
+        suspect_rows=len(by_row),
+        suspect_labels=len(single),
         groups=groups[:GROUPS],
         groups_total=len(groups),
         classes=classes,
@@ -113,8 +118,8 @@ def _x(share: float) -> float:
     return round(LEFT + share * (RIGHT - LEFT), 1)
 
 
-def _y(share: float) -> float:
-    return round(BOTTOM - share * (BOTTOM - TOP), 1)
+def _y(share: float, floor: float = 0.0) -> float:
+    return round(BOTTOM - (share - floor) / (1 - floor) * (BOTTOM - TOP), 1)
 
 
 def reliability_points(confidence: np.ndarray, right: np.ndarray) -> list[dict]:
@@ -125,11 +130,24 @@ def reliability_points(confidence: np.ndarray, right: np.ndarray) -> list[dict]:
     ]
 
 
-def coverage_line(confidence: np.ndarray, right: np.ndarray) -> str:
-    """SVG points: precision (up) of the most confident share (along) of the rows; at most 100 of them."""
-    _, rows, hits = coverage_curve(confidence, right)
+def coverage_chart(confidence: np.ndarray, right: np.ndarray, threshold: float | None, target: float) -> dict:
+    """Precision (up) of the most confident share (along) of the rows, from `floor` up.
+
+    Returns:
+        `floor`, `line` (SVG points, at most 100), `target` (its height), `accepted` (the threshold, a point).
+    """
+    thresholds, rows, hits = coverage_curve(confidence, right)
+    precision = hits / rows
     chosen = np.unique(np.linspace(0, len(rows) - 1, 100).astype(int)) if len(rows) else []
-    return " ".join(f"{_x(rows[i] / len(right))},{_y(hits[i] / rows[i])}" for i in chosen)
+    floor = min(0.9, np.floor(10 * precision[chosen].min()) / 10) if len(rows) else 0.0
+    points = [(_x(rows[i] / len(right)), _y(precision[i], floor)) for i in chosen]
+    last = -1 if threshold is None else int((thresholds >= threshold).sum()) - 1
+    return {
+        "floor": floor,
+        "line": " ".join(f"{x},{y}" for x, y in points),
+        "target": _y(target, floor),
+        "accepted": (_x(rows[last] / len(right)), _y(precision[last], floor)) if last >= 0 else None,
+    }
 
 
 def by_frequency(given: np.ndarray, said: np.ndarray, counts: dict[str, list[int]]) -> dict[str, list[dict]]:

@@ -9,10 +9,10 @@ import numpy as np
 
 from data.sources import TITLE, Catalogue
 
-# A given label is suspect where the model, calibrated, gives it less probability than this. That finds labels flipped
-# on purpose far better than the confidence of the answer does (`benchmarks/label_suspects.py`): where the answer is sure
-# and the given label its close second, the picture is hard rather than the label wrong.
-EXCLUDED = 0.001
+# A given label is suspect where the model, calibrated, gives it less probability than `EXCLUDED` and its answer more
+# than `LIKELY`. How improbable the given label is tells labels flipped on purpose from hard pictures far better than how
+# sure the answer is (`benchmarks/label_suspects.py`). An attribute that mostly cannot be seen has no likely answers.
+EXCLUDED, LIKELY = 0.001, 0.5
 
 COLUMNS = (
     *("why", "group", "id", "attribute", "given", "given_probability"),
@@ -41,7 +41,7 @@ class Suspect(NamedTuple):
 def contradicted(
     rows: np.ndarray, labels: np.ndarray, said: np.ndarray, probabilities: Mapping[str, np.ndarray]
 ) -> list[Suspect]:
-    """Labels that the model gives a probability below `EXCLUDED`, the least probable first.
+    """Labels that the model all but excludes, and knows better: the least probable first.
 
     Args:
         rows: (N,) in the store; labels, said: (N, A) given and predicted classes; a negative label is left out.
@@ -50,8 +50,8 @@ def contradicted(
     found = []
     for column, (name, p) in enumerate(probabilities.items()):
         given, answer = labels[:, column], said[:, column]
-        given_p = p[np.arange(len(p)), given.clip(min=0)]
-        for i in np.flatnonzero((given >= 0) & (given != answer) & (given_p < EXCLUDED)):
+        given_p, said_p = (p[np.arange(len(p)), classes] for classes in (given.clip(min=0), answer))
+        for i in np.flatnonzero((given >= 0) & (given_p < EXCLUDED) & (said_p > LIKELY)):
             found.append(_suspect(name, p[i], rows[i], given[i], answer[i]))
     return sorted(found, key=lambda suspect: suspect.given_p)
 
