@@ -10,8 +10,8 @@ import numpy as np
 from data.sources import TITLE, Catalogue
 
 # A given label is suspect where the model, calibrated, gives it less probability than `EXCLUDED` and its answer more
-# than `LIKELY`. How improbable the given label is tells labels flipped on purpose from hard pictures far better than how
-# sure the answer is (`benchmarks/label_suspects.py`). An attribute that mostly cannot be seen has no likely answers.
+# than `LIKELY`. How improbable the given label is tells labels flipped on purpose from hard pictures far better than
+# how sure the answer is (`benchmarks/label_suspects.py`). Of what can hardly be seen, few answers are likely.
 EXCLUDED, LIKELY = 0.001, 0.5
 
 COLUMNS = (
