@@ -1,6 +1,7 @@
 """The metrics, against hand-worked cases."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -58,6 +59,45 @@ def test_evaluate_gives_the_figures_train_gave(command, demo_run, cache_dir, tmp
     assert json.loads((tmp_path / "scores.json").read_text()) == json.loads((demo_run / "metrics.json").read_text())
 
 
+def test_paths_are_valid_by_construction_and_both_decodings_are_reported(demo_run):
+    scores = json.loads((demo_run / "metrics.json").read_text())
+    assert scores["decoding"] == "joint"
+    assert scores["joint"] == {key: scores[key] for key in scores["joint"]}
+    assert scores["joint"]["valid_path_rate"] == 1.0 > scores["independent"]["valid_path_rate"]
+
+
+def test_the_switch_scores_independent_arg_maxes(command, demo_run, cache_dir, tmp_path):
+    words = ("--data", "demo", "--limit", 1000, "--cache-dir", cache_dir, "--json", tmp_path / "scores.json")
+    assert command("evaluate.py", "--checkpoint", demo_run / "best", *words, "--independent").returncode == 0
+    scores, trained = (json.loads(p.read_text()) for p in (tmp_path / "scores.json", demo_run / "metrics.json"))
+    assert scores["decoding"] == "independent"
+    assert scores["independent"] == trained["independent"] == {key: scores[key] for key in scores["independent"]}
+    assert scores["joint"] == trained["joint"]
+
+
+def test_a_run_ends_calibrated_and_calibrating_again_changes_nothing_but_the_target(
+    command, demo_run, cache_dir, tmp_path
+):
+    shutil.copytree(demo_run / "best", tmp_path / "best")
+    fitted = json.loads((tmp_path / "best" / "config.json").read_text())["calibration"]
+    assert fitted["target_precision"] == 0.98
+    assert all(0.05 <= t <= 20 for t in fitted["temperature"].values())
+    words = ("--data", "demo", "--limit", 1000, "--cache-dir", cache_dir, "--calibrate", "--json", tmp_path / "scores")
+    found = {}
+    for target in (0.98, 0.7):
+        done = command("evaluate.py", "--checkpoint", tmp_path / "best", *words, "--target-precision", target)
+        assert done.returncode == 0, done.stderr
+        scores = json.loads((tmp_path / "scores").read_text())
+        assert scores["split"] == "val", "thresholds are fitted on rows that were not trained on"
+        for name, a in scores["calibration"]["attributes"].items():
+            assert a["precision"] is None or a["precision"] >= target, name
+        found[target] = json.loads((tmp_path / "best" / "config.json").read_text())["calibration"]
+    assert found[0.98] == fitted
+    assert found[0.7]["temperature"] == fitted["temperature"]
+    assert found[0.7]["threshold"] != fitted["threshold"]
+    assert {path.name for path in (tmp_path / "best").iterdir()} == {"config.json", "adapter.safetensors"}
+
+
 def test_errors(command, demo_run, cache_dir, tmp_path):
     done = command("evaluate.py", "--checkpoint", tmp_path, "--data", "demo")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -67,3 +107,11 @@ def test_errors(command, demo_run, cache_dir, tmp_path):
     )
     assert done.returncode == 2
     assert "no such data" in done.stderr
+    for words, message in (
+        (("--target-precision", "0.9"), "--target-precision goes with --calibrate"),
+        (("--calibrate", "--target-precision", "98"), "--target-precision: 98 is not a number between 0 and 1"),
+        (("--report", demo_run / "metrics.json"), f"cannot write --report {demo_run / 'metrics.json'}: File exists"),
+    ):
+        done = command("evaluate.py", "--checkpoint", demo_run / "best", "--data", "demo", *words)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert message in done.stderr
