@@ -19,13 +19,13 @@ from calibration import TARGET_PRECISION, calibrate, calibration_scores
 from data.attributes import FASHION, PATH, LabelMap, encode_labels
 from data.batches import epoch_batches, make_loader
 from data.preprocess import Preprocess
-from data.sources import load_source
+from data.sources import Catalogue, load_source
 from data.split import SPLITS
 from data.store import ImageStore, default_cache_dir, open_store
 from errors import Parser, UserError, check_writable, exits_cleanly, make_folder, positive_int, share
 from lora import merge_lora
 from metrics import score, scores_table, trust_table
-from models.checkpoint import amend_config, find_checkpoint, load_checkpoint
+from models.checkpoint import amend_config, find_checkpoint, load_checkpoint, read_config
 from models.classifier import AttributeClassifier
 from models.decode import Answers, Decoder
 from report.page import write_report
@@ -42,6 +42,7 @@ class Task(NamedTuple):
     model: AttributeClassifier
     config: dict
     preprocess: Preprocess
+    catalogue: Catalogue
     store: ImageStore
     labels: np.ndarray
 
@@ -105,6 +106,22 @@ def predict(
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
+def load_task(
+    folder: Path, weights: Path | None, data: str, cache_dir: Path, limit: int | None, device: torch.device
+) -> Task:
+    """A checkpoint's model on its device, and a catalogue labelled in the classes it knows."""
+    model, config = load_checkpoint(folder, weights)
+    preprocess = Preprocess(**config["preprocess"])
+    maps = {a["name"]: LabelMap(a["labels"], a["aliases"]) for a in config["attributes"]}
+    declared = {attribute.name: attribute for attribute in FASHION}
+    if unknown := maps.keys() - declared.keys():
+        raise UserError(f"{folder} predicts {', '.join(unknown)}, which data/attributes.py does not declare")
+    catalogue = load_source(data, cache_dir, limit)
+    store = open_store(catalogue, preprocess.canvas, cache_dir)
+    labels = encode_labels(catalogue.columns, maps, [declared[name] for name in maps])
+    return Task(model.to(device), config, preprocess, catalogue, store, labels)
+
+
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Score a trained checkpoint on a labelled catalogue.")
@@ -139,39 +156,31 @@ def main(argv: list[str] | None = None) -> int:
         make_folder(args.report, "--report")
 
     folder = find_checkpoint(args.checkpoint)
-    model, config = load_checkpoint(folder, args.weights)
-    print(f"checkpoint {folder}")
-    if args.report and "calibration" not in config and not args.calibrate:
+    if args.report and not args.calibrate and "calibration" not in read_config(folder):
         raise UserError(f"--report: {folder} is not calibrated; do so first with --calibrate, on validation rows")
     if args.calibrate:
         check_writable(folder / "config.json.new", "--calibrate")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    preprocess = Preprocess(**config["preprocess"])
-    catalogue = load_source(args.data, args.cache_dir, args.limit)
-    store = open_store(catalogue, preprocess.canvas, args.cache_dir)
-    maps = {a["name"]: LabelMap(a["labels"], a["aliases"]) for a in config["attributes"]}
-    declared = {attribute.name: attribute for attribute in FASHION}
-    if unknown := maps.keys() - declared.keys():
-        raise UserError(f"{folder} predicts {', '.join(unknown)}, which data/attributes.py does not declare")
-    labels = encode_labels(catalogue.columns, maps, [declared[name] for name in maps])
-    if not len(store.rows(split)):
+    device, joint = torch.device("cuda" if torch.cuda.is_available() else "cpu"), not args.independent
+    task = load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device)
+    print(f"checkpoint {folder}")
+    name, rows = task.catalogue.name, task.store.rows(split)
+    if not len(rows):
         raise UserError(f"{args.data} has no readable row in the {split} split")
-    model.to(device)
-    task, joint = Task(model, config, preprocess, store, labels), not args.independent
     found = evaluate(task, split, device, args.batch_size, joint)
     if args.calibrate:
         target = args.target_precision or TARGET_PRECISION
-        config["calibration"] = calibrate(found.logits, labels[found.rows], config, target)
-        amend_config(folder, calibration=config["calibration"])
-        print(f"calibrated on {len(found.rows):,} rows of {catalogue.name}, {split}; kept in {folder / 'config.json'}")
+        fitted = calibrate(found.logits, task.labels[rows], task.config, target)
+        amend_config(folder, calibration=fitted)
+        print(f"calibrated on {len(rows):,} rows of {name}, {split}; kept in {folder / 'config.json'}")
+        task = task._replace(config=task.config | {"calibration": fitted})
         found = judge(task, split, found.logits, joint)
-    print(f"{catalogue.name}, {split}: {len(found.rows):,} rows; {len(store.skipped):,} of the catalogue skipped")
+    print(f"{name}, {split}: {len(rows):,} rows; {len(task.store.skipped):,} of the catalogue skipped")
     print(scores_table(found.scores))
     print(trust_table(found.scores))
     if args.json:
         args.json.write_text(json.dumps(found.scores, indent=1) + "\n", encoding="utf-8")
     if args.report:
-        write_report(args.report, str(folder), config, catalogue, store, labels, found)
+        write_report(args.report, str(folder), task, found)
         print(f"report: {args.report / 'report.html'}")
     return 0
 

@@ -91,7 +91,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     heads = sum(p.numel() for p in model.heads.parameters())
     adapters = sum(p.numel() for p in get_adapter_params(model).values())
     print(f"LoRA {adapters:,} and heads {heads:,}: {parameter_summary(model)}")
-    return Task(model, config, preprocess, store, labels)
+    return Task(model, config, preprocess, catalogue, store, labels)
 
 
 def parameter_groups(params: Mapping[str, nn.Parameter], lora_plus: float = 1.0) -> list[dict]:

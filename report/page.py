@@ -13,8 +13,7 @@ from PIL import Image
 
 from calibration import coverage_curve, judged, reliability
 from data.attributes import MISSING, PATH, UNSEEN
-from data.sources import TITLE, Catalogue
-from data.store import ImageStore
+from data.sources import TITLE
 from metrics import path_distance
 from models.decode import Decoder
 from report.suspects import EXCLUDED, LIKELY, Suspect, conflicting, contradicted, write_csv
@@ -26,19 +25,18 @@ OFTEN = (1, 10, 50, 200, 1000)  # train rows of a class, from which each group o
 LEFT, RIGHT, TOP, BOTTOM = 42, 234, 12, 160  # of a chart's plot area, in the units of its viewBox
 
 
-def write_report(
-    folder: Path, checkpoint: str, config: dict, catalogue: Catalogue, store: ImageStore, labels: np.ndarray, found
-) -> None:
-    """Write `report.html` and `suspects.csv`.
+def write_report(folder: Path, checkpoint: str, task, found) -> None:
+    """Write `report.html` and `suspects.csv` of a calibrated checkpoint.
 
     Args:
-        labels: (rows of the store, A).
-        found: the `Evaluation` of a calibrated checkpoint.
+        checkpoint: what to call it.
+        task, found: an `evaluate.Task` and the `Evaluation` of one of its splits.
     """
-    rows, given = found.rows, labels[found.rows]
+    config, catalogue, store = task.config, task.catalogue, task.store
+    rows, given = found.rows, task.labels[found.rows]
     said = found.answers.labels.numpy()
     p = {name: scores.numpy() for name, scores in found.answers.probabilities.items()}
-    classes = {attribute["name"]: attribute["labels"] for attribute in config["attributes"]}
+    classes = task.classes
     single = contradicted(rows, given, said, p)
     groups = conflicting(rows, store.hashes[rows], given, said, p)
     write_csv(folder / "suspects.csv", single, groups, catalogue, classes)
