@@ -70,12 +70,13 @@ def precision_threshold(confidence: np.ndarray, right: np.ndarray, target: float
     """The lowest threshold whose precision is at least `target`, by the lower end of Wilson's 95 % interval.
 
     The plain fraction would promise too much: of the thresholds tried, the lucky ones pass, and of a few rows most do.
+    It is above 0.5, as an answer more likely wrong than right is for a person even where the others make up for it.
     None where no threshold is enough.
     """
     thresholds, rows, hits = coverage_curve(confidence, right)
     p, z = hits / rows, SURE
     lower = (p + z**2 / (2 * rows) - z * np.sqrt(p * (1 - p) / rows + (z / (2 * rows)) ** 2)) / (1 + z**2 / rows)
-    enough = np.flatnonzero(lower >= target)
+    enough = np.flatnonzero((lower >= target) & (thresholds > 0.5))
     return float(thresholds[enough[-1]]) if len(enough) else None
 
 

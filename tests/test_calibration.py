@@ -79,7 +79,7 @@ def test_threshold_is_the_lowest_of_all_that_keep_the_promise(target):
     for threshold in np.unique(confidence):
         n, k = (confidence >= threshold).sum(), right[confidence >= threshold].sum()
         # Wilson's interval is where |k/n - p| <= z sqrt(p (1 - p) / n): the promise holds if `target` lies below it.
-        if k / n > target and (k / n - target) >= 1.645 * math.sqrt(target * (1 - target) / n):
+        if threshold > 0.5 and k / n > target and (k / n - target) >= 1.645 * math.sqrt(target * (1 - target) / n):
             passing.append(threshold)
     assert passing, "the case is of some use"
     assert precision_threshold(confidence, right, target) == passing[0]
@@ -90,6 +90,11 @@ def test_no_threshold_where_rows_are_few_or_wrong():
     assert precision_threshold(np.full(200, 0.99), np.ones(200, bool), 0.98) == 0.99
     assert precision_threshold(np.linspace(0, 1, 500), np.zeros(500, bool), 0.5) is None
     assert precision_threshold(np.array([]), np.array([], bool), 0.5) is None
+
+
+def test_what_is_more_likely_wrong_than_right_is_never_accepted():
+    confidence = np.array([0.1, 0.5, 0.51] + [0.99] * 500)
+    assert precision_threshold(confidence, np.ones(503, bool), 0.98) == 0.51
 
 
 def test_a_promise_is_kept_on_other_rows_nearly_always():
