@@ -18,7 +18,7 @@ from metrics import path_distance
 from models.decode import Decoder
 from report.suspects import EXCLUDED, LIKELY, Suspect, conflicting, contradicted, write_csv
 
-MISTAKES, SUSPECTS, GROUPS = 12, 60, 30  # shown: mistakes of an attribute, suspect rows, groups of equal pictures
+MISTAKES, SUSPECTS, PICTURES = 12, 60, 30  # shown: mistakes of an attribute, suspect rows, pictures of many rows
 SIDE = 120  # pixels, the longest side of an inlined picture
 CONFUSED = 12  # classes in a confusion matrix
 OFTEN = (1, 10, 50, 200, 1000)  # train rows of a class, from which each group of classes starts
@@ -44,6 +44,9 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
     by_row: dict[int, list[Suspect]] = {}
     for suspect in single:
         by_row.setdefault(suspect.row, []).append(suspect)
+    by_picture: dict[int, list[list[Suspect]]] = {}
+    for group in groups:
+        by_picture.setdefault(int(store.hashes[group[0].row]), []).append(group)
     raw = Decoder(config | {"calibration": None}, PATH, found.scores["decoding"] == "joint")(found.logits)
     thresholds = config["calibration"]["threshold"][found.scores["decoding"]]
     charts, confusions, mistakes = {}, {}, {}
@@ -94,8 +97,8 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
         likely=LIKELY,
         suspect_rows=len(by_row),
         suspect_labels=len(single),
-        groups=groups[:GROUPS],
-        groups_total=len(groups),
+        pictures=list(by_picture.values())[:PICTURES],
+        picture_total=len(by_picture),
         classes=classes,
         title=lambda row: catalogue.columns[TITLE][row] or "",
         ids=catalogue.ids,
