@@ -11,12 +11,8 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
-
-from data.attributes import MISSING, UNSEEN
-from report.page import by_frequency, confusion, coverage_chart
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = '<script>alert("x")</script><img src=http://x.example/y.png>'
@@ -64,6 +60,8 @@ def report(command, demo_run, cache_dir, tmp_path_factory):
     first = rows[0]
     other = next(row for row in rows if row["articleType"] != first["articleType"])
     shutil.copy(shop / "images" / f"{first['id']}.jpg", shop / "images" / f"{other['id']}.jpg")
+    for row in rows:
+        row["usage"] = ""  # a catalogue may lack an attribute altogether
     first["productDisplayName"], other["productDisplayName"] = SCRIPT, FORMULA
     with open(shop / "styles.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -102,6 +100,8 @@ def test_a_title_is_text_never_html(report):
 def test_the_page_shows_the_scores(report):
     text = (report[0] / "report.html").read_text(encoding="utf-8")
     scores = json.loads((report[0].parent / "scores.json").read_text())
+    assert scores["attributes"].pop("usage")["rows"] == 0
+    assert "<td>usage</td><td>–</td>" in text
     for name, a in scores["attributes"].items():
         assert re.search(rf"<td>{name}</td><td>{a['accuracy']:.3f}</td>\s*<td>{a['macro_f1']:.3f}</td>", text)
     for name in ("joint", "independent"):
@@ -119,6 +119,15 @@ def test_identical_pictures_under_two_labels_are_found(report):
     assert {row["title"] for row in found} == {SCRIPT, "'" + FORMULA}
 
 
+def test_independent_answers_are_reported_as_such(command, demo_run, cache_dir, report, tmp_path):
+    words = ("--data", report[0].parent, "--split", "all", "--cache-dir", cache_dir, "--report", tmp_path)
+    done = command("evaluate.py", "--checkpoint", demo_run / "best", *words, "--independent")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Each attribute is its own most probable class" in text
+    assert text != (report[0] / "report.html").read_text(encoding="utf-8")
+
+
 def test_an_uncalibrated_checkpoint_is_refused(command, demo_run, cache_dir, tmp_path):
     config = json.loads((demo_run / "best" / "config.json").read_text())
     del config["calibration"]
@@ -128,32 +137,3 @@ def test_an_uncalibrated_checkpoint_is_refused(command, demo_run, cache_dir, tmp
     done = command("evaluate.py", *words)
     assert done.returncode == 2
     assert "is not calibrated; do so first with --calibrate" in done.stderr.splitlines()[-1]
-
-
-def test_accuracy_by_frequency_by_hand():
-    counts = {"usage": [1500, 3, 60]}  # groups: none, 1 to 9, 10 to 49, 50 to 199, 200 to 999, 1000 or more
-    given = np.array([[0], [0], [1], [2], [UNSEEN], [MISSING]])
-    said = np.array([[0], [2], [1], [0], [0], [0]])
-    groups = by_frequency(given, said, counts)["usage"]
-    assert [g["rows"] for g in groups] == [1, 1, 0, 1, 0, 2]
-    assert [g["accuracy"] for g in groups] == [0.0, 1.0, None, 0.0, None, 0.5]
-
-
-def test_confusion_by_hand():
-    given, said = np.array([0, 0, 0, 1, 1, MISSING, UNSEEN]), np.array([0, 1, 1, 1, 0, 2, 2])
-    found = confusion(given, said, ["a", "b", "c"])
-    assert found["classes"] == ["a", "b"], "c occurs in no row with a known label"
-    assert found["cells"] == [[1, 2, 0], [1, 1, 0]]
-    assert found["rows"] == [3, 2]
-    assert found["pairs"] == [("a", "b", 2), ("b", "a", 1)]
-
-
-def test_coverage_chart_ends_at_the_accuracy():
-    chart = coverage_chart(np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, True, True, False]), 0.7, 0.9)
-    points = [tuple(map(float, point.split(","))) for point in chart["line"].split()]
-    assert chart["floor"] == 0.7
-    top, bottom = points[0][1], points[-1][1]
-    assert (bottom - top) / (160 - top) == pytest.approx((1 - 0.75) / (1 - 0.7), abs=0.01)
-    assert chart["accepted"] == points[2]
-    empty = coverage_chart(np.array([]), np.array([], bool), None, 0.9)
-    assert (empty["line"], empty["accepted"]) == ("", None)
