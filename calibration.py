@@ -23,12 +23,15 @@ COOLEST, HOTTEST = 0.05, 20.0
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The T that minimises the negative log-likelihood of `softmax(logits / T)` (N, C) over labels (N,) >= 0.
 
-    The loss is convex in 1/T; its slope there, the mean expected logit less the mean true one, is bisected to zero.
+    Labels are smoothed as if one row more had a label at random, after Platt (1999): where no row is wrong, all
+    confidences would be 1. The loss is convex in 1/T; its slope there, the mean expected logit less the mean true one,
+    is bisected to zero.
     """
     logits, labels = logits[labels >= 0].double(), labels[labels >= 0]
     if not len(labels):
         return 1.0
-    true = logits.gather(1, labels[:, None]).squeeze(1)
+    smoothing = 1 / (len(labels) + 1)
+    true = (1 - smoothing) * logits.gather(1, labels[:, None]).squeeze(1) + smoothing * logits.mean(1)
     low, high = math.log(1 / HOTTEST), math.log(1 / COOLEST)
     for _ in range(24):  # to within 4e-7 of T
         middle = (low + high) / 2

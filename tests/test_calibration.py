@@ -32,7 +32,7 @@ def drawn(temperature: float, rows: int = 4000, seed: int = 0) -> tuple[torch.Te
 def test_temperature_is_the_best_of_a_grid(temperature):
     logits, labels = drawn(temperature)
     grid = np.geomspace(0.2, 5, 2001)
-    losses = [F.cross_entropy(logits.double() / t, labels).item() for t in grid]
+    losses = [F.cross_entropy(logits.double() / t, labels, label_smoothing=1 / 4001).item() for t in grid]
     found = fit_temperature(logits, labels)
     assert found == pytest.approx(grid[int(np.argmin(losses))], rel=2e-3)
     assert found == pytest.approx(temperature, rel=0.1)
@@ -46,9 +46,10 @@ def test_temperature_leaves_labels_out_that_are_no_class():
     assert fit_temperature(logits, torch.full_like(labels, MISSING)) == 1.0
 
 
-def test_temperature_is_bounded_where_nothing_is_wrong():
+def test_temperature_claims_no_certainty_where_nothing_is_wrong_and_is_bounded_where_all_is():
     logits = torch.eye(4) * 5
-    assert 0.05 <= fit_temperature(logits, torch.arange(4)) < 0.2  # where the loss is down to rounding
+    # Smoothed by 1/5, a label is 0.8 + 0.2 / 4 = 0.85, which exp(5 / T) / (exp(5 / T) + 3) is at T = 5 / log 17.
+    assert fit_temperature(logits, torch.arange(4)) == pytest.approx(5 / math.log(17), rel=1e-5)
     assert fit_temperature(logits, torch.arange(4).roll(1)) == pytest.approx(20, rel=1e-4)
 
 
