@@ -61,6 +61,7 @@ def test_errors(command, demo_run, cache_dir, tmp_path):
     assert "no such data" in done.stderr
     for words, message in (
         (("--target-precision", "0.9"), "--target-precision goes with --calibrate"),
+        (("--calibrate", "--split", "train"), "--calibrate --split train: fit on val"),
         (("--calibrate", "--target-precision", "98"), "--target-precision: 98 is not a number between 0 and 1"),
         (("--report", demo_run / "metrics.json"), f"cannot write --report {demo_run / 'metrics.json'}: File exists"),
     ):
