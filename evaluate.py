@@ -151,9 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--target-precision goes with --calibrate, which keeps the thresholds for it in the checkpoint")
     split = args.split or ("val" if args.calibrate else "test")
     if args.calibrate and split not in ("val", "all"):
-        raise UserError(
-            f"--calibrate --split {split}: fit on val, or on all of a catalogue that is new to the checkpoint"
-        )
+        raise UserError(f"--calibrate --split {split}: fit on val, or on all of a catalogue new to the checkpoint")
     if args.json:
         check_writable(args.json, "--json")
     if args.report:
