@@ -25,6 +25,26 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """An option's type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number between 0 and 1")
+    return value
+
+
+def make_folder(path: Path, option: str) -> None:
+    """Make a folder for results now, or raise a `UserError`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {option} {path}: {error.strerror}") from None
+    check_writable(path / "file", option)
+
+
 def check_writable(path: Path, option: str) -> None:
     """Raise a `UserError` now, not after the work, where a file of this name could not be made."""
     if path.is_dir():

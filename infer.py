@@ -24,12 +24,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from data.attributes import PATH
 from data.images import ImageError, decode
 from data.preprocess import Preprocess
 from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
 from figures import QUIET, contact_sheet
 from lora import merge_lora
 from models.checkpoint import find_checkpoint, load_checkpoint
+from models.decode import Decoder
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 PLOT_AT_MOST = 48  # pictures on a contact sheet
@@ -82,13 +84,16 @@ def answer_batch(
     model: nn.Module,
     batch: list[tuple[Path, np.ndarray | str]],
     preprocess: Preprocess,
+    decoder: Decoder,
     attributes: list[dict],
     top_k: int,
     device: torch.device,
 ) -> list[dict]:
-    """An object for each input: {"image", "attributes": {name: {"label", "confidence", "top"}}}, or {"image", "error"}.
+    """An object for each input: {"image", "attributes": {name: {"label", "confidence", "decision", "top"}}}, or
+    {"image", "error"}. The objects are those of `--json`.
 
-    The objects are those of `--json`.
+    `top` begins with the label; the next guesses follow, most probable first. One of them may be more probable than the
+    label: then the label is what fits the other attributes of the path.
     """
     # A file name need not be text; what no text can hold is replaced, or no format could write it.
     answers = [{"image": os.fsencode(path).decode("utf-8", "replace")} for path, _ in batch]
@@ -102,27 +107,37 @@ def answer_batch(
     if not readable:
         return answers
     pixels = torch.from_numpy(np.stack([picture for _, picture in readable]))
-    for attribute, logits in zip(attributes, model(preprocess(pixels.to(device))).values(), strict=True):
-        labels = attribute["labels"]
-        p, classes = logits.softmax(-1).topk(min(top_k, len(labels)))  # (B, k)
-        for (said, _), row_p, row_classes in zip(readable, p.tolist(), classes.tolist(), strict=True):
-            top = [[labels[c], round(q, 4)] for c, q in zip(row_classes, row_p, strict=True)]
-            said[attribute["name"]] = {"label": top[0][0], "confidence": top[0][1], "top": top}
+    found = decoder(model(preprocess(pixels.to(device))))
+    for column, (attribute, p) in enumerate(zip(attributes, found.probabilities.values(), strict=True)):
+        labels, chosen = attribute["labels"], found.labels[:, [column]]  # (B, 1)
+        order = p.scatter(1, chosen, 2.0).topk(min(top_k, len(labels))).indices  # the label first: 2 is above any p
+        rows = zip(
+            readable, order.tolist(), p.gather(1, order).tolist(), found.accepted[:, column].tolist(), strict=True
+        )
+        for (said, _), classes, row_p, accepted in rows:
+            top = [[labels[c], round(q, 4)] for c, q in zip(classes, row_p, strict=True)]
+            said[attribute["name"]] = {
+                "label": top[0][0],
+                "confidence": top[0][1],
+                "decision": "accept" if accepted else "review",
+                "top": top,
+            }
     return answers
 
 
 class Output:
     """A file of answers, written as they come; it takes its name only when all is done.
 
-    Use as a context manager. CSV and Parquet have a column for each attribute's label and confidence, and `error`;
-    JSONL has the objects of `--json`.
+    Use as a context manager. CSV and Parquet have a column for each attribute's label, confidence and decision, and
+    `error`; JSONL has the objects of `--json`.
     """
 
     KINDS = (".csv", ".jsonl", ".parquet")
 
     def __init__(self, path: Path, attributes: list[str]):
         self.path, self.kind, self.part = path, path.suffix.lower(), path.with_name(path.name + ".part")
-        self.columns = ["image", *itertools.chain(*((name, f"{name}_confidence") for name in attributes)), "error"]
+        said = ((name, f"{name}_confidence", f"{name}_decision") for name in attributes)
+        self.columns = ["image", *itertools.chain(*said), "error"]
 
     def __enter__(self):
         if self.kind == ".parquet":
@@ -148,7 +163,7 @@ class Output:
         rows = [dict.fromkeys(self.columns) | {"image": a["image"], "error": a.get("error")} for a in answers]
         for row, answer in zip(rows, answers, strict=True):
             for name, said in answer.get("attributes", {}).items():
-                row[name], row[f"{name}_confidence"] = said["label"], said["confidence"]
+                row |= {name: said["label"]} | {f"{name}_{key}": said[key] for key in ("confidence", "decision")}
         if self.kind == ".csv":
             csv.writer(self.file).writerows(row.values() for row in rows)
         else:
@@ -156,13 +171,13 @@ class Output:
 
 
 def table(answer: dict) -> str:
-    """What is said of one image, an attribute a line: label, confidence, and the next guesses."""
+    """What is said of one image, an attribute a line: label, confidence, decision, and the next guesses."""
     if "error" in answer:
         return f"{answer['image']}: {answer['error']}\n"
     lines = [answer["image"]]
     for name, said in answer["attributes"].items():
         rest = ", ".join(f"{label} {p:.2f}" for label, p in said["top"][1:])
-        lines.append(f"  {name:<16}{said['label']:<24}{said['confidence']:>5.2f}   {rest}".rstrip())
+        lines.append(f"  {name:<16}{said['label']:<24}{said['confidence']:>5.2f}  {said['decision']}  {rest}".rstrip())
     return "\n".join(lines) + "\n"
 
 
@@ -176,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         "--top-k", type=positive_int, default=3, help="guesses for each attribute (default: %(default)s)"
     )
     parser.add_argument("--batch-size", type=positive_int, default=64)
+    parser.add_argument("--independent", action="store_true", help="each attribute's most probable class, paths or not")
     parser.add_argument("--json", action="store_true", help="one JSON object a line on standard output")
     parser.add_argument("--out", type=Path, help="write all answers to FILE.csv, .jsonl or .parquet")
     parser.add_argument(
@@ -195,13 +211,16 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = merge_lora(model).to(device)
     preprocess, attributes = Preprocess(**config["preprocess"]), config["attributes"]
+    decoder = Decoder(config, PATH, joint=not args.independent)
+    if "calibration" not in config:
+        print("not calibrated, so all is for review: evaluate.py --calibrate does it", file=sys.stderr)
 
     unreadable, sheet = 0, []
     with ExitStack() as stack:
         output = stack.enter_context(Output(args.out, [a["name"] for a in attributes])) if args.out else None
         bar = stack.enter_context(tqdm(total=len(paths), unit="img", disable=len(paths) <= args.batch_size))
         for batch in read_batches(paths, args.batch_size, preprocess):
-            answers = answer_batch(model, batch, preprocess, attributes, args.top_k, device)
+            answers = answer_batch(model, batch, preprocess, decoder, attributes, args.top_k, device)
             for (_, picture), answer in zip(batch, answers, strict=True):
                 unreadable += "error" in answer
                 if "error" not in answer and len(sheet) < PLOT_AT_MOST:

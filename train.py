@@ -22,16 +22,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.attributes import FASHION, encode_labels, fit_label_maps, known_paths
+from calibration import calibrate
+from data.attributes import FASHION, class_counts, encode_labels, fit_label_maps, known_paths
 from data.batches import epoch_batches, make_loader
 from data.preprocess import Preprocess
 from data.sources import load_source
 from data.split import SPLITS
 from data.store import common_size, open_store
 from errors import UserError, exits_cleanly
-from evaluate import Task, evaluate, scores_table
+from evaluate import Task, evaluate
 from figures import label_sheet
 from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_base
+from metrics import scores_table, trust_table
 from models.backbone import create_backbone
 from models.checkpoint import attach, load_tensors, read_config, save_checkpoint, trained_params
 from models.classifier import attribute_losses
@@ -68,10 +70,13 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     print(f"decoded images: {store.path} ({store.nbytes / 1e6:,.0f} MB, {'new' if store.built else 'reused'})")
     print("classes:", ", ".join(f"{name} {len(m.labels)}" for name, m in maps.items()))
 
+    counts = class_counts(labels[store.rows("train")], maps)
     config = {
         "backbone": {"name": args.backbone, "img_size": args.img_size, "fingerprint": fingerprint},
         "lora": {name: getattr(args, name) for name in LORA_OPTIONS},
-        "attributes": [{"name": a.name, "level": a.level, **asdict(maps[a.name])} for a in FASHION],
+        "attributes": [
+            {"name": a.name, "level": a.level, **asdict(maps[a.name]), "counts": counts[a.name]} for a in FASHION
+        ],
         "paths": known_paths(labels[store.rows("train")], FASHION),
         "preprocess": asdict(preprocess),
         "data": {"name": catalogue.name, "rows": len(catalogue), "fingerprint": catalogue.fingerprint},
@@ -86,7 +91,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     heads = sum(p.numel() for p in model.heads.parameters())
     adapters = sum(p.numel() for p in get_adapter_params(model).values())
     print(f"LoRA {adapters:,} and heads {heads:,}: {parameter_summary(model)}")
-    return Task(model, config, preprocess, store, labels)
+    return Task(model, config, preprocess, catalogue, store, labels)
 
 
 def parameter_groups(params: Mapping[str, nn.Parameter], lora_plus: float = 1.0) -> list[dict]:
@@ -217,35 +222,37 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
         scaler.load_state_dict(progress["scaler"])
         print(f"going on with {args.out} at step {progress['step']:,} of {total:,}")
 
-    def save(name: str) -> None:
+    def save(name: str, **facts) -> None:
         progress["scaler"] = scaler.state_dict()
         extra = {"optimizer.safetensors": optimizer_tensors(optimizer, params)} if name == "last" else {}
-        save_checkpoint(args.out / name, task.model, task.config | {"progress": progress}, extra)
+        save_checkpoint(args.out / name, task.model, task.config | facts | {"progress": progress}, extra)
 
     board = Board(args.out, list(task.classes), progress["step"])
     with StopRequest() as stop:
         while progress["step"] < total:
             progress["step"] = train_epoch(args, task, optimizer, scaler, progress["step"], total, board, stop)
             if progress["step"] % steps_in_epoch(args, task) == 0:
-                scores, predicted = evaluate(task, "val", device)
+                scores, rows, logits, answers = evaluate(task, "val", device)
                 print(scores_table(scores))
-                shown = task.store.rows("val")[:12]
-                sheet = label_sheet(list(task.store.pixels[shown]), task.labels[shown], predicted[:12], task.classes)
+                shown, said = rows[:12], answers.labels[:12].numpy()
+                sheet = label_sheet(list(task.store.pixels[shown]), task.labels[shown], said, task.classes)
                 board.validation(progress["step"] - 1, scores, sheet)  # the step that was just taken
                 if scores["mean_accuracy"] > progress["best_accuracy"]:
                     epoch = progress["step"] // steps_in_epoch(args, task)
                     progress |= {"best_accuracy": scores["mean_accuracy"], "best_epoch": epoch}
-                    save("best")
+                    save("best", calibration=calibrate(logits, task.labels[rows], task.config))
             save("last")
             if stop.made:
                 return False
 
     # Only now the test rows, with the epoch that validation chose.
     load_tensors(args.out / "best", task.model)
-    scores, _ = evaluate(task, "test", device)
+    best = task._replace(config=read_config(args.out / "best"))  # with its calibration
+    scores = evaluate(best, "test", device).scores
     (args.out / "metrics.json").write_text(json.dumps(scores, indent=1) + "\n")
     board.close(args, scores)
     print(f"\ntest, epoch {progress['best_epoch']} of {args.epochs} (best on validation):\n{scores_table(scores)}")
+    print(trust_table(scores))
     return True
 
 

@@ -108,3 +108,9 @@ def known_paths(labels: np.ndarray, attributes: Sequence[Attribute] = FASHION) -
     names = [attribute.name for attribute in attributes]
     paths = labels[:, [names.index(name) for name in PATH]]  # (N, 3)
     return np.unique(paths[(paths >= 0).all(axis=1)], axis=0).tolist()
+
+
+def class_counts(labels: np.ndarray, maps: dict[str, LabelMap]) -> dict[str, list[int]]:
+    """How many of the rows (N, A) have each class of each attribute."""
+    columns = zip(maps.items(), labels.T, strict=True)
+    return {name: np.bincount(column[column >= 0], minlength=len(m)).tolist() for (name, m), column in columns}

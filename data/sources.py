@@ -24,6 +24,7 @@ from data.images import ImageError
 from errors import UserError
 
 NULLS = {"", "na", "nan", "none", "null"}
+TITLE = "productDisplayName"
 COLUMNS = ("id", *dict.fromkeys(attribute.column for attribute in FASHION))  # every source must have these
 
 

@@ -99,6 +99,14 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def amend_config(folder: Path, **facts) -> None:
+    """Put facts into a checkpoint's `config.json`, which is whole at any moment."""
+    text = json.dumps(read_config(folder) | facts, indent=1, ensure_ascii=False)
+    fresh = folder / "config.json.new"
+    fresh.write_text(text + "\n", encoding="utf-8")
+    os.replace(fresh, folder / "config.json")
+
+
 def load_tensors(folder: Path, model: AttributeClassifier) -> None:
     """Load `adapter.safetensors` strictly: every missing, unexpected or misshaped tensor is named."""
     path = folder / "adapter.safetensors"

@@ -28,6 +28,10 @@ def test_they_know_the_real_catalogue(shared, command, cache_dir, tmp_path):
         *("--limit", 3000, "--split", "val", "--cache-dir", cache_dir, "--json", tmp_path / "scores.json"),
     )
     assert done.returncode == 0, done.stderr
-    scores = json.loads((tmp_path / "scores.json").read_text())["attributes"]
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["valid_path_rate"] == 1.0
+    assert found["calibration"]["accepted"] > 0.5
+    assert found["calibration"]["precision"] > 0.97
+    scores = found["attributes"]
     floors = {"gender": 0.85, "masterCategory": 0.97, "usage": 0.85, "subCategory": 0.9, "articleType": 0.8}
     assert {name: floor for name, floor in floors.items() if scores[name]["accuracy"] < floor} == {}

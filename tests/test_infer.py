@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from data import demo
+from data.attributes import PATH
 
 ROOT = Path(__file__).parents[1]
 ATTRIBUTES = ["gender", "masterCategory", "usage", "subCategory", "articleType", "baseColour", "brand"]
@@ -51,8 +53,9 @@ def test_json_of_a_folder_answers_each_image_once_and_goes_on_after_bad_ones(com
         for name, said in answer.get("attributes", {}).items():
             assert name in ATTRIBUTES
             assert said["top"][0] == [said["label"], said["confidence"]]
-            assert 1 >= said["top"][0][1] >= said["top"][1][1] >= 0
-            assert len(said["top"]) == 2
+            assert all(0 <= p <= 1 for _, p in said["top"])
+            assert len({label for label, _ in said["top"]}) == 2
+            assert said["decision"] in ("accept", "review")
 
 
 def test_formats_hold_the_same_rows(command, demo_run, photos, tmp_path):
@@ -69,8 +72,9 @@ def test_formats_hold_the_same_rows(command, demo_run, photos, tmp_path):
         assert a["image"] == b["image"] == c["image"]
         assert a["error"] == (b["error"] or "") == c.get("error", "")
         for name in ATTRIBUTES:
-            said = c.get("attributes", {}).get(name, {"label": None, "confidence": None})
+            said = c.get("attributes", {}).get(name, {"label": None, "confidence": None, "decision": None})
             assert a[name] == (b[name] or "") == (said["label"] or "")
+            assert a[f"{name}_decision"] == (b[f"{name}_decision"] or "") == (said["decision"] or "")
             assert b[f"{name}_confidence"] == pytest.approx(said["confidence"]) if said["label"] else a[name] == ""
 
 
@@ -93,6 +97,47 @@ def test_batch_size_changes_no_answer(command, demo_run, photos):
         for name, said in one.get("attributes", {}).items():
             assert said["label"] == many["attributes"][name]["label"]
             assert said["confidence"] == pytest.approx(many["attributes"][name]["confidence"], abs=2e-4)
+
+
+def test_labels_fit_together_and_decisions_are_those_of_the_thresholds(command, demo_run, photos, tmp_path):
+    """Thresholds are put where some of the answers reach them: those a short run earns may all lie out of reach."""
+    folder = tmp_path / "best"
+    shutil.copytree(demo_run / "best", folder)
+    config = json.loads((folder / "config.json").read_text())
+    joint = dict.fromkeys(ATTRIBUTES, 0.8) | {"gender": 0.0, "brand": None}
+    independent = dict.fromkeys(ATTRIBUTES, 1.1)
+    config["calibration"]["threshold"] = {"joint": joint, "independent": independent}
+    (folder / "config.json").write_text(json.dumps(config))
+    words = ("infer.py", photos / "*.png", photos / "more", "--json", "--top-k", 50, "--checkpoint", folder)
+    answers = [json.loads(line) for line in command(*words).stdout.splitlines()]
+    alone = [json.loads(line) for line in command(*words, "--independent").stdout.splitlines()]
+    labels = {a["name"]: a["labels"] for a in config["attributes"]}
+    decisions = set()
+    for answer, other in zip(answers, alone, strict=True):
+        if "error" in answer:
+            continue
+        said = answer["attributes"]
+        path = [labels[name].index(said[name]["label"]) for name in PATH]
+        assert path in config["paths"]
+        for name, a in said.items():
+            sure = joint[name] is not None and a["confidence"] >= joint[name]
+            assert a["decision"] == ("accept" if sure else "review")
+            decisions |= {(name in PATH, a["decision"])}
+            by_p = sorted(a["top"], key=lambda guess: -guess[1])
+            assert by_p[0] == other["attributes"][name]["top"][0], "with the switch, the most probable"
+            assert [p for label, p in by_p if label != a["label"]] == [p for _, p in a["top"][1:]]
+            assert other["attributes"][name]["decision"] == "review", "the switch has thresholds of its own"
+    assert decisions >= {(True, "accept"), (True, "review")}
+
+
+def test_an_uncalibrated_checkpoint_leaves_all_for_review_and_says_so(command, demo_run, photos, tmp_path):
+    config = json.loads((demo_run / "best" / "config.json").read_text())
+    del config["calibration"]
+    shutil.copytree(demo_run / "best", tmp_path / "best")
+    (tmp_path / "best" / "config.json").write_text(json.dumps(config))
+    done = command("infer.py", photos / "0.png", "--json", "--checkpoint", tmp_path / "best")
+    assert "not calibrated, so all is for review" in done.stderr
+    assert {a["decision"] for a in json.loads(done.stdout)["attributes"].values()} == {"review"}
 
 
 def test_plot(command, demo_run, photos, tmp_path):

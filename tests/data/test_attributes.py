@@ -4,7 +4,17 @@ import json
 import numpy as np
 import pytest
 
-from data.attributes import FASHION, MISSING, UNSEEN, Attribute, LabelMap, encode_labels, fit_label_maps, known_paths
+from data.attributes import (
+    FASHION,
+    MISSING,
+    UNSEEN,
+    Attribute,
+    LabelMap,
+    class_counts,
+    encode_labels,
+    fit_label_maps,
+    known_paths,
+)
 from errors import UserError
 
 
@@ -76,6 +86,12 @@ def test_known_paths_are_those_labelled_in_full():
     attributes = [Attribute(name, 1, name) for name in ("articleType", "x", "masterCategory", "subCategory")]
     labels = np.array([[5, 0, 1, 2], [4, 9, 1, 2], [5, 1, 1, 2], [MISSING, 0, 1, 2], [3, 0, 1, UNSEEN]])
     assert known_paths(labels, attributes) == [[1, 2, 4], [1, 2, 5]]
+
+
+def test_class_counts_leave_out_what_is_no_class():
+    maps = {"a": LabelMap(["x", "y", "z"]), "b": LabelMap(["x"])}
+    labels = np.array([[0, 0], [2, MISSING], [2, UNSEEN], [MISSING, 0]])
+    assert class_counts(labels, maps) == {"a": [1, 0, 2], "b": [2]}
 
 
 def test_an_attribute_without_a_value_is_named():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from errors import UserError
 from lora import merge_lora, parameter_summary
 from models.backbone import DEMO, bare_backbone, create_backbone
-from models.checkpoint import attach, load_checkpoint, save_checkpoint, trained_params
+from models.checkpoint import amend_config, attach, load_checkpoint, read_config, save_checkpoint, trained_params
 
 NAMES = {"gender": (1, 5), "masterCategory": (1, 7), "subCategory": (2, 9), "articleType": (3, 20), "brand": (4, 4)}
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -61,6 +61,15 @@ def test_saving_again_replaces_the_whole_folder(trained):
     save_checkpoint(folder, model, config)
     assert not (folder / "optimizer.safetensors").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["best"], "nothing half-written is left beside it"
+
+
+def test_amending_the_config_adds_facts_and_leaves_the_rest(trained):
+    folder, _ = trained
+    before, tensors = read_config(folder), (folder / "adapter.safetensors").read_bytes()
+    amend_config(folder, calibration={"temperature": {"gender": 1.5}})
+    assert read_config(folder) == before | {"calibration": {"temperature": {"gender": 1.5}}}
+    assert (folder / "adapter.safetensors").read_bytes() == tensors
+    assert {path.name for path in folder.iterdir()} == {"config.json", "adapter.safetensors"}
 
 
 def test_merged_backbone_loads_strictly_into_plain_timm(trained):

@@ -1,0 +1,137 @@
+"""Confidence that means something: temperatures, thresholds, and how far they hold, all from labelled rows.
+
+A label that is missing counts nowhere; one never seen in training is wrong, whatever was said (`data.attributes`).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.attributes import MISSING, PATH
+from models.decode import Answers, Decoder
+
+TARGET_PRECISION = 0.98
+SURE = 1.645  # standard errors: a threshold keeps its promise on other rows with 95 % certainty, not half the time
+BINS = 15  # of equal width, as Guo et al. have them
+COOLEST, HOTTEST = 0.05, 20.0
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The T that minimises the negative log-likelihood of `softmax(logits / T)` (N, C) over labels (N,) >= 0.
+
+    Labels are smoothed as if one row more had a label at random, after Platt (1999): where no row is wrong, all
+    confidences would be 1. The loss is convex in 1/T; its slope there, the mean expected logit less the mean true one,
+    is bisected to zero.
+    """
+    logits, labels = logits[labels >= 0].double(), labels[labels >= 0]
+    if not len(labels):
+        return 1.0
+    smoothing = 1 / (len(labels) + 1)
+    true = (1 - smoothing) * logits.gather(1, labels[:, None]).squeeze(1) + smoothing * logits.mean(1)
+    low, high = math.log(1 / HOTTEST), math.log(1 / COOLEST)
+    for _ in range(24):  # to within 4e-7 of T
+        middle = (low + high) / 2
+        expected = ((logits * math.exp(middle)).softmax(-1) * logits).sum(-1)
+        low, high = (middle, high) if (expected - true).mean() < 0 else (low, middle)
+    return math.exp(-(low + high) / 2)
+
+
+class Bin(NamedTuple):
+    """Answers of similar confidence: how many, their mean confidence, and how many of them are right."""
+
+    rows: int
+    confidence: float
+    accuracy: float
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray) -> list[Bin]:
+    """The bins of confidence that hold any of the rows (N,)."""
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    inside = [bins == b for b in np.unique(bins)]
+    return [Bin(int(i.sum()), float(confidence[i].mean()), float(right[i].mean())) for i in inside]
+
+
+def calibration_error(bins: list[Bin]) -> float | None:
+    """Expected calibration error: how far confidence is from accuracy, over bins weighted by their rows."""
+    rows = sum(b.rows for b in bins)
+    return sum(b.rows * abs(b.confidence - b.accuracy) for b in bins) / rows if rows else None
+
+
+def coverage_curve(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each possible threshold, falling, with the number of rows at or above it and how many of those are right."""
+    order = np.argsort(-confidence, kind="stable")
+    thresholds, hits = confidence[order], right[order].cumsum()
+    last = np.append(thresholds[1:] != thresholds[:-1], True)[: len(order)]  # equal confidences stand or fall together
+    return thresholds[last], np.flatnonzero(last) + 1, hits[last]
+
+
+def precision_threshold(confidence: np.ndarray, right: np.ndarray, target: float) -> float | None:
+    """The lowest threshold whose precision is at least `target`, by the lower end of Wilson's 95 % interval.
+
+    The plain fraction would promise too much: of the thresholds tried, the lucky ones pass, and of a few rows most do.
+    It is above 0.5, as an answer more likely wrong than right is for a person even where the others make up for it.
+    None where no threshold is enough.
+    """
+    thresholds, rows, hits = coverage_curve(confidence, right)
+    p, z = hits / rows, SURE
+    lower = (p + z**2 / (2 * rows) - z * np.sqrt(p * (1 - p) / rows + (z / (2 * rows)) ** 2)) / (1 + z**2 / rows)
+    enough = np.flatnonzero((lower >= target) & (thresholds > 0.5))
+    return float(thresholds[enough[-1]]) if len(enough) else None
+
+
+def calibrate(logits: Mapping[str, Tensor], labels: np.ndarray, config: dict, target: float = TARGET_PRECISION) -> dict:
+    """A checkpoint's `calibration`: temperatures, then thresholds for the answers those give, decoded either way.
+
+    Args:
+        logits: {attribute: (N, classes)} of rows the model was not trained on.
+        labels: (N, A) their labels.
+    """
+    truths = torch.from_numpy(labels)
+    temperature = {name: fit_temperature(logits[name], truths[:, i]) for i, name in enumerate(logits)}
+    fitted = {"target_precision": target, "rows": len(labels), "temperature": temperature, "threshold": {}}
+    for how in ("joint", "independent"):
+        nothing_yet = {"temperature": temperature, "threshold": {how: {}}}
+        answers = Decoder(config | {"calibration": nothing_yet}, PATH, how == "joint")(logits)
+        fitted["threshold"][how] = {
+            name: precision_threshold(*judged(answers, labels, column), target) for column, name in enumerate(logits)
+        }
+    return fitted
+
+
+def judged(answers: Answers, labels: np.ndarray, column: int) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence (n,) and rightness (n,) of one attribute's answers, over the n rows whose label is known."""
+    known = labels[:, column] != MISSING
+    confidence, said = answers.confidence[:, column].double().numpy(), answers.labels[:, column].numpy()
+    return confidence[known], (said == labels[:, column])[known]
+
+
+def calibration_scores(answers: Answers, raw: Answers, labels: np.ndarray, names: list[str]) -> dict:
+    """What calibration is worth on rows with labels (N, A): error before and after, and what needs no person.
+
+    `accepted` are shares of all rows, labelled or not; `precision` is over those accepted whose label is known.
+    `rows_accepted` and `paths_accepted` are the shares of rows of which nothing, or nothing along `PATH`, is left to
+    review.
+    """
+    accepted = answers.accepted.numpy()
+    known, right = labels != MISSING, answers.labels.numpy() == labels
+    sure = accepted & known
+    attributes = {
+        name: {
+            "ece_before": calibration_error(reliability(*judged(raw, labels, column))),
+            "ece": calibration_error(reliability(*judged(answers, labels, column))),
+            "accepted": float(accepted[:, column].mean()),
+            "precision": float(right[sure[:, column], column].mean()) if sure[:, column].any() else None,
+        }
+        for column, name in enumerate(names)
+    }
+    return {
+        "attributes": attributes,
+        "accepted": float(accepted.mean()),
+        "precision": float(right[sure].mean()) if sure.any() else None,
+        "rows_accepted": float(accepted.all(1).mean()),
+        "paths_accepted": float(accepted[:, [names.index(name) for name in PATH]].all(1).mean()),
+    }

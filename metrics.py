@@ -1,0 +1,106 @@
+"""How good predictions are: accuracy, F1, paths, and the tables that show them."""
+
+import numpy as np
+
+from data.attributes import MISSING, PATH
+
+
+def average(values) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def f1_scores(true: np.ndarray, predicted: np.ndarray) -> tuple[float, float]:
+    """Macro and weighted F1 over the classes that occur as truth or as prediction, as scikit-learn counts them.
+
+    All labels never seen in training are one class here, which nobody can predict.
+    """
+    classes, codes = np.unique(np.concatenate([true, predicted]), return_inverse=True)
+    true, predicted = codes[: len(true)], codes[len(true) :]
+    hits = np.bincount(true[true == predicted], minlength=len(classes))
+    support = np.bincount(true, minlength=len(classes))
+    f1 = 2 * hits / (support + np.bincount(predicted, minlength=len(classes)))
+    return float(f1.mean()), float((f1 * support).sum() / support.sum())
+
+
+def score(labels: np.ndarray, predicted: np.ndarray, names: list[str], valid_paths: list[list[int]]) -> dict:
+    """All metrics of predictions (N, A) against labels (N, A).
+
+    A missing label is left out and `rows` says how many there were; a label never seen in training is wrong whatever
+    was predicted. `path_accuracy` is over rows whose whole masterCategory > subCategory > articleType path is labelled;
+    `valid_path_rate` is the share of predicted paths that occur in training; `exact_match` is the share of rows with
+    labels that has them all right; `mean_accuracy`, the mean over attributes, is what the best epoch is chosen by.
+    """
+    present, right = labels != MISSING, labels == predicted
+    attributes = {}
+    for column, name in enumerate(names):
+        rows = present[:, column]
+        if not rows.any():
+            attributes[name] = {"accuracy": None, "macro_f1": None, "weighted_f1": None, "rows": 0}
+            continue
+        macro, weighted = f1_scores(labels[rows, column], predicted[rows, column])
+        accuracy = float(right[rows, column].mean())
+        attributes[name] = {"accuracy": accuracy, "macro_f1": macro, "weighted_f1": weighted, "rows": int(rows.sum())}
+
+    path = [names.index(name) for name in PATH]
+    whole = present[:, path].all(1)
+    valid = set(map(tuple, valid_paths))
+    return {
+        "rows": len(labels),
+        "attributes": attributes,
+        "mean_accuracy": average([a["accuracy"] for a in attributes.values() if a["rows"]]),
+        "path_accuracy": average(right[whole][:, path].all(1)),
+        "valid_path_rate": average([tuple(row) in valid for row in predicted[:, path].tolist()]),
+        "exact_match": average((right | ~present)[present.any(1)].all(1)),
+    }
+
+
+def scores_table(scores: dict) -> str:
+    """The metrics as text, a line per attribute."""
+    lines = [f"{'attribute':<16}{'accuracy':>9}{'macro F1':>10}{'weighted F1':>13}{'rows':>8}"]
+    for name, a in scores["attributes"].items():
+        figures = (
+            f"{a['accuracy']:>9.3f}{a['macro_f1']:>10.3f}{a['weighted_f1']:>13.3f}"
+            if a["rows"]
+            else f"{'no labels':>32}"
+        )
+        lines.append(f"{name:<16}{figures}{a['rows']:>8,}")
+    whole = [(key, scores[key]) for key in ("mean_accuracy", "path_accuracy", "valid_path_rate", "exact_match")]
+    lines.append("  ".join(f"{key} {value:.3f}" for key, value in whole if value is not None))
+    return "\n".join(lines)
+
+
+def trust_table(scores: dict) -> str:
+    """Beside `scores_table`: what decoding along the paths and calibration are worth."""
+    lines = [
+        "  ".join([f"{how:<12}", *(f"{key} {value:.3f}" for key, value in scores[how].items() if value is not None)])
+        for how in ("joint", "independent")
+    ]
+    if "calibration" in scores:
+        c = scores["calibration"]
+        lines.append(f"\n{'attribute':<16}{'ECE before':>11}{'after':>8}{'accepted':>10}{'precision':>11}")
+        for name, a in c["attributes"].items():
+            before, after, accepted, precision = (
+                "–" if a[key] is None else f"{a[key]:.3f}" for key in ("ece_before", "ece", "accepted", "precision")
+            )
+            lines.append(f"{name:<16}{before:>11}{after:>8}{accepted:>10}{precision:>11}")
+        right = f", {c['precision']:.3f} of them right" if c["precision"] is not None else ""
+        lines.append(
+            f"accepted at target precision {c['target_precision']}: {c['accepted']:.3f} of all labels{right}; "
+            f"{c['paths_accepted']:.3f} of all paths, {c['rows_accepted']:.3f} of all rows in full"
+        )
+    return "\n".join(lines)
+
+
+def path_distance(labels: np.ndarray, predicted: np.ndarray, names: list[str]) -> list[int]:
+    """How far off along `PATH` answers (N, A) are: how many of the rows labelled in full go wrong where.
+
+    Returns:
+        counts of rows whose last attribute is right; wrong, but all above it right (distance 1); ...; whose first
+        attribute is wrong already (distance `len(PATH)`).
+    """
+    columns = [names.index(name) for name in PATH]
+    known = (labels[:, columns] != MISSING).all(1)
+    right = (labels == predicted)[known][:, columns]  # (n, len(PATH))
+    agree = right[:, :-1].cumprod(1).sum(1)  # how many levels from the top agree
+    distance = np.where(right[:, -1], 0, len(PATH) - agree)
+    return np.bincount(distance, minlength=len(PATH) + 1).tolist()

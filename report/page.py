@@ -1,0 +1,106 @@
+"""The report: one HTML file that opens without a server or a network, and the suspects beside it as CSV.
+
+Everything is computed in Python; `page.html.j2` only lays it out. Charts are inline SVG, pictures inlined as JPEG.
+"""
+
+import base64
+import io
+from collections import defaultdict
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from calibration import judged
+from data.attributes import PATH
+from data.sources import TITLE
+from metrics import path_distance
+from models.decode import Decoder
+from report import charts
+from report.suspects import EXCLUDED, LIKELY, conflicting, contradicted, write_csv
+
+MISTAKES, SUSPECTS, PICTURES = 12, 60, 30  # shown: mistakes of an attribute, suspect rows, pictures of many rows
+SIDE = 120  # pixels, the longest side of an inlined picture
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,  # titles and labels are a stranger's text
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def write_report(folder: Path, checkpoint: str, task, found) -> None:
+    """Write `report.html` and `suspects.csv` of a calibrated checkpoint.
+
+    Args:
+        checkpoint: what to call it.
+        task, found: an `evaluate.Task` and the `Evaluation` of one of its splits.
+    """
+    store, classes, rows = task.store, task.classes, found.rows
+    given, said = task.labels[rows], found.answers.labels.numpy()
+    p = {name: scores.numpy() for name, scores in found.answers.probabilities.items()}
+    single = contradicted(rows, given, said, p)
+    groups = conflicting(rows, store.hashes[rows], given, said, p)
+    write_csv(folder / "suspects.csv", single, groups, task.catalogue, classes)
+
+    by_row, by_picture = defaultdict(list), defaultdict(list)
+    for suspect in single:
+        by_row[suspect.row].append(suspect)
+    for group in groups:
+        by_picture[store.hashes[group[0].row]].append(group)
+    text = TEMPLATES.get_template("page.html.j2").render(
+        checkpoint=checkpoint,
+        backbone=task.config["backbone"],
+        catalogue=task.catalogue.name,
+        scores=found.scores,
+        skipped=len(store.skipped),
+        target=task.config["calibration"]["target_precision"],
+        area={"left": charts.LEFT, "right": charts.RIGHT, "top": charts.TOP, "bottom": charts.BOTTOM},
+        distances=path_distance(given, said, list(classes)),
+        often=charts.by_frequency(given, said, {a["name"]: a["counts"] for a in task.config["attributes"]}),
+        starts=charts.OFTEN,
+        figures=figures(task, found),
+        suspects=list(by_row.values())[:SUSPECTS],
+        suspect_rows=len(by_row),
+        suspect_labels=len(single),
+        excluded=EXCLUDED,
+        likely=LIKELY,
+        pictures=list(by_picture.values())[:PICTURES],
+        picture_total=len(by_picture),
+        classes=classes,
+        ids=task.catalogue.ids,
+        title=lambda row: task.catalogue.columns[TITLE][row] or "",
+        picture=lambda row: picture_uri(store.pixels[row]),
+    )
+    (folder / "report.html").write_text(text, encoding="utf-8")
+
+
+def figures(task, found) -> dict[str, dict]:
+    """Each attribute's charts, confusions and mistakes."""
+    calibration, how = task.config["calibration"], found.scores["decoding"]
+    raw = Decoder(task.config | {"calibration": None}, PATH, how == "joint")(found.logits)
+    labels, made = task.labels[found.rows], {}
+    for column, (name, texts) in enumerate(task.classes.items()):
+        given, said = labels[:, column], found.answers.labels[:, column].numpy()
+        confidence, threshold = found.answers.confidence[:, column].numpy(), calibration["threshold"][how][name]
+        after = judged(found.answers, labels, column)
+        made[name] = {
+            "threshold": threshold,
+            "before": charts.reliability_points(*judged(raw, labels, column)),
+            "after": charts.reliability_points(*after),
+            "coverage": charts.coverage_chart(*after, threshold, calibration["target_precision"]),
+            "confusion": charts.confusion(given, said, texts),
+            "mistakes": charts.confident_mistakes(found.rows, given, said, confidence, texts, MISTAKES),
+        }
+    return made
+
+
+def picture_uri(pixels: np.ndarray) -> str:
+    """uint8 (H, W, 3) -> a data URI, small enough for hundreds on a page."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((SIDE, SIDE))
+    image.save(buffer := io.BytesIO(), "jpeg", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,138 @@
+"""Temperatures, calibration error and thresholds, against a grid, a hand-worked case and every threshold tried."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from calibration import (
+    BINS,
+    calibrate,
+    calibration_error,
+    calibration_scores,
+    coverage_curve,
+    fit_temperature,
+    precision_threshold,
+    reliability,
+)
+from data.attributes import MISSING, PATH, UNSEEN
+from models.decode import Decoder
+
+
+def drawn(temperature: float, rows: int = 4000, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and labels drawn from `softmax(logits / temperature)`: the T to be found, up to chance."""
+    g = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, 6, generator=g)
+    return logits, torch.multinomial((logits / temperature).softmax(-1), 1, generator=g).squeeze(1)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
+def test_temperature_is_the_best_of_a_grid(temperature):
+    logits, labels = drawn(temperature)
+    grid = np.geomspace(0.2, 5, 2001)
+    losses = [F.cross_entropy(logits.double() / t, labels, label_smoothing=1 / 4001).item() for t in grid]
+    found = fit_temperature(logits, labels)
+    assert found == pytest.approx(grid[int(np.argmin(losses))], rel=2e-3)
+    assert found == pytest.approx(temperature, rel=0.1)
+
+
+def test_temperature_leaves_labels_out_that_are_no_class():
+    logits, labels = drawn(2.0)
+    holes = labels.clone()
+    holes[::3], holes[1::3] = MISSING, UNSEEN
+    assert fit_temperature(logits, holes) == pytest.approx(fit_temperature(logits[2::3], labels[2::3]))
+    assert fit_temperature(logits, torch.full_like(labels, MISSING)) == 1.0
+
+
+def test_temperature_claims_no_certainty_where_nothing_is_wrong_and_is_bounded_where_all_is():
+    logits = torch.eye(4) * 5
+    # Smoothed by 1/5, a label is 0.8 + 0.2 / 4 = 0.85, which exp(5 / T) / (exp(5 / T) + 3) is at T = 5 / log 17.
+    assert fit_temperature(logits, torch.arange(4)) == pytest.approx(5 / math.log(17), rel=1e-5)
+    assert fit_temperature(logits, torch.arange(4).roll(1)) == pytest.approx(20, rel=1e-4)
+
+
+def test_calibration_error_by_hand():
+    # Two bins of 1/15: three rows near 0.9, one of them wrong; one row of 0.3, right.
+    confidence, right = np.array([0.90, 0.91, 0.92, 0.30]), np.array([True, True, False, True])
+    bins = reliability(confidence, right)
+    assert [(b.rows, round(b.confidence, 9), b.accuracy) for b in bins] == [(1, 0.3, 1.0), (3, 0.91, 2 / 3)]
+    assert calibration_error(bins) == pytest.approx(3 / 4 * abs(0.91 - 2 / 3) + 1 / 4 * abs(0.3 - 1))
+    assert reliability(np.array([1.0]), np.array([True]))[0].rows == 1, "a confidence of 1 is in the last bin"
+    assert calibration_error([]) is None
+    assert len(reliability(np.linspace(0, 1, 1000), np.ones(1000, bool))) == BINS
+
+
+def test_coverage_curve_by_hand():
+    thresholds, rows, hits = coverage_curve(np.array([0.5, 0.9, 0.7, 0.7]), np.array([False, True, True, False]))
+    assert thresholds.tolist() == [0.9, 0.7, 0.5]
+    assert rows.tolist() == [1, 3, 4], "equal confidences stand or fall together"
+    assert hits.tolist() == [1, 2, 2]
+
+
+@pytest.mark.parametrize("target", [0.8, 0.9, 0.95])
+def test_threshold_is_the_lowest_of_all_that_keep_the_promise(target):
+    g = np.random.default_rng(0)
+    confidence = g.random(1000).round(2)
+    right = g.random(1000) < np.sqrt(confidence)
+    passing = []
+    for threshold in np.unique(confidence):
+        n, k = (confidence >= threshold).sum(), right[confidence >= threshold].sum()
+        # Wilson's interval is where |k/n - p| <= z sqrt(p (1 - p) / n): the promise holds if `target` lies below it.
+        if threshold > 0.5 and k / n > target and (k / n - target) >= 1.645 * math.sqrt(target * (1 - target) / n):
+            passing.append(threshold)
+    assert passing, "the case is of some use"
+    assert precision_threshold(confidence, right, target) == passing[0]
+
+
+def test_no_threshold_where_rows_are_few_or_wrong():
+    assert precision_threshold(np.full(20, 0.99), np.ones(20, bool), 0.98) is None, "20 right ones prove too little"
+    assert precision_threshold(np.full(200, 0.99), np.ones(200, bool), 0.98) == 0.99
+    assert precision_threshold(np.linspace(0, 1, 500), np.zeros(500, bool), 0.5) is None
+    assert precision_threshold(np.array([]), np.array([], bool), 0.5) is None
+
+
+def test_what_is_more_likely_wrong_than_right_is_never_accepted():
+    confidence = np.array([0.1, 0.5, 0.51] + [0.99] * 500)
+    assert precision_threshold(confidence, np.ones(503, bool), 0.98) == 0.51
+
+
+def test_a_promise_is_kept_on_other_rows_nearly_always():
+    g, kept = np.random.default_rng(0), []
+    for _ in range(200):
+        confidence = g.random(4000)
+        right = g.random(4000) < confidence**0.2
+        threshold = precision_threshold(confidence[:2000], right[:2000], 0.95)
+        kept.append((confidence**0.2)[confidence >= threshold].mean() >= 0.95)
+    assert np.mean(kept) >= 0.9
+
+
+def test_calibrating_answers_that_are_decoded_jointly():
+    names, classes = ("gender", *PATH), 4
+    paths = [[c, c, c] for c in range(classes)]
+    config = {"attributes": [{"name": name} for name in names], "paths": paths}
+    g = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, classes, (3000,), generator=g)
+    logits = {name: 6 * F.one_hot(truth, classes) + 3 * torch.randn(3000, classes, generator=g) for name in names}
+    labels = truth.numpy()[:, None].repeat(4, 1)
+    labels[:5, 0], labels[5:9, 0] = MISSING, UNSEEN
+    config["calibration"] = calibrate(logits, labels, config, 0.9)
+    assert config["calibration"]["rows"] == 3000
+    for how in ("joint", "independent"):
+        answers = Decoder(config, PATH, how == "joint")(logits)
+        raw = Decoder(config | {"calibration": None}, PATH, how == "joint")(logits)
+        scores = calibration_scores(answers, raw, labels, list(names))
+        for column, name in enumerate(names):
+            accepted = answers.accepted[:, column].numpy()
+            judged = accepted & (labels[:, column] != MISSING)
+            right = (answers.labels[:, column].numpy() == labels[:, column])[judged]
+            got = scores["attributes"][name]
+            assert (got["accepted"], got["precision"]) == (accepted.mean(), right.mean())
+            assert right.mean() >= 0.9
+            assert how == "joint" or got["ece"] < got["ece_before"]
+        whole = answers.accepted.numpy().all(1)
+        assert scores["rows_accepted"] == whole.mean()
+        assert scores["paths_accepted"] == answers.accepted[:, 1:].numpy().all(1).mean() > whole.mean()
+    shares = [Decoder(config, PATH, joint)(logits).accepted[:, 3].float().mean() for joint in (True, False)]
+    assert shares[0] > shares[1], "thresholds are those of each decoding, and the paths know more"

@@ -1,0 +1,57 @@
+"""The metrics, against hand-worked cases."""
+
+import numpy as np
+import pytest
+
+from data.attributes import MISSING, UNSEEN
+from metrics import f1_scores, path_distance, score, scores_table
+
+NAMES = ["masterCategory", "subCategory", "articleType", "brand"]
+# masterCategory 0 > subCategory 0 > articleType 0 and 1 > 1 > 1 are the paths of training.
+PATHS = [[0, 0, 0], [1, 1, 1]]
+
+
+def test_f1_by_hand():
+    true, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 2])
+    # class 0: 2 hits, 3 true, 2 predicted: 4/5; class 1: 1, 2, 2: 2/4; class 2: 1, 1, 2: 2/3
+    macro, weighted = f1_scores(true, predicted)
+    assert macro == pytest.approx((4 / 5 + 1 / 2 + 2 / 3) / 3)
+    assert weighted == pytest.approx((3 * 4 / 5 + 2 * 1 / 2 + 1 * 2 / 3) / 6)
+
+
+def test_a_class_that_is_only_predicted_lowers_macro_f1():
+    assert f1_scores(np.array([0, 0]), np.array([0, 1]))[0] == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_scores_by_hand():
+    labels = np.array([[0, 0, 0, 5], [1, 1, 1, MISSING], [0, 0, MISSING, UNSEEN], [1, 1, 1, 2]])
+    predicted = np.array([[0, 0, 0, 5], [1, 1, 1, 3], [0, 1, 1, 5], [1, 1, 0, 2]])
+    scores = score(labels, predicted, NAMES, PATHS)
+    by_name = scores["attributes"]
+    assert by_name["masterCategory"]["accuracy"] == 1.0
+    assert by_name["subCategory"]["accuracy"] == 3 / 4
+    assert (by_name["articleType"]["accuracy"], by_name["articleType"]["rows"]) == (2 / 3, 3), (
+        "a missing label is left out"
+    )
+    assert (by_name["brand"]["accuracy"], by_name["brand"]["rows"]) == (2 / 3, 3), "an unseen label is wrong"
+    assert scores["mean_accuracy"] == pytest.approx((1 + 3 / 4 + 2 / 3 + 2 / 3) / 4)
+    assert scores["path_accuracy"] == 2 / 3  # rows 0, 1, 3 are labelled in full; row 3 misses articleType
+    assert scores["valid_path_rate"] == 2 / 4  # 0>1>1 and 1>1>0 never occur in training
+    assert scores["exact_match"] == 2 / 4  # rows 0 and 1: what is labelled is right
+    assert "articleType" in scores_table(scores)
+
+
+def test_an_attribute_without_any_label():
+    labels = np.array([[0, 0, 0, MISSING]])
+    scores = score(labels, np.array([[0, 0, 0, 1]]), NAMES, PATHS)
+    assert scores["attributes"]["brand"] == {"accuracy": None, "macro_f1": None, "weighted_f1": None, "rows": 0}
+    assert scores["mean_accuracy"] == 1.0
+    assert "no labels" in scores_table(scores)
+
+
+def test_path_distance_by_hand():
+    # Columns as in NAMES; the brand plays no part.
+    labels = np.array([[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, MISSING, 0]])
+    predicted = np.array([[0, 0, 0, 1], [0, 0, 0, 0], [0, 2, 2, 0], [1, 1, 2, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+    # right; wrong below the right subCategory; below the right masterCategory; not even that; right, parents or not
+    assert path_distance(labels, predicted, NAMES) == [2, 1, 1, 1]
