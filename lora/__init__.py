@@ -1,8 +1,8 @@
 """LoRA by hand, for any frozen PyTorch model; needs torch alone.
 
-Read `layer` for what LoRA is, `functional` for how it is computed and differentiated (with `recompute`), `inject` for how it gets into a
-model, and `state` for what is then trained, saved and merged. `pissa`, `quantize`, `adapters` and
-`peft_format` are extras.
+Read `layer` for what LoRA is, `functional` for how it is computed and differentiated, `recompute` for what need not be
+kept, `inject` for how it gets into a model, and `state` for what is then trained, saved and merged. `pissa`,
+`quantize`, `adapters` and `peft_format` are extras.
 """
 
 from .adapters import Adapters
