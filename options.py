@@ -81,6 +81,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--min-brand-count", type=positive_int, default=10, help="rarer brands become Other (default: %(default)s)"
     )
     p.add_argument("--out", type=Path, help="folder of the run (default: runs/BACKBONE-DATE)")
+    p.add_argument(
+        "--save-every",
+        type=positive_int,
+        default=500,
+        metavar="STEPS",
+        help="save the whole state this often, and at each epoch's end (default: %(default)s)",
+    )
     p.add_argument("--resume", action="store_true", help="go on with --out (default: the newest run), with its options")
     p.add_argument(
         "--cache-dir", type=Path, default=default_cache_dir(), help="for decoded images (default: %(default)s)"

@@ -1,100 +1,126 @@
-"""The folder of a run: its options, TensorBoard's events, and the training state that `--resume` goes on from."""
+"""The folder of a run: its options and TensorBoard's events; and how a run is asked to stop."""
 
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 from datetime import datetime
 from pathlib import Path
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
+from durable import replace_file
 from errors import UserError
-from models.checkpoint import finish_swap, newest_checkpoint
+from models.checkpoint import newest_checkpoint, previous_of
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """`--out`, by default runs/BACKBONE-DATE, made if it is not there; with `--resume`, by default the newest run's."""
+    if args.resume:
+        out = args.out or newest_checkpoint(Path("runs"), "last").parent
+        last = out / "last"
+        if not last.is_dir() and not previous_of(last).is_dir():
+            raise UserError(f"--resume: {out} holds no run to go on with (there is no {last})")
+        return out
+    out = args.out or Path("runs") / f"{args.backbone}-{datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
+    return out
 
 
 def open_run(args: argparse.Namespace) -> argparse.Namespace:
-    """Make the folder `--out` (by default runs/BACKBONE-DATE) and keep the options in it.
-
-    With `--resume` the options are those the run was started with, read back from there.
-    """
+    """Keep the options in the run's folder; with `--resume`, the options that the run was started with."""
+    path = args.out / "options.json"
     if args.resume:
-        out = args.out or newest_checkpoint(Path("runs"), "last").parent
-        finish_swap(out / "last")
-        if not (out / "last" / "config.json").is_file():
-            raise UserError(f"--resume: {out} holds no run to go on with (there is no {out / 'last' / 'config.json'})")
         try:
-            options = json.loads((out / "options.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--resume: cannot read {out / 'options.json'}: {error}") from None
-        for name in ("weights", "cache_dir"):
-            options[name] = options[name] and Path(options[name])
-        return argparse.Namespace(**options, out=out, resume=True)
-
-    args.out = args.out or Path("runs") / f"{args.backbone}-{datetime.now():%Y%m%d-%H%M%S}"
+            options = json.loads(path.read_text(encoding="utf-8"))
+            for name in ("weights", "cache_dir"):
+                options[name] = options[name] and Path(options[name])
+            return argparse.Namespace(**options, out=args.out, resume=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--resume: cannot read {path}: {error}") from None
     if any(args.out.glob("*/config.json")):
         raise UserError(f"--out {args.out} already holds a run: go on with it by --resume, or name another folder")
     options = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(options, indent=1, default=str, ensure_ascii=False)
-        (args.out / "options.json").write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+    replace_file(path, (json.dumps(options, indent=1, default=str, ensure_ascii=False) + "\n").encode())
     return args
 
 
 def discard_run(out: Path) -> None:
     """Take away the folder of a run that could not be set up, unless there is more in it than `open_run` put there."""
-    for made in ("options.json", "skipped.csv"):
+    for made in ("options.json", "skipped.csv", ".lock"):
         (out / made).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty: it was there before
         out.rmdir()
 
 
-def optimizer_tensors(optimizer: Optimizer, params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """AdamW's state as named tensors, so that it is saved without pickle too."""
-    return {f"{name}/{key}": t.cpu() for name, p in params.items() for key, t in optimizer.state[p].items()}
-
-
-def restore_optimizer(optimizer: Optimizer, params: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
-    for path, tensor in tensors.items():
-        name, key = path.rsplit("/", 1)
-        optimizer.state[params[name]][key] = tensor if key == "step" else tensor.to(params[name].device)
+class Stopped(Exception):
+    """A stop was asked for while nothing had to be finished first."""
 
 
 class StopRequest:
-    """While entered, Ctrl-C only asks for a stop, so that the current step is finished; a second one stops at once."""
+    """While entered, Ctrl-C or SIGTERM only asks for a stop: the current micro-batch is finished, then the run saved.
+
+    A second signal ends the process at once, and loses no more than a crash would.
+    """
 
     def __enter__(self):
-        self.made = False
-        self.before = signal.signal(signal.SIGINT, self.make)
+        self.made = self.may_raise = False
+        self.before = {number: signal.signal(number, self.make) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def make(self, *_):
+    def make(self, number, _):
         if self.made:
-            raise KeyboardInterrupt
+            os._exit(128 + number)
         self.made = True
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        print("\nstopping after this micro-batch; a second signal stops at once", file=sys.stderr)
+        if self.may_raise:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """For work that is done again on resuming, such as scoring: a signal raises `Stopped` in the middle of it."""
+        self.may_raise = True
+        try:
+            if self.made:
+                raise Stopped
+            yield
+        finally:
+            self.may_raise = False
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Board:
     """What TensorBoard shows of a run.
 
     Args:
-        step: where the run starts or goes on; events after it, of an earlier attempt, are dropped.
+        written: what `Board.written` gave when the state that the run goes on from was saved. Events after that, of an
+            earlier attempt, are cut off, so that no step is there twice.
+        step: where the run starts or goes on, for a TensorBoard that is watching and has seen those events.
     """
 
-    def __init__(self, folder: Path, attributes: list[str], step: int):
-        self.attributes = attributes
+    FILES = "events.out.tfevents.*"
+
+    def __init__(self, folder: Path, attributes: list[str], written: dict[str, int], step: int):
+        self.attributes, self.folder = attributes, folder
+        for file in folder.glob(self.FILES):
+            if file.name not in written:
+                file.unlink()
+            elif file.stat().st_size > written[file.name]:
+                os.truncate(file, written[file.name])
         self.writer = SummaryWriter(str(folder), purge_step=step)
+
+    def written(self) -> dict[str, int]:
+        """The size in bytes of each file of events, all that was logged so far included."""
+        self.writer.flush()
+        return {file.name: file.stat().st_size for file in self.folder.glob(self.FILES)}
 
     def train(self, step: int, losses: list[float], **scalars: float) -> None:
         for name, loss in zip(self.attributes, losses, strict=True):
@@ -111,7 +137,6 @@ class Board:
             if scores[name] is not None:
                 self.writer.add_scalar(f"val/{name}", scores[name], step)
         self.writer.add_figure("val/pictures", figure, step)
-        self.writer.flush()
 
     def close(self, args: argparse.Namespace, scores: dict) -> None:
         """The options as TensorBoard's hyperparameters, beside what they led to on test."""

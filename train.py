@@ -8,17 +8,17 @@ step alone, so a run that was stopped and resumed goes the way of one that never
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from itertools import islice
-from pathlib import Path
+from itertools import count, islice
 
+import numpy as np
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -29,16 +29,18 @@ from data.preprocess import Preprocess
 from data.sources import load_source
 from data.split import SPLITS
 from data.store import common_size, open_store
+from durable import alone_in, replace_file
 from errors import UserError, exits_cleanly
 from evaluate import Task, evaluate
 from figures import label_sheet
 from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_base
 from metrics import scores_table, trust_table
 from models.backbone import create_backbone
-from models.checkpoint import attach, load_tensors, read_config, save_checkpoint, trained_params
+from models.checkpoint import attach, load_tensors, read_config, trained_params
 from models.classifier import attribute_losses
 from options import choose_amp, choose_source, parse_args, warn_if_slow
-from runs import Board, StopRequest, discard_run, open_run, optimizer_tensors, restore_optimizer
+from runs import Board, Stopped, StopRequest, discard_run, open_run, run_folder
+from state import TrainingState
 
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
@@ -46,7 +48,7 @@ WARMUP = 0.05  # share of all steps
 LOG_EVERY = 10  # steps: reading a loss makes a GPU wait
 LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
 AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
-INTERRUPTED = 130  # exit code, as a shell gives it for Ctrl-C
+STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
 def setup(args: argparse.Namespace, device: torch.device) -> Task:
@@ -131,18 +133,19 @@ def windows(loader: Iterable, accum: int) -> Iterator[list[tuple[Tensor, Tensor]
 
 
 def train_step(
-    model, window, optimizer, scaler, lr: float, amp: torch.dtype | None, preprocess
-) -> tuple[Tensor, Tensor]:
+    model, window, optimizer, scaler, lr: float, amp: torch.dtype | None, preprocess, stop: StopRequest | None = None
+) -> Tensor | None:
     """One optimizer update over a window of micro-batches (pixels (B, H, W, 3) uint8, labels (B, A)).
 
     Returns:
-        the window's loss of each attribute (A,) and the gradient norm before clipping, both still on the device.
+        the window's loss of each attribute and, last, the gradient norm before clipping, (A + 1,), still on the device;
+        where one of them is not finite, the update was not made. None where a stop was asked for within the window.
     """
     device = next(model.parameters()).device
     # The mean is over the labels present in the whole window: gradients equal those of one big batch.
     known = sum((labels >= 0).sum(0) for _, labels in window).to(device)  # (A,)
     losses = torch.zeros(len(known), device=device)
-    for pixels, labels in window:
+    for number, (pixels, labels) in enumerate(window, 1):
         pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         images = preprocess(pixels, flip=torch.rand(len(pixels), device=device) < 0.5)  # (B, 3, S, S)
         with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -150,110 +153,132 @@ def train_step(
         micro = attribute_losses(logits, labels, known)
         scaler.scale(micro.sum()).backward()
         losses += micro.detach()
+        if stop and stop.made and number < len(window):  # resuming takes the whole window again
+            return None
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_ratio"]
     scaler.unscale_(optimizer)  # before clipping: the norm is the true gradient's
     norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], MAX_GRAD_NORM)
-    scaler.step(optimizer)  # not taken where fp16 overflowed
+    figures = torch.cat([losses, norm[None]])
+    # Fused AdamW reads this on the device and leaves weights and state alone where it is 1: no wait to look at a loss.
+    optimizer.found_inf = (~figures.isfinite().all()).float()
+    scaler.step(optimizer)  # under fp16 with the scaler's own `found_inf`
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return losses, norm
+    return figures
 
 
 def train_epoch(
-    args: argparse.Namespace, task: Task, optimizer, scaler, step: int, total: int, board: Board, stop: StopRequest
-) -> int:
-    """Train from `step` to the end of its epoch, or until a stop is asked for; returns the step reached."""
+    args: argparse.Namespace, task: Task, state: TrainingState, total: int, board: Board, stop: StopRequest
+) -> None:
+    """Train from the state's step to the end of its epoch, or until a stop is asked for."""
     rows = task.store.rows("train")
-    epoch, done = divmod(step, steps_in_epoch(args, task))
+    epoch, done = divmod(state.step, steps_in_epoch(args, task))
     batches = epoch_batches(rows, args.batch_size, args.seed, epoch)[done * args.accum :]
     loader = make_loader(task.store, task.labels, batches, next(task.model.parameters()).device)
     task.model.train()
+    unread = []  # (step, product ids, losses and norm on the device) of the steps since the last look
     with tqdm(total=len(rows), initial=len(rows) - sum(map(len, batches)), unit="img", smoothing=0.05) as bar:
         bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
-        for window in windows(loader, args.accum):
+        for start, window in zip(count(0, args.accum), windows(loader, args.accum), strict=False):
+            step = state.step
             torch.manual_seed(args.seed * 1_000_003 + step)  # flips and dropout
             lr = learning_rate(step, total, args.lr)
-            losses, norm = train_step(task.model, window, optimizer, scaler, lr, AMP[args.amp], task.preprocess)
-            bar.update(sum(len(pixels) for pixels, _ in window))
-            if step % LOG_EVERY == 0:
-                losses, speed = losses.tolist(), bar.format_dict["rate"] or 0
-                if not math.isfinite(sum(losses)):
-                    raise UserError(f"the loss is {sum(losses)} at step {step}; try a lower --lr than {args.lr}")
-                bar.set_postfix(loss=f"{sum(losses):.3f}")
-                scalars = {"learning_rate": lr, "gradient_norm": norm.item(), "images_per_second": speed}
+            figures = train_step(
+                task.model, window, state.optimizer, state.scaler, lr, AMP[args.amp], task.preprocess, stop
+            )
+            if figures is not None:
+                unread.append((step, np.concatenate(batches[start : start + args.accum]), figures))
+                state.progress["step"] += 1
+            saving = state.step % args.save_every == 0
+            if step % LOG_EVERY == 0 or saving or stop.made or start + args.accum >= len(batches):
+                read = check_finite(unread, task, state)  # before a save: what is saved is good
+                unread.clear()
+            if step % LOG_EVERY == 0 and figures is not None:
+                *losses, norm = read[-1]
+                scalars = {
+                    "learning_rate": lr,
+                    "gradient_norm": norm,
+                    "images_per_second": bar.format_dict["rate"] or 0,
+                }
+                if args.amp == "fp16":
+                    scalars |= {"loss_scale": state.scaler.get_scale(), "overflows": state.progress["overflows"]}
                 board.train(step, losses, loss=sum(losses), **scalars)
-            step += 1
+                skipped = {"overflows": overflows} if (overflows := state.progress["overflows"]) else {}
+                bar.set_postfix(loss=f"{sum(losses):.3f}", **skipped)
+            bar.update(sum(len(pixels) for pixels, _ in window))
+            if saving:
+                state.save_last(board)
             if stop.made:
-                break
-    return step
+                return
 
 
-def check_same(saved: dict, config: dict, out: Path) -> dict:
-    """`saved`, the config a run was stopped with, if what it is now set up with is still the same.
+def check_finite(steps: list[tuple[int, np.ndarray, Tensor]], task: Task, state: TrainingState) -> list[list[float]]:
+    """Read the losses and norms (A + 1,) of steps, which makes a GPU wait; count what fp16's scaler skipped.
 
     Raises:
-        UserError: other base weights, labels, or rows.
+        UserError: one is not finite and no overflow of fp16, naming the step, the attributes and the product ids.
     """
-    now = json.loads(json.dumps(config))
-    for what, found, wanted in (
-        ("base weights are", now["backbone"]["fingerprint"], saved["backbone"]["fingerprint"]),
-        ("catalogue has rows:", now["data"]["rows"], saved["data"]["rows"]),
-    ):
-        if found != wanted:
-            raise UserError(f"--resume: the {what} {found}, but {out} was trained with {wanted}")
-    for key in ("attributes", "paths", "preprocess"):
-        if now[key] != saved[key]:
-            raise UserError(f"--resume: the catalogue is not the one {out} was trained on: its {key} differ")
-    return saved
+    read = torch.stack([figures for *_, figures in steps]).tolist() if steps else []
+    for (step, rows, _), (*losses, norm) in zip(steps, read, strict=True):
+        if math.isfinite(sum(losses) + norm):
+            continue
+        if state.scaler.is_enabled() and math.isfinite(sum(losses)) and state.scaler.get_scale() >= 1:
+            state.progress["overflows"] += 1
+            continue
+        bad = [name for name, loss in zip(task.classes, losses, strict=True) if not math.isfinite(loss)]
+        what = f"the loss of {', '.join(bad)} is" if bad else f"the losses are finite but the gradient norm is {norm},"
+        ids = ", ".join(task.store.ids[row] for row in rows)
+        raise UserError(
+            f"step {step}: {what} not finite; this update was not made, and {state.last} holds the last good state. "
+            f"Look at these products, or try a lower --lr. Product ids: {ids}"
+        )
+    return read
 
 
 def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
-    """Train to the end, or until Ctrl-C (then False). Leaves `best/`, by mean validation accuracy, and `last/`."""
-    total = steps_in_epoch(args, task) * args.epochs
-    params = trained_params(task.model)
-    optimizer = torch.optim.AdamW(parameter_groups(params, args.lora_plus), fused=True)
+    """Train to the end, or until a stop is asked for (then False). Leaves `best/`, by mean validation accuracy."""
+    epoch_steps = steps_in_epoch(args, task)
+    total = epoch_steps * args.epochs
+    optimizer = torch.optim.AdamW(parameter_groups(trained_params(task.model), args.lora_plus), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    progress = {"step": 0, "best_accuracy": -1.0, "best_epoch": 0}
+    state = TrainingState(args.out, task.model, task.config, optimizer, scaler)
+    written = {}
     if args.resume:
-        progress = check_same(read_config(args.out / "last"), task.config, args.out)["progress"]
-        load_tensors(args.out / "last", task.model)
-        restore_optimizer(optimizer, params, load_file(args.out / "last" / "optimizer.safetensors"))
-        scaler.load_state_dict(progress["scaler"])
-        print(f"going on with {args.out} at step {progress['step']:,} of {total:,}")
+        written = state.restore()
+        print(f"going on with {args.out} at step {state.step:,} of {total:,}")
+    board = Board(args.out, list(task.classes), written, state.step)
+    if not args.resume:
+        state.save_last(board)  # from here on, whatever ends the run, it can be resumed
 
-    def save(name: str, **facts) -> None:
-        progress["scaler"] = scaler.state_dict()
-        extra = {"optimizer.safetensors": optimizer_tensors(optimizer, params)} if name == "last" else {}
-        save_checkpoint(args.out / name, task.model, task.config | facts | {"progress": progress}, extra)
-
-    board = Board(args.out, list(task.classes), progress["step"])
-    with StopRequest() as stop:
-        while progress["step"] < total:
-            progress["step"] = train_epoch(args, task, optimizer, scaler, progress["step"], total, board, stop)
-            if progress["step"] % steps_in_epoch(args, task) == 0:
+    with StopRequest() as stop, contextlib.suppress(Stopped):
+        while (epoch := state.progress["epochs_scored"] + 1) <= args.epochs:
+            if state.step < epoch * epoch_steps:
+                train_epoch(args, task, state, total, board, stop)
+                state.save_last(board)
+            with stop.at_once():  # all is saved
                 scores, rows, logits, answers = evaluate(task, "val", device)
-                print(scores_table(scores))
-                shown, said = rows[:12], answers.labels[:12].numpy()
-                sheet = label_sheet(list(task.store.pixels[shown]), task.labels[shown], said, task.classes)
-                board.validation(progress["step"] - 1, scores, sheet)  # the step that was just taken
-                if scores["mean_accuracy"] > progress["best_accuracy"]:
-                    epoch = progress["step"] // steps_in_epoch(args, task)
-                    progress |= {"best_accuracy": scores["mean_accuracy"], "best_epoch": epoch}
-                    save("best", calibration=calibrate(logits, task.labels[rows], task.config))
-            save("last")
-            if stop.made:
-                return False
+            print(scores_table(scores))
+            shown, said = rows[:12], answers.labels[:12].numpy()
+            sheet = label_sheet(list(task.store.pixels[shown]), task.labels[shown], said, task.classes)
+            board.validation(state.step - 1, scores, sheet)  # the step that was just taken
+            state.progress["epochs_scored"] = epoch
+            if scores["mean_accuracy"] > state.progress["best_accuracy"]:
+                state.progress |= {"best_accuracy": scores["mean_accuracy"], "best_epoch": epoch}
+                state.save_best(calibration=calibrate(logits, task.labels[rows], task.config))
 
-    # Only now the test rows, with the epoch that validation chose.
-    load_tensors(args.out / "best", task.model)
-    best = task._replace(config=read_config(args.out / "best"))  # with its calibration
-    scores = evaluate(best, "test", device).scores
-    (args.out / "metrics.json").write_text(json.dumps(scores, indent=1) + "\n")
-    board.close(args, scores)
-    print(f"\ntest, epoch {progress['best_epoch']} of {args.epochs} (best on validation):\n{scores_table(scores)}")
-    print(trust_table(scores))
-    return True
+        # Only now the test rows, with the epoch that validation chose.
+        with stop.at_once():
+            best = task._replace(config=read_config(state.best))  # with its calibration
+            load_tensors(state.best, task.model)
+            scores = evaluate(best, "test", device).scores
+        replace_file(args.out / "metrics.json", (json.dumps(scores, indent=1) + "\n").encode())
+        board.close(args, scores)
+        chosen = f"epoch {state.progress['best_epoch']} of {args.epochs} (best on validation)"
+        print(f"\ntest, {chosen}:\n{scores_table(scores)}")
+        print(trust_table(scores))
+        return True
+    return False
 
 
 @exits_cleanly
@@ -263,7 +288,13 @@ def main(argv: list[str] | None = None) -> int:
     if not args.resume:
         choose_source(args)
         args.amp = choose_amp(device) if args.amp == "auto" else args.amp
-    args = open_run(args)
+    args.out = run_folder(args)
+    with alone_in(args.out):
+        return run(open_run(args), device)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> int:
+    """Set up and train; the exit code."""
     torch.manual_seed(args.seed)
     try:
         warn_if_slow(args.backbone, device)
@@ -273,9 +304,19 @@ def main(argv: list[str] | None = None) -> int:
             discard_run(args.out)
         raise
     print(f"run {args.out}, in {args.amp or 'fp32'}; watch it: tensorboard --logdir {args.out.parent}")
-    if not fit(args, task, device):
-        print(f"stopped and saved in {args.out / 'last'}; go on with: python train.py --resume --out {args.out}")
-        return INTERRUPTED
+    again = f"python train.py --resume --out {args.out}"
+    try:
+        finished = fit(args, task, device)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"out of memory at --batch-size {args.batch_size}; start anew with half of it and twice --accum "
+            f"{args.accum}, which takes the same steps, or with --amp. The last checkpoint is {args.out / 'last'}"
+        ) from None
+    except OSError as error:  # a full disk, above all
+        raise UserError(f"cannot write to {args.out}: {error.strerror}; make room, then go on with: {again}") from None
+    if not finished:
+        print(f"stopped and saved in {args.out / 'last'}; go on with: {again}")
+        return STOPPED
     print(f"\ntrained: {args.out / 'best'}; try: python infer.py IMAGE --checkpoint {args.out / 'best'}")
     return 0
 

@@ -26,6 +26,7 @@ from models.checkpoint import trained_params
 from models.classifier import attribute_losses
 from options import choose_amp, choose_source, parse_args
 from runs import Board
+from state import TrainingState
 
 ROUNDS, WINDOWS = 9, 6
 
@@ -58,7 +59,8 @@ def main() -> None:
         task.model.train()
         optimizer = torch.optim.AdamW(train.parameter_groups(trained_params(task.model)), lr=args.lr, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        board, stop = Board(args.out, list(task.classes), 0), SimpleNamespace(made=False)
+        state = TrainingState(args.out, task.model, task.config, optimizer, scaler)
+        board, stop = Board(args.out, list(task.classes), {}, 0), SimpleNamespace(made=False)
         size = args.batch_size * args.accum * WINDOWS
         loader = make_loader(
             task.store, task.labels, epoch_batches(task.store.rows("train")[:size], args.batch_size), device
@@ -75,7 +77,8 @@ def main() -> None:
                 bare_step(task.model, window, optimizer, scaler, train.AMP[args.amp])
 
         def whole() -> None:
-            train.train_epoch(args, task, optimizer, scaler, steps - WINDOWS - 1, steps, board, stop)
+            state.progress["step"] = steps - WINDOWS - 1
+            train.train_epoch(args, task, state, steps, board, stop)
 
         tail = len(task.store.rows("train")) - (steps - WINDOWS - 1) * args.batch_size * args.accum
         images = {bare: size, whole: tail}

@@ -34,6 +34,7 @@ class ImageStore:
     """The decoded catalogue; row i of every array is row i of the catalogue.
 
     Attributes:
+        ids: the product id of each row.
         pixels: uint8 (N, H, W, 3), read-only and memory-mapped; black where the picture could not be read.
         hashes: uint64 (N,), of the pixels at native size; 0 where there are none.
         ok: bool (N,), whether the picture could be read.
@@ -42,6 +43,7 @@ class ImageStore:
         built: whether this call decoded, rather than found, the store.
     """
 
+    ids: list[str]
     pixels: np.ndarray
     hashes: np.ndarray
     ok: np.ndarray
@@ -105,6 +107,7 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path) -
     ok = np.ones(len(catalogue), dtype=bool)
     ok[list(failures)] = False
     return ImageStore(
+        ids=catalogue.ids,
         pixels=np.load(path / "pixels.npy", mmap_mode="r"),
         hashes=np.load(path / "hashes.npy"),
         ok=ok,

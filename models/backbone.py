@@ -133,10 +133,7 @@ def load_weights(model: VisionTransformer, path: Path, name: str) -> None:
     """Load a safetensors file in timm's names. Classifier tensors are left out; everything else must fit exactly."""
     if not path.is_file():
         raise UserError(f"no weights file at {path}; give its place with --weights FILE.safetensors")
-    try:
-        state = load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a safetensors file ({error}); give timm's model.safetensors") from None
+    state = read_tensors(path)
     classifier = tuple(f"{prefix}." for prefix in ("head", "head_dist"))
     state = {key: tensor for key, tensor in state.items() if not key.startswith(classifier)}
     want = model.state_dict()
@@ -147,6 +144,21 @@ def load_weights(model: VisionTransformer, path: Path, name: str) -> None:
             f"{path} does not hold the weights of {name}: {len(wrong)} tensors differ, the first {wrong[0]!r}"
         )
     model.load_state_dict(state)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file; nothing else is read, above all no pickle.
+
+    Raises:
+        UserError: it cannot be read, or is another kind of file, and which.
+    """
+    try:
+        return load_file(path)
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        reason = f"{error}; give timm's model.safetensors"
+        if path.is_file() and path.open("rb").read(4).startswith((b"\x80", b"PK")):
+            reason = "a pickle, by its first bytes, and reading one can run any code; nothing of it was read"
+        raise UserError(f"{path} is not a safetensors file ({reason})") from None
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

@@ -1,26 +1,29 @@
 """A checkpoint is a folder: `config.json` rebuilds the model, `adapter.safetensors` holds what was trained.
 
 The frozen base is not in it: `config.json` names the base by its fingerprint and loading onto another one is an error.
-No pickle is read or written, and no path of the machine is stored, so a checkpoint can be copied anywhere.
+No pickle is read or written, and no path of the machine is stored, so a checkpoint can be copied anywhere. The config
+ends with the SHA-256 of every file, itself included: what a disk or a network damaged is never loaded.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
+from durable import replace_file, sync_folder, write_synced
 from errors import UserError
 from lora import apply_lora, get_adapter_params, load_params, set_trainable_params
-from models.backbone import VIT_TARGETS, create_backbone
+from models.backbone import VIT_TARGETS, create_backbone, read_tensors
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
+from models.schema import misfit
 
-FORMAT = 1
+FORMAT = 2  # raise it when older code could not read what is written
 
 
 def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
@@ -55,69 +58,116 @@ def trained_params(model: AttributeClassifier) -> dict[str, nn.Parameter]:
 
 def save_checkpoint(
     folder: Path, model: AttributeClassifier, config: dict, extra: Mapping[str, dict[str, Tensor]] | None = None
-):
-    """Write the folder beside its place and swap it in, so that a crash leaves the old or the new one, whole.
+) -> None:
+    """Write the folder beside its place and swap it in; the one that was there stays beside it as `NAME.previous`.
+
+    A crash at any moment leaves the new one, or the one before, whole and on the disk.
 
     Args:
         extra: further safetensors files, by file name: the optimizer's state in `last/`.
+
+    Raises:
+        OSError: no room, or no permission; the checkpoint that was there is still there.
     """
-    finish_swap(folder)
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for stale in (fresh, old):
-        shutil.rmtree(stale, ignore_errors=True)
+    fresh, previous = folder.with_name(folder.name + ".new"), previous_of(folder)
+    shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in trained_params(model).items()}
-    save_file(tensors, fresh / "adapter.safetensors")
-    for name, state in (extra or {}).items():
-        save_file(state, fresh / name)
-    text = json.dumps({"format": FORMAT, **config}, indent=1, ensure_ascii=False)
-    (fresh / "config.json").write_text(text + "\n", encoding="utf-8")
+    try:
+        files = {name: tensor_bytes(state) for name, state in {"adapter.safetensors": tensors, **(extra or {})}.items()}
+        for name, data in (files | {"config.json": sealed(config, files)}).items():
+            write_synced(fresh / name, data)
+        sync_folder(fresh)
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     if folder.exists():
-        os.replace(folder, old)
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(folder, previous)
     os.replace(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    sync_folder(folder.parent)
 
 
-def finish_swap(folder: Path) -> None:
-    """Put the old folder back where `save_checkpoint` was stopped between its two renames."""
-    old = folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        os.replace(old, folder)
+def previous_of(folder: Path) -> Path:
+    """Where `save_checkpoint` puts the checkpoint that it replaces."""
+    return folder.with_name(folder.name + ".previous")
+
+
+def sealed(config: dict, files: Mapping[str, bytes]) -> bytes:
+    """The text of `config.json`, with the format and the SHA-256 of the files beside it and of the config itself."""
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    config = config | {"format": FORMAT, "sha256": sums}
+    sums["config.json"] = _own_sum(config)
+    return (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _own_sum(config: dict) -> str:
+    """Of all a config says but this sum: white space and the order of the keys do not count."""
+    sums = {name: value for name, value in config["sha256"].items() if name != "config.json"}
+    return hashlib.sha256(json.dumps(config | {"sha256": sums}, sort_keys=True).encode()).hexdigest()
 
 
 def read_config(folder: Path) -> dict:
-    """`config.json` of a checkpoint folder."""
-    finish_swap(folder)
+    """`config.json` of a checkpoint folder, once every file in it has been found undamaged.
+
+    Raises:
+        UserError: there is none, it is damaged, of another version, or describes no model.
+    """
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"no checkpoint at {folder} (no config.json there); give --checkpoint runs/NAME/best") from None
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is not JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise UserError(f"{folder / 'config.json'} is not a format {FORMAT} checkpoint of this project")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        hint = f"; {before} holds the one before" if (before := previous_of(folder)).is_dir() else ""
+        raise UserError(
+            f"no checkpoint at {folder} (no config.json there{hint}); give --checkpoint runs/NAME/best"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    found = config.get("format") if isinstance(config, dict) else None
+    if found != FORMAT:
+        newer = "; it was written by a newer version: update" if isinstance(found, int) and found > FORMAT else ""
+        raise UserError(f"{path} is of format {found!r}, not a format {FORMAT} checkpoint of this project{newer}")
+    sums = config.get("sha256")
+    if not isinstance(sums, dict) or not {"adapter.safetensors", "config.json"} <= sums.keys():
+        raise UserError(f"{path} is damaged: it lacks the checksums of its files")
+    if sums["config.json"] != _own_sum(config):
+        raise UserError(f"{path} is damaged: its checksum differs")
+    for name in sums.keys() - {"config.json"}:
+        if name != Path(name).name:
+            raise UserError(f"{path} names a file outside its folder: {name!r}")
+        try:
+            data = (folder / name).read_bytes()
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {folder / name}: {error}") from None
+        if hashlib.sha256(data).hexdigest() != sums[name]:
+            raise UserError(f"{folder / name} is damaged: its checksum differs")
+    if where := misfit(config):
+        raise UserError(f"{path} does not describe a model: {where} is missing or not what it should be")
+    for kind, names in [("attributes", [a["name"] for a in config["attributes"]])] + [
+        (f"labels of {a['name']}", a["labels"]) for a in config["attributes"]
+    ]:
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"{path} does not describe a model: its {kind} are none, or one comes twice")
     return config
 
 
 def amend_config(folder: Path, **facts) -> None:
     """Put facts into a checkpoint's `config.json`, which is whole at any moment."""
-    text = json.dumps(read_config(folder) | facts, indent=1, ensure_ascii=False)
-    fresh = folder / "config.json.new"
-    fresh.write_text(text + "\n", encoding="utf-8")
-    os.replace(fresh, folder / "config.json")
+    config = read_config(folder)
+    files = {name: (folder / name).read_bytes() for name in config["sha256"] if name != "config.json"}
+    replace_file(folder / "config.json", sealed(config | facts, files))
 
 
 def load_tensors(folder: Path, model: AttributeClassifier) -> None:
-    """Load `adapter.safetensors` strictly: every missing, unexpected or misshaped tensor is named."""
+    """Load `adapter.safetensors` strictly: every missing, unexpected, misshaped or non-finite tensor is named."""
     path = folder / "adapter.safetensors"
-    try:
-        state = load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    state = read_tensors(path)
     try:
         load_params(trained_params(model), state)
     except ValueError as error:
         raise UserError(f"{path} does not fit its config.json: {error}") from None
+    if bad := sorted(name for name, tensor in state.items() if not tensor.isfinite().all()):
+        raise UserError(f"{path} holds numbers that are not finite, in {', '.join(bad)}")
 
 
 def load_checkpoint(folder: Path, weights: Path | None = None) -> tuple[AttributeClassifier, dict]:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = {"lora", "models", "data", "report", "hub", "errors"}
+OURS = {"lora", "models", "data", "report", "hub", "errors", "durable"}
 MAY_IMPORT = {
     "lora": {"torch"},
-    "models": {"torch", "timm", "safetensors", "huggingface_hub", "lora", "hub", "errors"},
+    "models": {"torch", "timm", "safetensors", "huggingface_hub", "lora", "hub", "errors", "durable"},
     "report": {"numpy", "PIL", "jinja2", "data", "models", "calibration", "metrics"},
     "data": {"torch", "numpy", "PIL", "tqdm", "datasets", "pyarrow", "hub", "errors"},
 }

@@ -56,8 +56,8 @@ def batch(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def sgd(model) -> torch.optim.SGD:
-    """Without weight decay, so that a step is the gradient alone."""
-    return torch.optim.SGD([{"params": list(trained_params(model).values()), "lr_ratio": 1.0}], lr=1)
+    """Without weight decay, so that a step is the gradient alone; fused, so that `found_inf` skips a step."""
+    return torch.optim.SGD([{"params": list(trained_params(model).values()), "lr_ratio": 1.0}], lr=1, fused=True)
 
 
 def updated(model, micro_batches, scale: float | None = None) -> dict[str, torch.Tensor]:
@@ -126,8 +126,8 @@ def test_a_window_without_any_label_changes_nothing_and_is_finite():
     model = tiny_model()
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    losses, norm = train_step(model, [(pixels, torch.full_like(labels, -1))], optimizer, scaler, 0.1, None, InDouble())
-    assert losses.tolist() == [0, 0]
+    *losses, norm = train_step(model, [(pixels, torch.full_like(labels, -1))], optimizer, scaler, 0.1, None, InDouble())
+    assert losses == [0, 0]
     assert norm == 0
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny_model().parameters(), strict=True))
 
@@ -138,7 +138,7 @@ def test_the_gradient_is_clipped_to_norm_one():
         p.data *= 100
     before = {name: p.detach().clone() for name, p in trained_params(model).items()}
     optimizer = sgd(model)
-    _, norm = train_step(
+    *_, norm = train_step(
         model, [batch(4, 0)], optimizer, torch.amp.GradScaler("cpu", enabled=False), 0.1, None, InDouble()
     )
     moved = torch.stack([(p - before[name]).norm() for name, p in trained_params(model).items()]).norm()
@@ -173,7 +173,9 @@ def test_lora_plus_is_the_learning_rate_of_b_alone():
     def moved(lora_plus):
         model = tiny_model()
         before = {name: p.detach().clone() for name, p in trained_params(model).items()}
-        optimizer = torch.optim.SGD(parameter_groups(trained_params(model), lora_plus), lr=1, weight_decay=0)
+        optimizer = torch.optim.SGD(
+            parameter_groups(trained_params(model), lora_plus), lr=1, weight_decay=0, fused=True
+        )
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         train_step(model, [batch(4, 0)], optimizer, scaler, 1e-4, None, InDouble())
         return {name: (p - before[name]).norm() for name, p in trained_params(model).items()}
@@ -193,10 +195,10 @@ def test_bf16_step_stays_close_to_fp32():
     for amp in (None, torch.bfloat16):
         model = tiny_model().float()
         optimizer = sgd(model)
-        losses, norm = train_step(
+        *losses, norm = train_step(
             model, [batch(4, 0)], optimizer, torch.amp.GradScaler("cpu", enabled=False), 0.1, amp, PREPROCESS
         )
-        steps[amp] = losses.tolist(), norm.item()
+        steps[amp] = [loss.item() for loss in losses], norm.item()
     np.testing.assert_allclose(steps[torch.bfloat16][0], steps[None][0], rtol=0.05)
     np.testing.assert_allclose(steps[torch.bfloat16][1], steps[None][1], rtol=0.1)
 
@@ -267,7 +269,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint_and_resuming_ends_as_if_never_stopped
 
     monkeypatch.setattr(train, "train_step", step_then_ctrl_c)
     done = command("train.py", *options, "--out", tmp_path / "cut")
-    assert done.returncode == 130
+    assert done.returncode == train.STOPPED
     assert len(taken) == 5, "the step is finished, in the middle of an epoch, and no other begun"
     assert f"go on with: python train.py --resume --out {tmp_path / 'cut'}" in done.stdout
     load_checkpoint(tmp_path / "cut" / "last")

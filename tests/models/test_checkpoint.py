@@ -5,14 +5,24 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from errors import UserError
 from lora import merge_lora, parameter_summary
 from models.backbone import DEMO, bare_backbone, create_backbone
-from models.checkpoint import amend_config, attach, load_checkpoint, read_config, save_checkpoint, trained_params
+from models.checkpoint import (
+    amend_config,
+    attach,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+    sealed,
+    trained_params,
+)
 
 NAMES = {"gender": (1, 5), "masterCategory": (1, 7), "subCategory": (2, 9), "articleType": (3, 20), "brand": (4, 4)}
+SIDES = {"canvas": [64, 64], "size": [64, 64]}
+PREPROCESS = SIDES | {"interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -28,6 +38,8 @@ def trained(tmp_path):
             {"name": name, "level": level, "labels": [str(i) for i in range(classes)], "aliases": None}
             for name, (level, classes) in NAMES.items()
         ],
+        "paths": [],
+        "preprocess": PREPROCESS,
     }
     model = attach(backbone, config).eval()
     for name, p in trained_params(model).items():
@@ -56,11 +68,12 @@ def test_files_hold_adapters_and_heads_alone(trained):
 def test_saving_again_replaces_the_whole_folder(trained):
     folder, model = trained
     config = json.loads((folder / "config.json").read_text())
-    config.pop("format")
     save_checkpoint(folder, model, config, {"optimizer.safetensors": {"x": torch.zeros(1)}})
     save_checkpoint(folder, model, config)
     assert not (folder / "optimizer.safetensors").exists()
-    assert [path.name for path in folder.parent.iterdir()] == ["best"], "nothing half-written is left beside it"
+    beside = {path.name for path in folder.parent.iterdir()}
+    assert beside == {"best", "best.previous"}, "the one before is kept, and nothing half-written"
+    assert (folder.parent / "best.previous" / "optimizer.safetensors").exists()
 
 
 def test_amending_the_config_adds_facts_and_leaves_the_rest(trained):
@@ -114,16 +127,19 @@ def test_damaged_checkpoints(trained, tmp_path):
         load_checkpoint(text)
     newer = copy("newer")
     (newer / "config.json").write_text('{"format": 99}')
-    with pytest.raises(UserError, match="is not a format 1 checkpoint"):
+    with pytest.raises(UserError, match=r"is of format 99, not a format 2 checkpoint .* newer version"):
         load_checkpoint(newer)
     cut = copy("cut")
     (cut / "adapter.safetensors").write_bytes((folder / "adapter.safetensors").read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="is damaged: its checksum differs"):
         load_checkpoint(cut)
     other = copy("other")
     tensors = load_file(other / "adapter.safetensors")
     tensors["heads.extra"] = tensors.pop("heads.levels.0.bias")
-    save_file(tensors, other / "adapter.safetensors")
+    data = save(tensors)
+    (other / "adapter.safetensors").write_bytes(data)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_bytes(sealed(config, {"adapter.safetensors": data}))
     with pytest.raises(UserError, match=r"missing heads\.levels\.0\.bias; unexpected heads\.extra"):
         load_checkpoint(other)
 
@@ -143,6 +159,8 @@ def test_variants_round_trip(tmp_path, variant):
         "backbone": {"name": DEMO, "img_size": None, "fingerprint": fingerprint},
         "lora": {"targets": ["query", "value", "dense"], "rank": 4, "alpha": 8, "dropout": 0.1} | variant,
         "attributes": [{"name": "gender", "level": 1, "labels": ["a", "b"], "aliases": None}],
+        "paths": [],
+        "preprocess": PREPROCESS,
     }
     model = attach(backbone, config).eval()
     with torch.no_grad():

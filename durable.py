@@ -1,0 +1,57 @@
+"""Files that outlive a crash: whole and on the disk, or not there at all; and a lock that dies with its process."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from errors import UserError
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write and wait until the disk has it; a rename that follows cannot overtake the bytes."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the folder's names: without it a rename may not survive a power cut."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Give a file new content: whoever looks sees the old or the new, whole."""
+    part = path.with_name(path.name + ".part")
+    write_synced(part, data)
+    os.replace(part, path)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process. The system lets go of it when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"--out {folder} is in use by a run that has not ended; name another folder") from None
+    except OSError as error:
+        raise UserError(f"cannot write to --out {folder}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()

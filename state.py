@@ -1,0 +1,98 @@
+"""The whole state of a training run: what is saved every `--save-every` steps and what `--resume` goes on from.
+
+The order of the rows, the flips and the dropout masks are functions of the seed and the step, so the step is also the
+state of every generator, and the place within the epoch.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from errors import UserError
+from models.backbone import read_tensors
+from models.checkpoint import load_tensors, previous_of, read_config, save_checkpoint, trained_params
+from models.classifier import AttributeClassifier
+from runs import Board
+
+
+class TrainingState:
+    """Weights, optimizer, loss scale and progress of the run in the folder `out`.
+
+    Attributes:
+        progress: `step`, how many optimizer updates were taken; `epochs_scored`; the best epoch and its accuracy;
+            `overflows`, how many updates fp16's loss scaler has skipped.
+    """
+
+    def __init__(self, out: Path, model: AttributeClassifier, config: dict, optimizer: Optimizer, scaler: GradScaler):
+        self.last, self.best = out / "last", out / "best"
+        self.model, self.config, self.optimizer, self.scaler = model, config, optimizer, scaler
+        self.params = trained_params(model)
+        self.progress = {"step": 0, "epochs_scored": 0, "best_accuracy": -1.0, "best_epoch": 0, "overflows": 0}
+
+    @property
+    def step(self) -> int:
+        return self.progress["step"]
+
+    def save_last(self, board: Board) -> None:
+        resume = {"scaler": self.scaler.state_dict(), "events": board.written()}
+        config = self.config | {"progress": self.progress, "resume": resume}
+        save_checkpoint(self.last, self.model, config, {"optimizer.safetensors": self.optimizer_tensors()})
+
+    def save_best(self, **facts) -> None:
+        save_checkpoint(self.best, self.model, self.config | facts | {"progress": self.progress})
+
+    def restore(self) -> dict[str, int]:
+        """Go back to `last/`, or to the one before it where that is damaged; returns its `Board.written`.
+
+        Raises:
+            UserError: neither can be read, or this run is set up with other weights, labels or rows.
+        """
+        try:
+            folder, saved = self.last, read_config(self.last)
+        except UserError as damage:
+            folder = previous_of(self.last)
+            saved = read_config(folder)
+            print(f"{damage}\ngoing on from the one before, {folder}")
+            if self.last.exists():  # or the next save would keep it, and drop the good one
+                damaged = self.last.with_name("last.damaged")
+                shutil.rmtree(damaged, ignore_errors=True)
+                os.replace(self.last, damaged)
+        check_same(saved, self.config, folder.parent)
+        load_tensors(folder, self.model)
+        self.restore_optimizer(read_tensors(folder / "optimizer.safetensors"))
+        self.scaler.load_state_dict(saved["resume"]["scaler"])
+        self.progress, self.config = (
+            saved["progress"],
+            {k: v for k, v in saved.items() if k not in ("progress", "resume")},
+        )
+        return saved["resume"]["events"]
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """AdamW's state as named tensors, so that it is saved without pickle too."""
+        state = self.optimizer.state
+        return {f"{name}/{key}": t.cpu() for name, p in self.params.items() for key, t in state[p].items()}
+
+    def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `optimizer_tensors`."""
+        for path, tensor in tensors.items():
+            name, key = path.rsplit("/", 1)
+            self.optimizer.state[self.params[name]][key] = tensor.to(self.params[name].device)
+
+
+def check_same(saved: dict, config: dict, out: Path) -> None:
+    """Raise a `UserError` where a run is set up with other base weights, labels or rows than it was stopped with."""
+    now = json.loads(json.dumps(config))
+    for what, found, wanted in (
+        ("base weights are", now["backbone"]["fingerprint"], saved["backbone"]["fingerprint"]),
+        ("catalogue has rows:", now["data"]["rows"], saved["data"]["rows"]),
+    ):
+        if found != wanted:
+            raise UserError(f"--resume: the {what} {found}, but {out} was trained with {wanted}")
+    for key in ("attributes", "paths", "preprocess"):
+        if now[key] != saved[key]:
+            raise UserError(f"--resume: the catalogue is not the one {out} was trained on: its {key} differ")
