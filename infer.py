@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from data.cells import inert
 from data.images import ImageError, decode
 from data.preprocess import Preprocess
 from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
@@ -79,8 +80,8 @@ def read_batches(
 
 @torch.inference_mode()
 def answer_batch(
-    model: nn.Module,
     batch: list[tuple[Path, np.ndarray | str]],
+    model: nn.Module,
     preprocess: Preprocess,
     attributes: list[dict],
     top_k: int,
@@ -109,6 +110,26 @@ def answer_batch(
             top = [[labels[c], round(q, 4)] for c, q in zip(row_classes, row_p, strict=True)]
             said[attribute["name"]] = {"label": top[0][0], "confidence": top[0][1], "top": top}
     return answers
+
+
+def answer_in_parts(batch: list[tuple[Path, np.ndarray | str]], most: int, *how) -> tuple[list[dict], int]:
+    """`answer_batch(part, *how)` of parts of at most `most` images, halved as often as the GPU's memory runs out.
+
+    Returns:
+        the answers, and the size that went through, to go on with.
+    """
+    answers: list[dict] = []
+    while len(answers) < len(batch):
+        try:
+            answers += answer_batch(batch[len(answers) : len(answers) + most], *how)
+        except torch.OutOfMemoryError:
+            if most == 1:
+                raise UserError(
+                    "out of memory at a single image; free the GPU or hide it: CUDA_VISIBLE_DEVICES="
+                ) from None
+            most //= 2
+            print(f"out of memory: going on with batches of {most}", file=sys.stderr)
+    return answers, most
 
 
 class Output:
@@ -150,7 +171,7 @@ class Output:
             for name, said in answer.get("attributes", {}).items():
                 row[name], row[f"{name}_confidence"] = said["label"], said["confidence"]
         if self.kind == ".csv":
-            csv.writer(self.file).writerows(row.values() for row in rows)
+            csv.writer(self.file).writerows(map(inert, row.values()) for row in rows)
         else:
             self.file.write_batch(pa.RecordBatch.from_pylist(rows, schema=self.file.schema))
 
@@ -196,12 +217,12 @@ def main(argv: list[str] | None = None) -> int:
     model = merge_lora(model).to(device)
     preprocess, attributes = Preprocess(**config["preprocess"]), config["attributes"]
 
-    unreadable, sheet = 0, []
+    unreadable, sheet, most = 0, [], args.batch_size
     with ExitStack() as stack:
         output = stack.enter_context(Output(args.out, [a["name"] for a in attributes])) if args.out else None
         bar = stack.enter_context(tqdm(total=len(paths), unit="img", disable=len(paths) <= args.batch_size))
         for batch in read_batches(paths, args.batch_size, preprocess):
-            answers = answer_batch(model, batch, preprocess, attributes, args.top_k, device)
+            answers, most = answer_in_parts(batch, most, model, preprocess, attributes, args.top_k, device)
             for (_, picture), answer in zip(batch, answers, strict=True):
                 unreadable += "error" in answer
                 if "error" not in answer and len(sheet) < PLOT_AT_MOST:
