@@ -25,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data.attributes import PATH
+from data.cells import inert
 from data.images import ImageError, decode
 from data.preprocess import Preprocess
 from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
@@ -81,8 +82,8 @@ def read_batches(
 
 @torch.inference_mode()
 def answer_batch(
-    model: nn.Module,
     batch: list[tuple[Path, np.ndarray | str]],
+    model: nn.Module,
     preprocess: Preprocess,
     decoder: Decoder,
     attributes: list[dict],
@@ -125,6 +126,26 @@ def answer_batch(
     return answers
 
 
+def answer_in_parts(batch: list[tuple[Path, np.ndarray | str]], most: int, *how) -> tuple[list[dict], int]:
+    """`answer_batch(part, *how)` of parts of at most `most` images, halved as often as the GPU's memory runs out.
+
+    Returns:
+        the answers, and the size that went through, to go on with.
+    """
+    answers: list[dict] = []
+    while len(answers) < len(batch):
+        try:
+            answers += answer_batch(batch[len(answers) : len(answers) + most], *how)
+        except torch.OutOfMemoryError:
+            if most == 1:
+                raise UserError(
+                    "out of memory at a single image; free the GPU or hide it: CUDA_VISIBLE_DEVICES="
+                ) from None
+            most //= 2
+            print(f"out of memory: going on with batches of {most}", file=sys.stderr)
+    return answers, most
+
+
 class Output:
     """A file of answers, written as they come; it takes its name only when all is done.
 
@@ -165,7 +186,7 @@ class Output:
             for name, said in answer.get("attributes", {}).items():
                 row |= {name: said["label"]} | {f"{name}_{key}": said[key] for key in ("confidence", "decision")}
         if self.kind == ".csv":
-            csv.writer(self.file).writerows(row.values() for row in rows)
+            csv.writer(self.file).writerows(map(inert, row.values()) for row in rows)
         else:
             self.file.write_batch(pa.RecordBatch.from_pylist(rows, schema=self.file.schema))
 
@@ -215,12 +236,12 @@ def main(argv: list[str] | None = None) -> int:
     if "calibration" not in config:
         print("not calibrated, so all is for review: evaluate.py --calibrate does it", file=sys.stderr)
 
-    unreadable, sheet = 0, []
+    unreadable, sheet, most = 0, [], args.batch_size
     with ExitStack() as stack:
         output = stack.enter_context(Output(args.out, [a["name"] for a in attributes])) if args.out else None
         bar = stack.enter_context(tqdm(total=len(paths), unit="img", disable=len(paths) <= args.batch_size))
         for batch in read_batches(paths, args.batch_size, preprocess):
-            answers = answer_batch(model, batch, preprocess, decoder, attributes, args.top_k, device)
+            answers, most = answer_in_parts(batch, most, model, preprocess, decoder, attributes, args.top_k, device)
             for (_, picture), answer in zip(batch, answers, strict=True):
                 unreadable += "error" in answer
                 if "error" not in answer and len(sheet) < PLOT_AT_MOST:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 64_000_000  # a 64-megapixel photo decodes to 192 MB; whatever claims more is refused before it is decoded
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow reads more; EPS would start Ghostscript
 ORIENTATION = 0x0112  # the EXIF tag; its values 5 to 8 turn the picture by 90 degrees
 
 
@@ -18,7 +19,7 @@ class ImageError(ValueError):
 def _open(source: bytes | Path) -> Image.Image:
     """Read the header only. Raises `ImageError` for what is no image or too big."""
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except Image.DecompressionBombError as error:  # Pillow's own bound, above ours
         raise ImageError(f"more than {MAX_PIXELS // 10**6} megapixels") from error
     except Exception as error:  # a damaged header raises nearly anything: OSError, SyntaxError, struct.error, ...

@@ -3,6 +3,7 @@
 All give the same `Catalogue`: rows of text columns, and encoded picture bytes on demand.
 """
 
+import codecs
 import csv
 import glob
 import hashlib
@@ -10,6 +11,7 @@ import io
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -24,7 +26,7 @@ from data.images import ImageError
 from errors import UserError
 
 NULLS = {"", "na", "nan", "none", "null"}
-TITLE = "productDisplayName"
+TITLE = "productDisplayName"  # of Kaggle's columns the one whose commas are not quoted
 COLUMNS = ("id", *dict.fromkeys(attribute.column for attribute in FASHION))  # every source must have these
 
 
@@ -111,6 +113,8 @@ def _text(value) -> str | None:
 
 
 def _check_columns(found, required: tuple[str, ...], spec) -> None:
+    if twice := [name for name, times in Counter(found).items() if times > 1]:
+        raise UserError(f"{spec} has the column {twice[0]} twice")
     if missing := [name for name in required if name not in found]:
         raise UserError(f"{spec} lacks the column {', '.join(missing)}; it has {', '.join(found)}")
 
@@ -127,20 +131,30 @@ def _kaggle(folder: Path) -> Catalogue:
         raise UserError(f"{folder} has styles.csv but no folder images/")
     # Looking names up in this listing, never joining them to a path, is also what confines an id like '../x'.
     files = {entry.name: entry.stat() for entry in os.scandir(images) if entry.is_file()}
-    with table.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
+    rows, skipped, seen = [], [], set()
+    with table.open("rb") as lines:
         # Line by line: titles hold no line breaks, and a quote left open must not swallow the rows after it.
-        reader = (next(csv.reader([line]), []) for line in lines)
-        header = next(reader, [])
+        header = _cells(next(lines, b"").removeprefix(codecs.BOM_UTF8))
+        if header is None:
+            raise UserError(f"{table} is not UTF-8 text; save it as UTF-8")
         _check_columns(header, COLUMNS, table)
-        last = len(header) - 1
-        rows, skipped = [], []
-        for cells in filter(None, reader):
-            cells = [*cells[:last], ",".join(cells[last:])]  # the commas of the last column, the title
+        title = header.index(TITLE)
+        for number, line in enumerate(lines, 2):
+            if (cells := _cells(line)) is None:
+                skipped.append(Skipped(f"line {number}", "not UTF-8, or no CSV"))
+                continue
+            if not cells:
+                continue
+            surplus = max(0, len(cells) - len(header))  # the title's own commas
+            cells[title : title + surplus + 1] = [",".join(cells[title : title + surplus + 1])]
             row = dict(zip_longest(header, map(_text, cells)))
-            if f"{row['id']}.jpg" in files:
-                rows.append(row)
-            else:
+            if f"{row['id']}.jpg" not in files:
                 skipped.append(Skipped(str(row["id"]), "no such file in images/"))
+            elif row["id"] in seen:
+                skipped.append(Skipped(row["id"], f"line {number} has an id that came before"))
+            else:
+                seen.add(row["id"])
+                rows.append(row)
     ids = [row["id"] for row in rows]
     return Catalogue(
         name=folder.resolve().name,
@@ -150,6 +164,14 @@ def _kaggle(folder: Path) -> Catalogue:
         fingerprint=_stat_fingerprint(files | {"../styles.csv": table.stat()}),
         skipped=skipped,
     )
+
+
+def _cells(line: bytes) -> list[str] | None:
+    """The cells of a line; None where it is not UTF-8 or no CSV (a cell of more than 128 kB)."""
+    try:
+        return next(csv.reader([line.decode().rstrip("\r\n")]), [])
+    except (UnicodeDecodeError, csv.Error):
+        return None
 
 
 def _read_file(path: Path) -> bytes:

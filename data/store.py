@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.cells import inert
 from data.images import ImageError, decode, native_size, pixel_hash, to_canvas
 from data.sources import Catalogue, Skipped
 from data.split import assign_splits
@@ -65,7 +66,7 @@ class ImageStore:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("id", "reason"))
-            writer.writerows((row.id, row.reason) for row in self.skipped)
+            writer.writerows((inert(row.id), inert(row.reason)) for row in self.skipped)
 
 
 def common_size(catalogue: Catalogue, cap: int) -> tuple[int, int]:
@@ -103,13 +104,17 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path) -
     path = Path(cache_dir) / f"{catalogue.name.replace('/', '--')}-{canvas[0]}x{canvas[1]}-{key}"
     if built := not path.exists():
         _build(catalogue, canvas, path)
-    failures = {int(row): reason for row, reason in json.loads((path / "skipped.json").read_text()).items()}
+    try:
+        failures = {int(row): reason for row, reason in json.loads((path / "skipped.json").read_text()).items()}
+        pixels, hashes = np.load(path / "pixels.npy", mmap_mode="r"), np.load(path / "hashes.npy")
+    except (OSError, ValueError, EOFError, AttributeError) as error:
+        raise UserError(f"the decoded images in {path} are damaged ({error}); delete that folder") from None
     ok = np.ones(len(catalogue), dtype=bool)
     ok[list(failures)] = False
     return ImageStore(
         ids=catalogue.ids,
-        pixels=np.load(path / "pixels.npy", mmap_mode="r"),
-        hashes=np.load(path / "hashes.npy"),
+        pixels=pixels,
+        hashes=hashes,
         ok=ok,
         skipped=catalogue.skipped + [Skipped(catalogue.ids[row], reason) for row, reason in failures.items()],
         path=path,
@@ -130,7 +135,10 @@ def _build(catalogue: Catalogue, canvas: tuple[int, int], path: Path) -> None:
         free = shutil.disk_usage(temporary).free
         if free < np.prod(shape):
             raise UserError(f"only {free / 1e6:,.0f} MB free in {path.parent}: {need}")
-        _decode_all(catalogue, shape, temporary)
+        try:
+            _decode_all(catalogue, shape, temporary)
+        except OSError as error:
+            raise UserError(f"cannot write to {path.parent} ({error.strerror}): {need}") from error
         try:
             temporary.rename(path)
         except OSError:  # somebody else built the same store meanwhile; theirs is as good
@@ -143,6 +151,9 @@ def _build(catalogue: Catalogue, canvas: tuple[int, int], path: Path) -> None:
 def _decode_all(catalogue: Catalogue, shape: tuple[int, int, int, int], folder: Path) -> None:
     """Write pixels.npy, hashes.npy and skipped.json ({row: reason}) into `folder`."""
     pixels = np.lib.format.open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # or a disk that fills up later would end us by SIGBUS, without a word
+        with open(folder / "pixels.npy", "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     hashes = np.zeros(len(catalogue), dtype=np.uint64)
 
     def decode_rows(rows: range) -> dict[int, str]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.cells import inert
 from data.sources import TITLE, Catalogue
 
 # A given label is suspect where the model, calibrated, gives it less probability than `EXCLUDED` and its answer more
@@ -81,12 +82,6 @@ def _suspect(attribute: str, p: np.ndarray, row, given, said) -> Suspect:
     return Suspect(int(row), attribute, int(given), int(said), float(p[given]), float(p[said]))
 
 
-def harmless(text: str | None) -> str:
-    """A cell that no spreadsheet takes for a formula (OWASP, CSV injection)."""
-    text = text or ""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
-
-
 def write_csv(
     path: Path,
     single: list[Suspect],
@@ -102,6 +97,6 @@ def write_csv(
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for why, group, s in numbered:
-            given, said = (harmless(classes[s.attribute][c]) for c in (s.given, s.said))
-            cells = (harmless(catalogue.ids[s.row]), s.attribute, given, f"{s.given_p:.2e}", said, f"{s.said_p:.4f}")
-            writer.writerow((why, group, *cells, harmless(titles[s.row])))
+            given, said = (inert(classes[s.attribute][c]) for c in (s.given, s.said))
+            cells = (inert(catalogue.ids[s.row]), s.attribute, given, f"{s.given_p:.2e}", said, f"{s.said_p:.4f}")
+            writer.writerow((why, group, *cells, inert(titles[s.row])))

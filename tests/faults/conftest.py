@@ -33,8 +33,8 @@ def assert_same(run, whole) -> None:
 
 @pytest.fixture(scope="session")
 def options(cache_dir):
-    """A run of 60 steps on drawings, saved every second step."""
-    words = ("--data", "demo", "--limit", 400, "--epochs", 3, "--save-every", 2, "--batch-size", 16)
+    """A run of 42 steps on drawings, saved every second step."""
+    words = ("--data", "demo", "--limit", 400, "--epochs", 2, "--save-every", 2, "--batch-size", 16)
     return (*words, "--cache-dir", cache_dir)
 
 
