@@ -187,9 +187,8 @@ def train_epoch(
                 state.progress["step"] += 1
             saving = state.step % args.save_every == 0
             if step % LOG_EVERY == 0 or saving or stop.made or start + args.accum >= len(batches):
-                read = check_finite(
-                    unread, state, list(task.classes), task.store.ids
-                )  # before a save: what is saved is good
+                # Before a save, so that what is saved is good.
+                read = check_finite(unread, state, list(task.classes), task.store.ids)
                 unread.clear()
             if step % LOG_EVERY == 0 and figures is not None:
                 *losses, norm = read[-1]
