@@ -46,7 +46,10 @@ def open_run(args: argparse.Namespace) -> argparse.Namespace:
     if any(args.out.glob("*/config.json")):
         raise UserError(f"--out {args.out} already holds a run: go on with it by --resume, or name another folder")
     options = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-    replace_file(path, (json.dumps(options, indent=1, default=str, ensure_ascii=False) + "\n").encode())
+    try:
+        replace_file(path, (json.dumps(options, indent=1, default=str, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
     return args
 
 

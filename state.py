@@ -5,10 +5,13 @@ state of every generator, and the place within the epoch.
 """
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -96,3 +99,32 @@ def check_same(saved: dict, config: dict, out: Path) -> None:
     for key in ("attributes", "paths", "preprocess"):
         if now[key] != saved[key]:
             raise UserError(f"--resume: the catalogue is not the one {out} was trained on: its {key} differ")
+
+
+def check_finite(
+    steps: list[tuple[int, np.ndarray, Tensor]], state: TrainingState, attributes: list[str], ids: list[str]
+) -> list[list[float]]:
+    """Read the losses and the norm of steps, which makes a GPU wait; count what fp16's scaler skipped.
+
+    Args:
+        steps: the number of each, its rows, and what `train_step` gave.
+        ids: the product id of each row.
+
+    Raises:
+        UserError: one is not finite and no overflow of fp16, naming the step, the attributes and the product ids.
+    """
+    read = torch.stack([figures for *_, figures in steps]).tolist() if steps else []
+    for (step, rows, _), (*losses, norm) in zip(steps, read, strict=True):
+        if math.isfinite(sum(losses) + norm):
+            continue
+        if state.scaler.is_enabled() and math.isfinite(sum(losses)) and state.scaler.get_scale() >= 1:
+            state.progress["overflows"] += 1
+            continue
+        bad = [name for name, loss in zip(attributes, losses, strict=True) if not math.isfinite(loss)]
+        what = f"the loss of {', '.join(bad)} is" if bad else f"the losses are finite but the gradient norm is {norm},"
+        products = ", ".join(ids[row] for row in rows)
+        raise UserError(
+            f"step {step}: {what} not finite; this update was not made, and {state.last} holds the last good state. "
+            f"Look at these products, or try a lower --lr. Product ids: {products}"
+        )
+    return read

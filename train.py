@@ -40,7 +40,7 @@ from models.checkpoint import attach, load_tensors, read_config, trained_params
 from models.classifier import attribute_losses
 from options import choose_amp, choose_source, parse_args, warn_if_slow
 from runs import Board, Stopped, StopRequest, discard_run, open_run, run_folder
-from state import TrainingState
+from state import TrainingState, check_finite
 
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
@@ -177,7 +177,7 @@ def train_epoch(
     batches = epoch_batches(rows, args.batch_size, args.seed, epoch)[done * args.accum :]
     loader = make_loader(task.store, task.labels, batches, next(task.model.parameters()).device)
     task.model.train()
-    unread = []  # (step, product ids, losses and norm on the device) of the steps since the last look
+    unread = []  # (step, rows, losses and norm still on the device) of the steps since the last look
     with tqdm(total=len(rows), initial=len(rows) - sum(map(len, batches)), unit="img", smoothing=0.05) as bar:
         bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
         for start, window in zip(count(0, args.accum), windows(loader, args.accum), strict=False):
@@ -192,7 +192,8 @@ def train_epoch(
                 state.progress["step"] += 1
             saving = state.step % args.save_every == 0
             if step % LOG_EVERY == 0 or saving or stop.made or start + args.accum >= len(batches):
-                read = check_finite(unread, task, state)  # before a save: what is saved is good
+                # Before a save, so that what is saved is good.
+                read = check_finite(unread, state, list(task.classes), task.store.ids)
                 unread.clear()
             if step % LOG_EVERY == 0 and figures is not None:
                 *losses, norm = read[-1]
@@ -211,29 +212,6 @@ def train_epoch(
                 state.save_last(board)
             if stop.made:
                 return
-
-
-def check_finite(steps: list[tuple[int, np.ndarray, Tensor]], task: Task, state: TrainingState) -> list[list[float]]:
-    """Read the losses and norms (A + 1,) of steps, which makes a GPU wait; count what fp16's scaler skipped.
-
-    Raises:
-        UserError: one is not finite and no overflow of fp16, naming the step, the attributes and the product ids.
-    """
-    read = torch.stack([figures for *_, figures in steps]).tolist() if steps else []
-    for (step, rows, _), (*losses, norm) in zip(steps, read, strict=True):
-        if math.isfinite(sum(losses) + norm):
-            continue
-        if state.scaler.is_enabled() and math.isfinite(sum(losses)) and state.scaler.get_scale() >= 1:
-            state.progress["overflows"] += 1
-            continue
-        bad = [name for name, loss in zip(task.classes, losses, strict=True) if not math.isfinite(loss)]
-        what = f"the loss of {', '.join(bad)} is" if bad else f"the losses are finite but the gradient norm is {norm},"
-        ids = ", ".join(task.store.ids[row] for row in rows)
-        raise UserError(
-            f"step {step}: {what} not finite; this update was not made, and {state.last} holds the last good state. "
-            f"Look at these products, or try a lower --lr. Product ids: {ids}"
-        )
-    return read
 
 
 def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
@@ -313,7 +291,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
             f"{args.accum}, which takes the same steps, or with --amp. The last checkpoint is {args.out / 'last'}"
         ) from None
     except OSError as error:  # a full disk, above all
-        raise UserError(f"cannot write to {args.out}: {error.strerror}; make room, then go on with: {again}") from None
+        raise UserError(f"{error}; if the disk is full make room, then go on with: {again}") from None
     if not finished:
         print(f"stopped and saved in {args.out / 'last'}; go on with: {again}")
         return STOPPED

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
+from state import TrainingState, check_finite
 from tests.faults.conftest import assert_same
 from tests.faults.processes import die_at, finish, start
 from tests.test_train import PREPROCESS, batch, tiny_model
@@ -88,8 +88,8 @@ def test_an_fp16_overflow_is_skipped_and_counted():
     assert figures[:-1].isfinite().all()
     assert all(torch.equal(p, before[name]) for name, p in trained_params(model).items())
     assert scaler.get_scale() == 2.0**126
-    state = train.TrainingState(Path("run"), model, {}, optimizer, scaler)
-    train.check_finite([(0, None, figures)], type("Task", (), {"classes": ["a", "b"]}), state)
+    state = TrainingState(Path("run"), model, {}, optimizer, scaler)
+    check_finite([(0, None, figures)], state, ["a", "b"], [])
     assert state.progress["overflows"] == 1
 
 
