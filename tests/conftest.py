@@ -2,13 +2,17 @@
 
 import importlib
 import io
+import json
 import os
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 import torch
+
+from models.checkpoint import sealed
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,3 +63,18 @@ def demo_run(command, cache_dir, tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture
+def with_config(tmp_path):
+    """`with_config(checkpoint, change)`: a copy of a checkpoint whose config was changed in place, and sealed again."""
+
+    def make(checkpoint: Path, change) -> Path:
+        folder = shutil.copytree(checkpoint, tmp_path / "best")
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        adapter = {"adapter.safetensors": (folder / "adapter.safetensors").read_bytes()}
+        (folder / "config.json").write_bytes(sealed(config, adapter))
+        return folder
+
+    return make

@@ -50,13 +50,13 @@ def test_a_run_ends_calibrated_and_calibrating_again_changes_nothing_but_the_tar
     assert {path.name for path in (tmp_path / "best").iterdir()} == {"config.json", "adapter.safetensors"}
 
 
-def test_the_error_before_calibration_knows_no_temperature(command, demo_run, cache_dir, tmp_path):
-    shutil.copytree(demo_run / "best", tmp_path / "best")
-    config = json.loads((tmp_path / "best" / "config.json").read_text())
-    config["calibration"]["temperature"] = dict.fromkeys(config["calibration"]["temperature"], 5.0)
-    (tmp_path / "best" / "config.json").write_text(json.dumps(config))
+def test_the_error_before_calibration_knows_no_temperature(command, demo_run, cache_dir, with_config, tmp_path):
+    def heat(config):
+        config["calibration"]["temperature"] = dict.fromkeys(config["calibration"]["temperature"], 5.0)
+
+    folder = with_config(demo_run / "best", heat)
     words = ("--data", "demo", "--limit", 1000, "--cache-dir", cache_dir, "--json", tmp_path / "scores")
-    assert command("evaluate.py", "--checkpoint", tmp_path / "best", *words).returncode == 0
+    assert command("evaluate.py", "--checkpoint", folder, *words).returncode == 0
     hot, fitted = (json.loads(p.read_text())["calibration"] for p in (tmp_path / "scores", demo_run / "metrics.json"))
     for name, a in fitted["attributes"].items():
         assert hot["attributes"][name]["ece_before"] == a["ece_before"]

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,15 +98,13 @@ def test_batch_size_changes_no_answer(command, demo_run, photos):
             assert said["confidence"] == pytest.approx(many["attributes"][name]["confidence"], abs=2e-4)
 
 
-def test_labels_fit_together_and_decisions_are_those_of_the_thresholds(command, demo_run, photos, tmp_path):
+def test_labels_fit_together_and_decisions_are_those_of_the_thresholds(command, demo_run, photos, with_config):
     """Thresholds are put where some of the answers reach them: those a short run earns may all lie out of reach."""
-    folder = tmp_path / "best"
-    shutil.copytree(demo_run / "best", folder)
-    config = json.loads((folder / "config.json").read_text())
     joint = dict.fromkeys(ATTRIBUTES, 0.8) | {"gender": 0.0, "brand": None}
     independent = dict.fromkeys(ATTRIBUTES, 1.1)
-    config["calibration"]["threshold"] = {"joint": joint, "independent": independent}
-    (folder / "config.json").write_text(json.dumps(config))
+    thresholds = {"joint": joint, "independent": independent}
+    folder = with_config(demo_run / "best", lambda config: config["calibration"].update(threshold=thresholds))
+    config = json.loads((folder / "config.json").read_text())
     words = ("infer.py", photos / "*.png", photos / "more", "--json", "--top-k", 50, "--checkpoint", folder)
     answers = [json.loads(line) for line in command(*words).stdout.splitlines()]
     alone = [json.loads(line) for line in command(*words, "--independent").stdout.splitlines()]
@@ -130,12 +127,9 @@ def test_labels_fit_together_and_decisions_are_those_of_the_thresholds(command, 
     assert decisions >= {(True, "accept"), (True, "review")}
 
 
-def test_an_uncalibrated_checkpoint_leaves_all_for_review_and_says_so(command, demo_run, photos, tmp_path):
-    config = json.loads((demo_run / "best" / "config.json").read_text())
-    del config["calibration"]
-    shutil.copytree(demo_run / "best", tmp_path / "best")
-    (tmp_path / "best" / "config.json").write_text(json.dumps(config))
-    done = command("infer.py", photos / "0.png", "--json", "--checkpoint", tmp_path / "best")
+def test_an_uncalibrated_checkpoint_leaves_all_for_review_and_says_so(command, demo_run, photos, with_config):
+    folder = with_config(demo_run / "best", lambda config: config.pop("calibration"))
+    done = command("infer.py", photos / "0.png", "--json", "--checkpoint", folder)
     assert "not calibrated, so all is for review" in done.stderr
     assert {a["decision"] for a in json.loads(done.stdout)["attributes"].values()} == {"review"}
 

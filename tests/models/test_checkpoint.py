@@ -79,8 +79,11 @@ def test_saving_again_replaces_the_whole_folder(trained):
 def test_amending_the_config_adds_facts_and_leaves_the_rest(trained):
     folder, _ = trained
     before, tensors = read_config(folder), (folder / "adapter.safetensors").read_bytes()
-    amend_config(folder, calibration={"temperature": {"gender": 1.5}})
-    assert read_config(folder) == before | {"calibration": {"temperature": {"gender": 1.5}}}
+    fitted = {"temperature": {"gender": 1.5}, "threshold": {"joint": {"gender": None}}}
+    amend_config(folder, calibration=fitted)
+    after = read_config(folder)
+    assert after.pop("sha256") != before.pop("sha256"), "sealed anew"
+    assert after == before | {"calibration": fitted}
     assert (folder / "adapter.safetensors").read_bytes() == tensors
     assert {path.name for path in folder.iterdir()} == {"config.json", "adapter.safetensors"}
 

@@ -128,12 +128,9 @@ def test_independent_answers_are_reported_as_such(command, demo_run, cache_dir, 
     assert text != (report[0] / "report.html").read_text(encoding="utf-8")
 
 
-def test_an_uncalibrated_checkpoint_is_refused(command, demo_run, cache_dir, tmp_path):
-    config = json.loads((demo_run / "best" / "config.json").read_text())
-    del config["calibration"]
-    shutil.copytree(demo_run / "best", tmp_path / "best")
-    (tmp_path / "best" / "config.json").write_text(json.dumps(config))
-    words = ("--checkpoint", tmp_path / "best", "--data", "demo", "--cache-dir", cache_dir, "--report", tmp_path / "r")
+def test_an_uncalibrated_checkpoint_is_refused(command, demo_run, cache_dir, with_config, tmp_path):
+    folder = with_config(demo_run / "best", lambda config: config.pop("calibration"))
+    words = ("--checkpoint", folder, "--data", "demo", "--cache-dir", cache_dir, "--report", tmp_path / "r")
     done = command("evaluate.py", *words)
     assert done.returncode == 2
     assert "is not calibrated; do so first with --calibrate" in done.stderr.splitlines()[-1]
