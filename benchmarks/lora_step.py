@@ -33,6 +33,7 @@ from models.attention import use_packed_attention
 from models.backbone import VIT_TARGETS
 
 RANK, ALPHA, CLASSES = 16, 32, 100
+HF_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,8 +60,8 @@ def ours(name: str, dropout: float) -> nn.Module:
     return apply_lora(use_packed_attention(timm_vit(name)), VIT_TARGETS, RANK, ALPHA, dropout, VIT_TARGETS)
 
 
-def peft_hf(name: str, dropout: float) -> nn.Module:
-    vit = timm_vit(name)
+def hf_vit(vit: nn.Module) -> transformers.ViTModel:
+    """Hugging Face's ViT of the size of a timm ViT, with random weights."""
     config = transformers.ViTConfig(
         hidden_size=vit.embed_dim,
         num_hidden_layers=len(vit.blocks),
@@ -69,9 +70,11 @@ def peft_hf(name: str, dropout: float) -> nn.Module:
         image_size=vit.patch_embed.img_size[0],
         patch_size=vit.patch_embed.patch_size[0],
     )
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
-    hf = transformers.ViTModel(config, add_pooling_layer=False)
-    return OfViT(peft.get_peft_model(hf, peft_config(targets, dropout)))
+    return transformers.ViTModel(config, add_pooling_layer=False)
+
+
+def peft_hf(name: str, dropout: float) -> nn.Module:
+    return OfViT(peft.get_peft_model(hf_vit(timm_vit(name)), peft_config(HF_TARGETS, dropout)))
 
 
 def peft_timm(name: str, dropout: float) -> nn.Module:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from errors import UserError
+
 
 class Answers(NamedTuple):
     """What is said of a batch, attributes in declaration order.
@@ -36,9 +38,13 @@ class Decoder:
         config: a checkpoint's: `attributes`, `paths` and, once calibrated, `calibration`. Without the latter
             temperatures are 1 and nothing is accepted.
         path: the attributes that `config["paths"]` has a column for.
+
+    Raises:
+        UserError: the paths or the temperatures are not those of the attributes.
     """
 
     def __init__(self, config: dict, path: Sequence[str], joint: bool = True):
+        _check_fit(config, path)
         self.names = [attribute["name"] for attribute in config["attributes"]]
         self.path = path
         self.paths = torch.tensor(config["paths"]) if joint and config["paths"] else None  # (P, len(path))
@@ -62,3 +68,14 @@ class Decoder:
         )
         needed = [float("inf") if self.threshold[name] is None else self.threshold[name] for name in self.names]
         return Answers(said, confidence, confidence >= torch.tensor(needed, device=confidence.device), probabilities)
+
+
+def _check_fit(config: dict, path: Sequence[str]) -> None:
+    """A stranger may have written the config: a class that is not there would be an index out of range later."""
+    classes = {attribute["name"]: range(len(attribute["labels"])) for attribute in config["attributes"]}
+    if any(
+        len(p) != len(path) or any(c not in classes[n] for n, c in zip(path, p, strict=True)) for p in config["paths"]
+    ):
+        raise UserError("the checkpoint's config.json contradicts itself: a path names a class that no label has")
+    if (fitted := config.get("calibration")) and fitted["temperature"].keys() != classes.keys():
+        raise UserError("the checkpoint's config.json contradicts itself: its temperatures are of other attributes")

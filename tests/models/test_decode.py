@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from errors import UserError
 from models.decode import Decoder
 
 PATH = ("masterCategory", "subCategory", "articleType")
@@ -14,7 +15,8 @@ TEMPERATURE = {"gender": 0.7, "masterCategory": 1.5, "subCategory": 2.0, "articl
 
 
 def config(paths, threshold=None) -> dict:
-    made = {"attributes": [{"name": name} for name in CLASSES], "paths": paths}
+    attributes = [{"name": name, "labels": list(map(str, range(size)))} for name, size in CLASSES.items()]
+    made = {"attributes": attributes, "paths": paths}
     if threshold is not None:
         made["calibration"] = {"temperature": TEMPERATURE, "threshold": threshold}
     return made
@@ -80,3 +82,16 @@ def test_accepted_from_the_threshold_of_the_decoding_in_use(paths):
 
 def test_nothing_is_accepted_before_calibration(paths):
     assert not Decoder(config(paths), PATH)(logits(50)).accepted.any()
+
+
+@pytest.mark.parametrize("path", [[0, 0], [0, 0, 0, 0], [0, 0, 9], [0, -1, 0], [3, 0, 0]])
+def test_a_path_to_a_class_that_is_not_there_is_an_error(path):
+    with pytest.raises(UserError, match="a path names a class that no label has"):
+        Decoder(config([path]), PATH)
+
+
+def test_temperatures_of_other_attributes_are_an_error(paths):
+    made = config(paths, {"joint": {}})
+    made["calibration"]["temperature"] = {"gender": 1.0}
+    with pytest.raises(UserError, match="temperatures are of other attributes"):
+        Decoder(made, PATH)
