@@ -35,6 +35,7 @@ from lora_step import HF_TARGETS, hf_vit
 import train
 from errors import UserError, exits_cleanly
 from evaluate import Task
+from lora import merge_lora
 from models.checkpoint import trained_params
 from models.classifier import AttributeClassifier, attribute_losses
 from options import choose_amp, choose_source, parse_args
@@ -109,7 +110,7 @@ class Clock(transformers.TrainerCallback):
 
 def make_trainer(task: Task, args, folder: Path, clock: Clock) -> transformers.Trainer:
     config = peft.LoraConfig(r=args.rank, lora_alpha=args.alpha, lora_dropout=args.dropout, target_modules=HF_TARGETS)
-    vit = HFBackbone(peft.get_peft_model(hf_vit(task.model.backbone), config))
+    vit = HFBackbone(peft.get_peft_model(hf_vit(merge_lora(task.model).backbone), config))
     options = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS + 1,
@@ -118,6 +119,7 @@ def make_trainer(task: Task, args, folder: Path, clock: Clock) -> transformers.T
         learning_rate=args.lr,
         bf16=args.amp == "bf16",
         fp16=args.amp == "fp16",
+        use_cpu=not torch.cuda.is_available(),
         dataloader_num_workers=2,
         remove_unused_columns=False,
         save_strategy="no",
