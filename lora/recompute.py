@@ -20,18 +20,25 @@ def source_of(x: Tensor) -> Source | None:
     """How to compute `x` again from what autograd keeps of the GELU or the layer norm that made it, else None.
 
     In a ViT these are the inputs of the first layer of attention and of both layers of the MLP: six of the sixteen
-    token widths that a block would keep. Where saved tensors are packed by hooks, as in a checkpointed block, they are
-    left alone: to unpack them now would compute that block again.
+    token widths that a block would keep.
     """
     node = x.grad_fn
     if torch.compiler.is_compiling():  # the compiler chooses by itself what to compute again
         return None
-    if type(node).__name__ == "GeluBackward0" and node._raw_saved_self.unpack_hook is None:
+    if type(node).__name__ == "GeluBackward0" and not _packed(node._raw_saved_self):
         return Source(partial(F.gelu, approximate=node._saved_approximate), (node._saved_self,))
-    if type(node).__name__ == "NativeLayerNormBackward0" and node._raw_saved_input.unpack_hook is None:
+    if type(node).__name__ == "NativeLayerNormBackward0" and not _packed(node._raw_saved_input):
         kept = ("input", "result1", "result2", "weight", "bias")
         return Source(normalize, tuple(getattr(node, f"_saved_{name}") for name in kept))
     return None
+
+
+def _packed(saved) -> bool:
+    """Whether hooks keep a saved tensor, as in a checkpointed block: to unpack it now would compute that block again.
+
+    A torch that cannot tell (2.8 and before) gives the right gradients all the same, later.
+    """
+    return getattr(saved, "unpack_hook", None) is not None
 
 
 def normalize(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
