@@ -111,7 +111,7 @@ def test_a_promise_is_kept_on_other_rows_nearly_always():
 def test_calibrating_answers_that_are_decoded_jointly():
     names, classes = ("gender", *PATH), 4
     paths = [[c, c, c] for c in range(classes)]
-    config = {"attributes": [{"name": name} for name in names], "paths": paths}
+    config = {"attributes": [{"name": name, "labels": list("abcd")} for name in names], "paths": paths}
     g = torch.Generator().manual_seed(0)
     truth = torch.randint(0, classes, (3000,), generator=g)
     logits = {name: 6 * F.one_hot(truth, classes) + 3 * torch.randn(3000, classes, generator=g) for name in names}
