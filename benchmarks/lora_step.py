@@ -1,7 +1,7 @@
 """A training step of LoRA on a ViT: this project beside PEFT, full fine-tuning, and what no LoRA step can do without.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/lora_step.py [--amp bf16] [--batch-size 4] [--plot FILE.png]
+    python benchmarks/lora_step.py [--amp bf16] [--batch-size 4] [--plot FILE.png] [--profile]
 
 A step is forward, backward and AdamW on pictures in memory, ViT-B/16 at 224 px, rank 16 on query, key, value and dense,
 dropout 0.05, random weights (the numbers do not depend on them). The ways take turns in one process; speeds are ratios
@@ -180,6 +180,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="torch.compile every way")
     parser.add_argument("--plot", type=Path, help="draw the table here")
+    parser.add_argument(
+        "--profile", action="store_true", help="also say where this project's step and the floor spend time"
+    )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = {name: Step(*way, args, device) for name, way in WAYS.items()}
@@ -203,6 +206,12 @@ def main() -> None:
         spread = f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}"
         memory = f"{kept[name] / 1e9:>10.2f}{kept[name] / kept[FIRST]:>7.2f}" if name in kept else ""
         print(f"{name:<28}{speed:>9.2f}{ratio:>7.2f}{spread:>15}{memory}")
+    if args.profile:
+        for name, run in ("this project", steps["this project"]), (FLOOR, steps["linear probe"].twice_forward):
+            with torch.profiler.profile() as profile:
+                run(*batch)
+            key = f"self_{device.type}_time_total"
+            print(f"\n{name}\n{profile.key_averages().table(sort_by=key, row_limit=14, max_name_column_width=44)}")
     if args.plot:
         draw({name: statistics.median(r) for name, r in ratios.items()}, kept, title, args.plot)
 
