@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.attributes import MISSING, PATH
+from data.attributes import MISSING
+from metrics import path_columns
 from models.decode import Answers, Decoder
 
 TARGET_PRECISION = 0.98
@@ -90,14 +91,14 @@ def calibrate(logits: Mapping[str, Tensor], labels: np.ndarray, config: dict, ta
         logits: {attribute: (N, classes)} of rows the model was not trained on.
         labels: (N, A) their labels.
     """
-    truths = torch.from_numpy(labels)
-    temperature = {name: fit_temperature(logits[name], truths[:, i]) for i, name in enumerate(logits)}
+    truths, names = torch.from_numpy(labels), [a["name"] for a in config["attributes"] if a["kind"] == "class"]
+    temperature = {name: fit_temperature(logits[name], truths[:, i]) for i, name in enumerate(names)}
     fitted = {"target_precision": target, "rows": len(labels), "temperature": temperature, "threshold": {}}
     for how in ("joint", "independent"):
         nothing_yet = {"temperature": temperature, "threshold": {how: {}}}
-        answers = Decoder(config | {"calibration": nothing_yet}, PATH, how == "joint")(logits)
+        answers = Decoder(config | {"calibration": nothing_yet}, how == "joint")(logits)
         fitted["threshold"][how] = {
-            name: precision_threshold(*judged(answers, labels, column), target) for column, name in enumerate(logits)
+            name: precision_threshold(*judged(answers, labels, column), target) for column, name in enumerate(names)
         }
     return fitted
 
@@ -109,12 +110,12 @@ def judged(answers: Answers, labels: np.ndarray, column: int) -> tuple[np.ndarra
     return confidence[known], (said == labels[:, column])[known]
 
 
-def calibration_scores(answers: Answers, raw: Answers, labels: np.ndarray, names: list[str]) -> dict:
+def calibration_scores(answers: Answers, raw: Answers, labels: np.ndarray, names: list[str], paths: list[dict]) -> dict:
     """What calibration is worth on rows with labels (N, A): error before and after, and what needs no person.
 
     `accepted` are shares of all rows, labelled or not; `precision` is over those accepted whose label is known.
-    `rows_accepted` and `paths_accepted` are the shares of rows of which nothing, or nothing along `PATH`, is left to
-    review.
+    `rows_accepted` and `paths_accepted` are the shares of rows of which nothing, or nothing in a hierarchy, is left to
+    review; the latter is None where there is no hierarchy.
     """
     accepted = answers.accepted.numpy()
     known, right = labels != MISSING, answers.labels.numpy() == labels
@@ -133,5 +134,5 @@ def calibration_scores(answers: Answers, raw: Answers, labels: np.ndarray, names
         "accepted": float(accepted.mean()),
         "precision": float(right[sure].mean()) if sure.any() else None,
         "rows_accepted": float(accepted.all(1).mean()),
-        "paths_accepted": float(accepted[:, [names.index(name) for name in PATH]].all(1).mean()),
+        "paths_accepted": float(accepted[:, path_columns(paths, names)].all(1).mean()) if paths else None,
     }

@@ -16,40 +16,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from calibration import TARGET_PRECISION, calibrate, calibration_scores
-from data.attributes import FASHION, PATH, LabelMap, encode_labels
+from data import price
 from data.batches import epoch_batches, make_loader
 from data.preprocess import Preprocess
-from data.sources import Catalogue, load_source
 from data.split import SPLITS
-from data.store import ImageStore, default_cache_dir, open_store
+from data.store import default_cache_dir
 from errors import Parser, UserError, check_writable, exits_cleanly, make_folder, positive_int, share
 from lora import merge_lora
-from metrics import score, scores_table, trust_table
-from models.checkpoint import amend_config, find_checkpoint, load_checkpoint, read_config
-from models.classifier import AttributeClassifier
+from metrics import score, score_number, scores_table, trust_table
+from models.checkpoint import amend_config, find_checkpoint, read_config
 from models.decode import Answers, Decoder
 from report.page import write_report
-
-
-class Task(NamedTuple):
-    """A model and the labelled pictures that it is trained or scored on.
-
-    Attributes:
-        config: what a checkpoint's `config.json` says: attributes and their labels, known paths, preprocessing.
-        labels: (N, A) class indices, a row for each picture of the store.
-    """
-
-    model: AttributeClassifier
-    config: dict
-    preprocess: Preprocess
-    catalogue: Catalogue
-    store: ImageStore
-    labels: np.ndarray
-
-    @property
-    def classes(self) -> dict[str, list[str]]:
-        """Attribute -> its labels, in the order of the label columns."""
-        return {attribute["name"]: attribute["labels"] for attribute in self.config["attributes"]}
+from task import Task, load_task
 
 
 class Evaluation(NamedTuple):
@@ -58,7 +36,7 @@ class Evaluation(NamedTuple):
     Attributes:
         scores: the metrics, as `metrics.json` holds them.
         rows: (N,) the split's rows in the store.
-        logits: {attribute: (N, classes)}, fp32, on the CPU.
+        logits: {attribute: (N, classes)}, of a number (N, 1), scaled; fp32, on the CPU.
         answers: what the scores are of.
     """
 
@@ -71,55 +49,50 @@ class Evaluation(NamedTuple):
 def evaluate(task: Task, split: str, device: torch.device, batch_size: int = 64, joint: bool = True) -> Evaluation:
     """Score the model on one split, with LoRA merged away: the same answers, sooner."""
     rows = task.store.rows(split)
-    loader = make_loader(task.store, task.labels, epoch_batches(rows, batch_size), device)
+    loader = make_loader(task.store, task.known, epoch_batches(rows, batch_size), device)
     logits = predict(merge_lora(task.model), loader, task.preprocess, device, split)
     return judge(task, split, logits, joint)
 
 
 def judge(task: Task, split: str, logits: dict[str, Tensor], joint: bool) -> Evaluation:
     """Decode the logits of a split's rows and score them: with and without the paths, before and after calibration."""
-    config, names, rows = task.config, list(logits), task.store.rows(split)
+    config, names, rows = task.config, list(task.classes), task.store.rows(split)
     labels = task.labels[rows]
-    decoded = {how: Decoder(config, PATH, how == "joint")(logits) for how in ("joint", "independent")}
+    decoded = {how: Decoder(config, how == "joint")(logits) for how in ("joint", "independent")}
     by_decoding = {how: score(labels, said.labels.numpy(), names, config["paths"]) for how, said in decoded.items()}
     used = "joint" if joint else "independent"
     scores = {"split": split} | by_decoding[used] | {"decoding": used}
+    scores["attributes"] |= score_numbers(task, rows, logits)
     for how, figures in by_decoding.items():
         scores[how] = {key: figures[key] for key in ("path_accuracy", "valid_path_rate", "exact_match")}
     if "calibration" in config:
-        raw = Decoder(config | {"calibration": None}, PATH, joint)(logits)
+        raw = Decoder(config | {"calibration": None}, joint)(logits)
         scores["calibration"] = {"target_precision": config["calibration"]["target_precision"]}
-        scores["calibration"] |= calibration_scores(decoded[used], raw, labels, names)
+        scores["calibration"] |= calibration_scores(decoded[used], raw, labels, names, config["paths"])
     return Evaluation(scores, rows, logits, decoded[used])
+
+
+def score_numbers(task: Task, rows: np.ndarray, outputs: dict[str, Tensor]) -> dict[str, dict]:
+    """{number: its scores} over rows of the store, in the number's own unit."""
+    scores, scaled = {}, task.known.numbers[rows].astype(float)
+    for column, a in enumerate(a for a in task.config["attributes"] if a["kind"] == "number"):
+        true, said = (a["mean"] + a["std"] * z for z in (scaled[:, column], outputs[a["name"]][:, 0].double().numpy()))
+        floor = price.expected(task.catalogue.columns)[rows] if a["derive"] == "price" else None
+        scores[a["name"]] = score_number(true, said, a["median"], floor)
+    return scores
 
 
 @torch.inference_mode()
 def predict(
     model: nn.Module, loader: DataLoader, preprocess: Preprocess, device: torch.device, what: str
 ) -> dict[str, Tensor]:
-    """Logits {attribute: (N, classes)} of a loader's rows, in order, fp32 on the CPU."""
+    """The model's outputs {attribute: (N, ·)} of a loader's rows, in order, fp32 on the CPU."""
     model.eval()
-    batches = [
-        {name: logits.float().cpu() for name, logits in model(preprocess(pixels.to(device, non_blocking=True))).items()}
-        for pixels, _ in tqdm(loader, desc=what, unit="batch", leave=False)
-    ]
+    batches = []
+    for batch in tqdm(loader, desc=what, unit="batch", leave=False):
+        outputs = model(preprocess(batch.pixels.to(device, non_blocking=True)))
+        batches.append({name: tensor.float().cpu() for name, tensor in outputs.items()})
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-
-
-def load_task(
-    folder: Path, weights: Path | None, data: str, cache_dir: Path, limit: int | None, device: torch.device
-) -> Task:
-    """A checkpoint's model on its device, and a catalogue labelled in the classes it knows."""
-    model, config = load_checkpoint(folder, weights)
-    preprocess = Preprocess(**config["preprocess"])
-    maps = {a["name"]: LabelMap(a["labels"], a["aliases"]) for a in config["attributes"]}
-    declared = {attribute.name: attribute for attribute in FASHION}
-    if unknown := maps.keys() - declared.keys():
-        raise UserError(f"{folder} predicts {', '.join(unknown)}, which data/attributes.py does not declare")
-    catalogue = load_source(data, cache_dir, limit)
-    store = open_store(catalogue, preprocess.canvas, cache_dir)
-    labels = encode_labels(catalogue.columns, maps, [declared[name] for name in maps])
-    return Task(model.to(device), config, preprocess, catalogue, store, labels)
 
 
 @exits_cleanly

@@ -67,8 +67,9 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
         output_names=[attribute["name"] for attribute in config["attributes"]],
         dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
     )
-    labels = {attribute["name"]: attribute["labels"] for attribute in config["attributes"]}
-    about = {"preprocess": config["preprocess"], "labels": labels}
+    labels = {a["name"]: a["labels"] for a in config["attributes"] if a["kind"] == "class"}
+    numbers = {a["name"]: {"mean": a["mean"], "std": a["std"]} for a in config["attributes"] if a["kind"] == "number"}
+    about = {"preprocess": config["preprocess"], "labels": labels} | ({"numbers": numbers} if numbers else {})
     beside = out.with_suffix(".json")
     beside.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"what its inputs and outputs mean: {beside}")

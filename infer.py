@@ -24,7 +24,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data.attributes import PATH
 from data.cells import inert
 from data.images import ImageError, decode
 from data.preprocess import Preprocess
@@ -90,8 +89,8 @@ def answer_batch(
     top_k: int,
     device: torch.device,
 ) -> list[dict]:
-    """An object for each input: {"image", "attributes": {name: {"label", "confidence", "decision", "top"}}}, or
-    {"image", "error"}. The objects are those of `--json`.
+    """An object for each input, as `--json` prints it: {"image", "attributes": {name: {"label", "confidence",
+    "decision", "top"}}}, of a number {name: {"value"}}; or {"image", "error"}.
 
     `top` begins with the label; the next guesses follow, most probable first. One of them may be more probable than the
     label: then the label is what fits the other attributes of the path.
@@ -108,8 +107,10 @@ def answer_batch(
     if not readable:
         return answers
     pixels = torch.from_numpy(np.stack([picture for _, picture in readable]))
-    found = decoder(model(preprocess(pixels.to(device))))
-    for column, (attribute, p) in enumerate(zip(attributes, found.probabilities.values(), strict=True)):
+    outputs = model(preprocess(pixels.to(device)))
+    found = decoder(outputs)
+    classes = [attribute for attribute in attributes if attribute["kind"] == "class"]
+    for column, (attribute, p) in enumerate(zip(classes, found.probabilities.values(), strict=True)):
         labels, chosen = attribute["labels"], found.labels[:, [column]]  # (B, 1)
         order = p.scatter(1, chosen, 2.0).topk(min(top_k, len(labels))).indices  # the label first: 2 is above any p
         rows = zip(
@@ -123,6 +124,10 @@ def answer_batch(
                 "decision": "accept" if accepted else "review",
                 "top": top,
             }
+    for a in (a for a in attributes if a["kind"] == "number"):
+        values = a["mean"] + a["std"] * outputs[a["name"]][:, 0].double()
+        for (said, _), value in zip(readable, values.tolist(), strict=True):
+            said[a["name"]] = {"value": float(f"{value:.6g}")}
     return answers
 
 
@@ -149,20 +154,26 @@ def answer_in_parts(batch: list[tuple[Path, np.ndarray | str]], most: int, *how)
 class Output:
     """A file of answers, written as they come; it takes its name only when all is done.
 
-    Use as a context manager. CSV and Parquet have a column for each attribute's label, confidence and decision, and
-    `error`; JSONL has the objects of `--json`.
+    Use as a context manager. CSV and Parquet have a column for each class's label, confidence and decision, for each
+    number, and `error`; JSONL has the objects of `--json`.
+
+    Args:
+        attributes: a checkpoint's.
     """
 
     KINDS = (".csv", ".jsonl", ".parquet")
 
-    def __init__(self, path: Path, attributes: list[str]):
+    def __init__(self, path: Path, attributes: list[dict]):
         self.path, self.kind, self.part = path, path.suffix.lower(), path.with_name(path.name + ".part")
-        said = ((name, f"{name}_confidence", f"{name}_decision") for name in attributes)
-        self.columns = ["image", *itertools.chain(*said), "error"]
+        classes = [a["name"] for a in attributes if a["kind"] == "class"]
+        numbers = [a["name"] for a in attributes if a["kind"] == "number"]
+        said = ((name, f"{name}_confidence", f"{name}_decision") for name in classes)
+        self.columns = ["image", *itertools.chain(*said), *numbers, "error"]
+        self.floats = {*numbers, *(f"{name}_confidence" for name in classes)}
 
     def __enter__(self):
         if self.kind == ".parquet":
-            fields = [(c, pa.float32() if c.endswith("_confidence") else pa.string()) for c in self.columns]
+            fields = [(c, pa.float64() if c in self.floats else pa.string()) for c in self.columns]
             self.file = pq.ParquetWriter(self.part, pa.schema(fields))
         else:
             self.file = open(self.part, "w", newline="", encoding="utf-8")
@@ -184,7 +195,8 @@ class Output:
         rows = [dict.fromkeys(self.columns) | {"image": a["image"], "error": a.get("error")} for a in answers]
         for row, answer in zip(rows, answers, strict=True):
             for name, said in answer.get("attributes", {}).items():
-                row |= {name: said["label"]} | {f"{name}_{key}": said[key] for key in ("confidence", "decision")}
+                row[name] = said["value"] if "value" in said else said["label"]
+                row |= {f"{name}_{key}": said[key] for key in ("confidence", "decision") if key in said}
         if self.kind == ".csv":
             csv.writer(self.file).writerows(map(inert, row.values()) for row in rows)
         else:
@@ -192,14 +204,22 @@ class Output:
 
 
 def table(answer: dict) -> str:
-    """What is said of one image, an attribute a line: label, confidence, decision, and the next guesses."""
+    """What is said of one image, an attribute a line: a number, or label, confidence, decision and the next guesses."""
     if "error" in answer:
         return f"{answer['image']}: {answer['error']}\n"
     lines = [answer["image"]]
     for name, said in answer["attributes"].items():
+        if "value" in said:
+            lines.append(f"  {name:<16}{said['value']:,g}")
+            continue
         rest = ", ".join(f"{label} {p:.2f}" for label, p in said["top"][1:])
         lines.append(f"  {name:<16}{said['label']:<24}{said['confidence']:>5.2f}  {said['decision']}  {rest}".rstrip())
     return "\n".join(lines) + "\n"
+
+
+def caption(said: dict) -> str:
+    """What is said of an attribute, for a contact sheet."""
+    return f"{said['value']:,g}" if "value" in said else f"{said['label']} {said['confidence']:.2f}"
 
 
 @exits_cleanly
@@ -232,13 +252,13 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = merge_lora(model).to(device)
     preprocess, attributes = Preprocess(**config["preprocess"]), config["attributes"]
-    decoder = Decoder(config, PATH, joint=not args.independent)
+    decoder = Decoder(config, joint=not args.independent)
     if "calibration" not in config:
         print("not calibrated, so all is for review: evaluate.py --calibrate does it", file=sys.stderr)
 
     unreadable, sheet, most = 0, [], args.batch_size
     with ExitStack() as stack:
-        output = stack.enter_context(Output(args.out, [a["name"] for a in attributes])) if args.out else None
+        output = stack.enter_context(Output(args.out, attributes)) if args.out else None
         bar = stack.enter_context(tqdm(total=len(paths), unit="img", disable=len(paths) <= args.batch_size))
         for batch in read_batches(paths, args.batch_size, preprocess):
             answers, most = answer_in_parts(batch, most, model, preprocess, decoder, attributes, args.top_k, device)
@@ -256,10 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     if output:
         print(f"wrote {len(paths):,} rows to {args.out}", file=sys.stderr)
     if args.plot and sheet:
-        captions = [
-            [(f"{name}: {said['label']} {said['confidence']:.2f}", QUIET) for name, said in a["attributes"].items()]
-            for _, a in sheet
-        ]
+        captions = [[(f"{name}: {caption(said)}", QUIET) for name, said in a["attributes"].items()] for _, a in sheet]
         contact_sheet([picture for picture, _ in sheet], captions).savefig(args.plot)
         print(f"drew {len(sheet)} of {len(paths):,} pictures to {args.plot}", file=sys.stderr)
     if unreadable:

@@ -13,6 +13,8 @@ from errors import Parser, UserError, positive_int
 from models.backbone import DEMO, bare_backbone
 
 HUB_DATA, HUB_BACKBONE = "ashraq/fashion-product-images-small", "vit_base_patch16_224"
+PATHS = ("weights", "cache_dir", "attributes")  # options that are files or folders
+EXTRA = {"with_price": ("price_in_vnd",), "with_season_year": ("season", "year")}  # switches and what they add
 LARGE = 40e6  # parameters from which training on a CPU takes days
 
 
@@ -76,6 +78,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--amp", nargs="?", const="auto", choices=["auto", "bf16", "fp16"], help="mixed precision (default: off)"
     )
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    p.add_argument("--attributes", type=Path, metavar="FILE.toml", help="what to predict (default: data/fashion.toml)")
+    for switch, names in EXTRA.items():
+        p.add_argument(f"--{switch.replace('_', '-')}", action="store_true", help=f"also predict {' and '.join(names)}")
     p.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
     p.add_argument(
         "--min-brand-count", type=positive_int, default=10, help="rarer brands become Other (default: %(default)s)"
@@ -103,7 +108,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         given = [n for n in vars(args) if n not in ("out", "resume") and getattr(args, n) != p.get_default(n)]
         if given:
             raise UserError(f"--resume goes on with the run's own options; leave out --{given[0].replace('_', '-')}")
-    for name in ("weights", "cache_dir"):  # a run may be resumed from another folder
+    for name in PATHS:  # a run may be resumed from another folder
         if path := getattr(args, name):
             setattr(args, name, path.absolute())
     if args.data and args.data != DEMO and Path(args.data).exists():

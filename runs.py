@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from durable import replace_file
 from errors import UserError
 from models.checkpoint import newest_checkpoint, previous_of
+from options import PATHS
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -38,7 +39,7 @@ def open_run(args: argparse.Namespace) -> argparse.Namespace:
     if args.resume:
         try:
             options = json.loads(path.read_text(encoding="utf-8"))
-            for name in ("weights", "cache_dir"):
+            for name in PATHS:
                 options[name] = options[name] and Path(options[name])
             return argparse.Namespace(**options, out=args.out, resume=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -143,10 +144,6 @@ class Board:
 
     def close(self, args: argparse.Namespace, scores: dict) -> None:
         """The options as TensorBoard's hyperparameters, beside what they led to on test."""
-        options = {
-            name: str(value)
-            for name, value in vars(args).items()
-            if name not in ("out", "resume", "cache_dir", "weights")
-        }
+        options = {name: str(value) for name, value in vars(args).items() if name not in ("out", "resume", *PATHS)}
         self.writer.add_hparams(options, {"hparam/test_mean_accuracy": scores["mean_accuracy"]}, run_name=".")
         self.writer.close()

@@ -11,89 +11,33 @@ import argparse
 import contextlib
 import json
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from itertools import count, islice
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from calibration import calibrate
-from data.attributes import FASHION, class_counts, encode_labels, fit_label_maps, known_paths
-from data.batches import epoch_batches, make_loader
-from data.preprocess import Preprocess
-from data.sources import load_source
-from data.split import SPLITS
-from data.store import common_size, open_store
+from data.batches import Batch, epoch_batches, make_loader
 from durable import alone_in, replace_file
 from errors import UserError, exits_cleanly
-from evaluate import Task, evaluate
+from evaluate import evaluate
 from figures import label_sheet
-from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_base
 from metrics import scores_table, trust_table
-from models.backbone import create_backbone
-from models.checkpoint import attach, load_tensors, read_config, trained_params
-from models.classifier import attribute_losses
+from models.checkpoint import load_tensors, read_config, trained_params
+from models.classifier import attribute_losses, known_targets
 from options import choose_amp, choose_source, parse_args, warn_if_slow
 from runs import Board, Stopped, StopRequest, discard_run, open_run, run_folder
 from state import TrainingState, check_finite
+from task import AMP, Task, setup
 
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 WARMUP = 0.05  # share of all steps
 LOG_EVERY = 10  # steps: reading a loss makes a GPU wait
-LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
-AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"
-
-
-def setup(args: argparse.Namespace, device: torch.device) -> Task:
-    """Pictures, labels, and the model on its device. `config` is all that rebuilds it, as checkpoints keep it."""
-    catalogue = load_source(args.data, args.cache_dir, args.limit)
-    backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size)
-    wants = timm.data.resolve_model_data_config(backbone)
-    size = wants["input_size"][1:]
-    preprocess = Preprocess(
-        common_size(catalogue, max(size)), size, wants["interpolation"], wants["mean"], wants["std"]
-    )
-    store = open_store(catalogue, preprocess.canvas, args.cache_dir)
-    store.write_skipped(args.out / "skipped.csv")
-    counts = {split: len(store.rows(split)) for split in SPLITS}
-    if not all(counts.values()):
-        raise UserError(f"{catalogue.name} is too small: {counts} rows; every split needs some")
-    maps = fit_label_maps(catalogue.columns, store.rows("train"), FASHION, args.min_brand_count)
-    labels = encode_labels(catalogue.columns, maps, FASHION)
-    sizes = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    print(f"{catalogue.name}: {sizes} rows, {len(store.skipped):,} skipped")
-    print(f"decoded images: {store.path} ({store.nbytes / 1e6:,.0f} MB, {'new' if store.built else 'reused'})")
-    print("classes:", ", ".join(f"{name} {len(m.labels)}" for name, m in maps.items()))
-
-    counts = class_counts(labels[store.rows("train")], maps)
-    config = {
-        "backbone": {"name": args.backbone, "img_size": args.img_size, "fingerprint": fingerprint},
-        "lora": {name: getattr(args, name) for name in LORA_OPTIONS},
-        "attributes": [
-            {"name": a.name, "level": a.level, **asdict(maps[a.name]), "counts": counts[a.name]} for a in FASHION
-        ],
-        "paths": known_paths(labels[store.rows("train")], FASHION),
-        "preprocess": asdict(preprocess),
-        "data": {"name": catalogue.name, "rows": len(catalogue), "fingerprint": catalogue.fingerprint},
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__},
-    }
-    model = attach(backbone, config)
-    if args.base == "int8":
-        quantize_base(model.backbone)
-    model.to(device)
-    if args.amp:
-        keep_base_in(model, AMP[args.amp])
-    heads = sum(p.numel() for p in model.heads.parameters())
-    adapters = sum(p.numel() for p in get_adapter_params(model).values())
-    print(f"LoRA {adapters:,} and heads {heads:,}: {parameter_summary(model)}")
-    return Task(model, config, preprocess, catalogue, store, labels)
 
 
 def parameter_groups(params: Mapping[str, nn.Parameter], lora_plus: float = 1.0) -> list[dict]:
@@ -125,7 +69,7 @@ def steps_in_epoch(args: argparse.Namespace, task: Task) -> int:
     return math.ceil(math.ceil(len(task.store.rows("train")) / args.batch_size) / args.accum)
 
 
-def windows(loader: Iterable, accum: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def windows(loader: Iterable, accum: int) -> Iterator[list[Batch]]:
     """Micro-batches in groups of `accum`; the last group of an epoch may be shorter."""
     batches = iter(loader)
     while window := list(islice(batches, accum)):
@@ -133,9 +77,20 @@ def windows(loader: Iterable, accum: int) -> Iterator[list[tuple[Tensor, Tensor]
 
 
 def train_step(
-    model, window, optimizer, scaler, lr: float, amp: torch.dtype | None, preprocess, stop: StopRequest | None = None
+    model,
+    window: list[Batch],
+    optimizer,
+    scaler,
+    lr: float,
+    amp: torch.dtype | None,
+    preprocess,
+    stop: StopRequest | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor | None:
-    """One optimizer update over a window of micro-batches (pixels (B, H, W, 3) uint8, labels (B, A)).
+    """One optimizer update over a window of micro-batches.
+
+    Args:
+        weights: (A,) of each attribute's loss; default: all 1.
 
     Returns:
         the window's loss of each attribute and, last, the gradient norm before clipping, (A + 1,), still on the device;
@@ -143,15 +98,15 @@ def train_step(
     """
     device = next(model.parameters()).device
     # The mean is over the labels present in the whole window: gradients equal those of one big batch.
-    known = sum((labels >= 0).sum(0) for _, labels in window).to(device)  # (A,)
+    known = sum(known_targets(batch.labels, batch.numbers) for batch in window).to(device)  # (A,)
     losses = torch.zeros(len(known), device=device)
-    for number, (pixels, labels) in enumerate(window, 1):
-        pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        images = preprocess(pixels, flip=torch.rand(len(pixels), device=device) < 0.5)  # (B, 3, S, S)
+    for number, batch in enumerate(window, 1):
+        batch = batch.to(device)
+        images = preprocess(batch.pixels, flip=torch.rand(len(batch.pixels), device=device) < 0.5)  # (B, 3, S, S)
         with torch.autocast(device.type, amp, enabled=amp is not None):
-            logits = model(images)
-        micro = attribute_losses(logits, labels, known)
-        scaler.scale(micro.sum()).backward()
+            outputs = model(images)
+        micro = attribute_losses(outputs, batch.labels, known, batch.numbers)
+        scaler.scale((micro if weights is None else micro * weights).sum()).backward()
         losses += micro.detach()
         if stop and stop.made and number < len(window):  # resuming takes the whole window again
             return None
@@ -175,7 +130,9 @@ def train_epoch(
     rows = task.store.rows("train")
     epoch, done = divmod(state.step, steps_in_epoch(args, task))
     batches = epoch_batches(rows, args.batch_size, args.seed, epoch)[done * args.accum :]
-    loader = make_loader(task.store, task.labels, batches, next(task.model.parameters()).device)
+    device = next(task.model.parameters()).device
+    loader = make_loader(task.store, task.known, batches, device)
+    weights = torch.tensor([a["weight"] for a in task.config["attributes"]], device=device)
     task.model.train()
     unread = []  # (step, rows, losses and norm still on the device) of the steps since the last look
     with tqdm(total=len(rows), initial=len(rows) - sum(map(len, batches)), unit="img", smoothing=0.05) as bar:
@@ -185,7 +142,7 @@ def train_epoch(
             torch.manual_seed(args.seed * 1_000_003 + step)  # flips and dropout
             lr = learning_rate(step, total, args.lr)
             figures = train_step(
-                task.model, window, state.optimizer, state.scaler, lr, AMP[args.amp], task.preprocess, stop
+                task.model, window, state.optimizer, state.scaler, lr, AMP[args.amp], task.preprocess, stop, weights
             )
             if figures is not None:
                 unread.append((step, np.concatenate(batches[start : start + args.accum]), figures))
@@ -193,7 +150,7 @@ def train_epoch(
             saving = state.step % args.save_every == 0
             if step % LOG_EVERY == 0 or saving or stop.made or start + args.accum >= len(batches):
                 # Before a save, so that what is saved is good.
-                read = check_finite(unread, state, list(task.classes), task.store.ids)
+                read = check_finite(unread, state, task.names, task.store.ids)
                 unread.clear()
             if step % LOG_EVERY == 0 and figures is not None:
                 *losses, norm = read[-1]
@@ -207,7 +164,7 @@ def train_epoch(
                 board.train(step, losses, loss=sum(losses), **scalars)
                 skipped = {"overflows": overflows} if (overflows := state.progress["overflows"]) else {}
                 bar.set_postfix(loss=f"{sum(losses):.3f}", **skipped)
-            bar.update(sum(len(pixels) for pixels, _ in window))
+            bar.update(sum(len(batch.pixels) for batch in window))
             if saving:
                 state.save_last(board)
             if stop.made:
@@ -225,7 +182,7 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
     if args.resume:
         written = state.restore()
         print(f"going on with {args.out} at step {state.step:,} of {total:,}")
-    board = Board(args.out, list(task.classes), written, state.step)
+    board = Board(args.out, task.names, written, state.step)
     if not args.resume:
         state.save_last(board)  # from here on, whatever ends the run, it can be resumed
 

@@ -19,7 +19,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data.attributes import PATH
 from data.images import decode
 from data.store import default_cache_dir
 from errors import Parser, exits_cleanly
@@ -53,8 +52,9 @@ def flips(task: Task, found: Evaluation) -> None:
     p, confidence = found.answers.probabilities["articleType"].numpy(), found.answers.confidence[:, column].numpy()
     types = np.arange(p.shape[1])
     parent = np.full(len(types), -1)
-    for path in task.config["paths"]:
-        parent[path[PATH.index("articleType")]] = path[PATH.index("subCategory")]
+    (hierarchy,) = task.config["paths"]
+    for path in hierarchy["known"]:
+        parent[path[hierarchy["attributes"].index("articleType")]] = path[hierarchy["attributes"].index("subCategory")]
     others = {
         "any type": [types[types != t] for t in types],
         "same subCategory": [types[(parent == parent[t]) & (types != t)] for t in types],

@@ -60,12 +60,12 @@ def main() -> None:
         optimizer = torch.optim.AdamW(train.parameter_groups(trained_params(task.model)), lr=args.lr, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         state = TrainingState(args.out, task.model, task.config, optimizer, scaler)
-        board, stop = Board(args.out, list(task.classes), {}, 0), SimpleNamespace(made=False)
+        board, stop = Board(args.out, task.names, {}, 0), SimpleNamespace(made=False)
         size = args.batch_size * args.accum * WINDOWS
         loader = make_loader(
-            task.store, task.labels, epoch_batches(task.store.rows("train")[:size], args.batch_size), device
+            task.store, task.known, epoch_batches(task.store.rows("train")[:size], args.batch_size), device
         )
-        in_memory = [(task.preprocess(pixels.to(device)), labels.to(device)) for pixels, labels in loader]
+        in_memory = [(task.preprocess(batch.pixels.to(device)), batch.labels.to(device)) for batch in loader]
         bare_windows = list(train.windows(in_memory, args.accum))
         # `train_epoch` ends with its epoch: start it so many steps before the end.
         args.epochs, steps = 1, train.steps_in_epoch(args, task)

@@ -1,20 +1,51 @@
-"""Batches of stored pixels and labels. A batch is one gather from the store, so no worker processes are needed."""
+"""Batches of stored pixels and targets. A batch is one gather from the store, so no worker processes are needed."""
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.store import ImageStore
 
 
-class ImageBatches(Dataset):
-    """Indexed by an array of rows, gives (pixels uint8 (B, H, W, 3), labels int64 (B, A))."""
+class Batch(NamedTuple):
+    """Rows of a catalogue, as training and evaluation read them.
 
-    def __init__(self, store: ImageStore, labels: np.ndarray):
-        self.pixels, self.labels = store.pixels, labels
+    Attributes:
+        pixels: uint8 (B, H, W, 3).
+        labels: int64 (B, A), negative where missing.
+        numbers: float32 (B, M), scaled, NaN where missing.
+        tokens: int64 (B, T) of the titles; T is 0 where the model reads none.
+    """
 
-    def __getitem__(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(np.asarray(self.pixels[rows])), torch.from_numpy(self.labels[rows])
+    pixels: Tensor
+    labels: Tensor
+    numbers: Tensor
+    tokens: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class Rows(NamedTuple):
+    """What is known of each row of a store besides its picture: arrays (N, ·) of what `Batch` calls by these names."""
+
+    labels: np.ndarray
+    numbers: np.ndarray
+    tokens: np.ndarray
+
+
+class Batches(Dataset):
+    """Indexed by an array of rows, gives their `Batch`."""
+
+    def __init__(self, store: ImageStore, known: Rows):
+        self.pixels, self.known = store.pixels, known
+
+    def __getitem__(self, rows: np.ndarray) -> Batch:
+        arrays = (np.asarray(self.pixels[rows]), *(array[rows] for array in self.known))
+        return Batch(*map(torch.from_numpy, arrays))
 
 
 def epoch_batches(rows: np.ndarray, batch_size: int, seed: int | None = None, epoch: int = 0) -> list[np.ndarray]:
@@ -25,7 +56,7 @@ def epoch_batches(rows: np.ndarray, batch_size: int, seed: int | None = None, ep
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
-def make_loader(store: ImageStore, labels: np.ndarray, batches: list[np.ndarray], device: torch.device) -> DataLoader:
+def make_loader(store: ImageStore, known: Rows, batches: list[np.ndarray], device: torch.device) -> DataLoader:
     """A loader that gives the named batches in their order, from pinned memory where `device` is a GPU."""
     pin = device.type == "cuda"
-    return DataLoader(ImageBatches(store, labels), sampler=batches, batch_size=None, pin_memory=pin)
+    return DataLoader(Batches(store, known), sampler=batches, batch_size=None, pin_memory=pin)

@@ -1,6 +1,7 @@
-"""Where a catalogue comes from: the hub, a folder of parquet, a folder in Kaggle's layout, or the drawn demo.
+"""Where a catalogue comes from: the hub, a folder of parquet, a CSV file beside a folder of images, or the drawn demo.
 
-All give the same `Catalogue`: rows of text columns, and encoded picture bytes on demand.
+All give the same `Catalogue`: rows of text columns, and encoded picture bytes on demand. Of columns, `id` must be there
+and what the caller asks for; all others come along.
 """
 
 import codecs
@@ -12,7 +13,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -21,13 +22,12 @@ import numpy as np
 from tqdm import tqdm
 
 import hub
-from data.attributes import FASHION
+from data.attributes import nearest
 from data.images import ImageError
 from errors import UserError
 
 NULLS = {"", "na", "nan", "none", "null"}
-TITLE = "productDisplayName"  # of Kaggle's columns the one whose commas are not quoted
-COLUMNS = ("id", *dict.fromkeys(attribute.column for attribute in FASHION))  # every source must have these
+UNQUOTED = "productDisplayName"  # of Kaggle's columns the one whose commas are not quoted
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,14 @@ class Catalogue:
         return len(self.ids)
 
 
-def load_source(spec: str, cache_dir: Path, limit: int | None = None) -> Catalogue:
+def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Sequence[str] = ()) -> Catalogue:
     """Load a catalogue.
 
     Args:
-        spec: "demo"; a folder with `styles.csv` and `images/`; a parquet file or a folder of them; or a hub id
-            "owner/name". A file or folder that exists wins over a hub id.
+        spec: "demo"; a CSV file with a folder `images/` beside it, or the folder that holds both; a parquet file or a
+            folder of them; or a hub id "owner/name". A file or folder that exists wins over a hub id.
         cache_dir: where local parquet is unpacked for random access.
+        needs: the columns it must have, besides `id` and the pictures.
         limit: keep this many rows, a fixed pseudo-random choice spread over the whole catalogue.
 
     Raises:
@@ -76,8 +77,8 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None) -> Catalog
     try:
         if spec == "demo":
             catalogue = _demo(cache_dir)
-        elif (path / "styles.csv").is_file():
-            catalogue = _kaggle(path)
+        elif (table := _find_csv(path)) is not None:
+            catalogue = _csv(table)
         elif path.exists():
             catalogue = _parquet(path, cache_dir)
         elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", spec):
@@ -90,6 +91,7 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None) -> Catalog
         ) from error
     if not len(catalogue):
         raise UserError(f"{spec} has no rows with an image ({len(catalogue.skipped)} skipped)")
+    _check_columns(catalogue.columns, needs, catalogue.name)
     return catalogue if limit is None or limit >= len(catalogue) else _take(catalogue, limit)
 
 
@@ -112,11 +114,11 @@ def _text(value) -> str | None:
     return None if text.casefold() in NULLS else text
 
 
-def _check_columns(found, required: tuple[str, ...], spec) -> None:
-    if twice := [name for name, times in Counter(found).items() if times > 1]:
-        raise UserError(f"{spec} has the column {twice[0]} twice")
+def _check_columns(found, required: Sequence[str], spec) -> None:
     if missing := [name for name in required if name not in found]:
-        raise UserError(f"{spec} lacks the column {', '.join(missing)}; it has {', '.join(found)}")
+        raise UserError(
+            f"{spec} lacks the column {', '.join(missing)}{nearest(missing[0], found)}; it has {', '.join(found)}"
+        )
 
 
 def _stat_fingerprint(files: dict[str, os.stat_result]) -> str:
@@ -124,46 +126,73 @@ def _stat_fingerprint(files: dict[str, os.stat_result]) -> str:
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 
-def _kaggle(folder: Path) -> Catalogue:
-    """`styles.csv` beside `images/ID.jpg`. Titles hold unquoted commas; some pictures do not exist."""
-    table, images = folder / "styles.csv", folder / "images"
+def _find_csv(path: Path) -> Path | None:
+    """The CSV file named by itself or by its folder: `styles.csv` there, or the only one beside a folder `images/`."""
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return path
+    if (styles := path / "styles.csv").is_file():
+        return styles
+    tables = sorted(path.glob("*.csv")) if (path / "images").is_dir() else []
+    if len(tables) > 1:
+        raise UserError(f"{path} holds several CSV files; name one: --data {tables[0]}")
+    return tables[0] if tables else None
+
+
+def _csv(table: Path) -> Catalogue:
+    """A CSV file beside `images/`. A row's picture is the file that its `image` names, or ID.jpg or the like."""
+    images = table.parent / "images"
     if not images.is_dir():
-        raise UserError(f"{folder} has styles.csv but no folder images/")
+        raise UserError(f"{table.parent} has {table.name} but no folder images/")
     # Looking names up in this listing, never joining them to a path, is also what confines an id like '../x'.
     files = {entry.name: entry.stat() for entry in os.scandir(images) if entry.is_file()}
-    rows, skipped, seen = [], [], set()
+    named = {Path(name).stem: name for name in sorted(files, reverse=True)} | {name: name for name in files}
+    rows, skipped, seen, pictures = [], [], set(), []
+    for number, row in read_rows(table):
+        if isinstance(row, str):
+            skipped.append(Skipped(f"line {number}", row))
+        elif (picture := named.get(Path(row["image"]).name if row.get("image") else row["id"])) is None:
+            skipped.append(Skipped(str(row["id"]), "no such file in images/"))
+        elif row["id"] in seen:
+            skipped.append(Skipped(row["id"], f"line {number} has an id that came before"))
+        else:
+            seen.add(row["id"])
+            rows.append(row)
+            pictures.append(picture)
+    ids = [row["id"] for row in rows]
+    return Catalogue(
+        name=table.resolve().parent.name,
+        ids=ids,
+        columns={name: [row[name] for row in rows] for name in (rows[0] if rows else {})},
+        read=lambda i: _read_file(images / pictures[i]),
+        fingerprint=_stat_fingerprint(files | {f"../{table.name}": table.stat()}),
+        skipped=skipped,
+    )
+
+
+def read_rows(table: Path) -> Iterator[tuple[int, dict[str, str | None] | str]]:
+    """(line number, {column: text}) of each row of a CSV file with a column `id`; where it cannot be read, the reason.
+
+    Line by line: titles hold no line breaks, and a quote left open must not swallow the rows after it.
+    """
     with table.open("rb") as lines:
-        # Line by line: titles hold no line breaks, and a quote left open must not swallow the rows after it.
         header = _cells(next(lines, b"").removeprefix(codecs.BOM_UTF8))
         if header is None:
             raise UserError(f"{table} is not UTF-8 text; save it as UTF-8")
-        _check_columns(header, COLUMNS, table)
-        title = header.index(TITLE)
+        if twice := [name for name, times in Counter(header).items() if times > 1]:
+            raise UserError(f"{table} has the column {twice[0]} twice")
+        _check_columns(header, ["id"], table)
         for number, line in enumerate(lines, 2):
             if (cells := _cells(line)) is None:
-                skipped.append(Skipped(f"line {number}", "not UTF-8, or no CSV"))
+                yield number, "not UTF-8, or no CSV"
                 continue
-            if not cells:
-                continue
-            surplus = max(0, len(cells) - len(header))  # the title's own commas
-            cells[title : title + surplus + 1] = [",".join(cells[title : title + surplus + 1])]
-            row = dict(zip_longest(header, map(_text, cells)))
-            if f"{row['id']}.jpg" not in files:
-                skipped.append(Skipped(str(row["id"]), "no such file in images/"))
-            elif row["id"] in seen:
-                skipped.append(Skipped(row["id"], f"line {number} has an id that came before"))
-            else:
-                seen.add(row["id"])
-                rows.append(row)
-    ids = [row["id"] for row in rows]
-    return Catalogue(
-        name=folder.resolve().name,
-        ids=ids,
-        columns={name: [row[name] for row in rows] for name in header},
-        read=lambda i: _read_file(images / f"{ids[i]}.jpg"),
-        fingerprint=_stat_fingerprint(files | {"../styles.csv": table.stat()}),
-        skipped=skipped,
-    )
+            if surplus := max(0, len(cells) - len(header)):
+                if UNQUOTED not in header:
+                    yield number, f"{len(cells)} cells under {len(header)} columns"
+                    continue
+                title = header.index(UNQUOTED)  # whose own commas these are
+                cells[title : title + surplus + 1] = [",".join(cells[title : title + surplus + 1])]
+            if cells:
+                yield number, dict(zip_longest(header, map(_text, cells)))
 
 
 def _cells(line: bytes) -> list[str] | None:
@@ -182,13 +211,13 @@ def _read_file(path: Path) -> bytes:
 
 
 def _parquet(path: Path, cache_dir: Path) -> Catalogue:
-    """Parquet in the hub's schema: text columns and `image`, a struct of bytes and path."""
+    """Parquet as the hub keeps it: text columns and `image`, a struct of bytes and path."""
     import pyarrow
 
     datasets = _quiet_datasets()
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files or files[0].suffix != ".parquet":
-        raise UserError(f"{path} holds neither styles.csv with images/ nor *.parquet")
+        raise UserError(f"{path} holds neither a CSV file with images/ nor *.parquet")
     try:
         table = datasets.load_dataset(
             "parquet",
@@ -224,7 +253,7 @@ def _from_table(name: str, table, fingerprint: str) -> Catalogue:
     """A `datasets.Dataset` -> Catalogue. The pictures stay on disk: Arrow maps them and reads a row at a time."""
     from datasets import Image
 
-    _check_columns(table.column_names, (*COLUMNS, "image"), name)
+    _check_columns(table.column_names, ("id", "image"), name)
     images = table.cast_column("image", Image(decode=False)).data.column("image")
     columns = {
         column: [_text(value) for value in table.data.column(column).to_pylist()]

@@ -23,7 +23,7 @@ from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
 from models.schema import misfit
 
-FORMAT = 2  # raise it when older code could not read what is written
+FORMAT = 3  # raise it when older code could not read what is written
 
 
 def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
@@ -41,7 +41,7 @@ def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
         2 * backbone.num_features,
         hidden=backbone.num_features,
         levels={a["name"]: a["level"] for a in attributes},
-        classes={a["name"]: len(a["labels"]) for a in attributes},
+        classes={a["name"]: len(a["labels"]) if a["kind"] == "class" else 1 for a in attributes},
     )
     model = AttributeClassifier(backbone, heads)
     set_trainable_params(model, trained_params(model))
@@ -144,7 +144,7 @@ def read_config(folder: Path) -> dict:
     if where := misfit(config):
         raise UserError(f"{path} does not describe a model: {where} is missing or not what it should be")
     for kind, names in [("attributes", [a["name"] for a in config["attributes"]])] + [
-        (f"labels of {a['name']}", a["labels"]) for a in config["attributes"]
+        (f"labels of {a['name']}", a["labels"]) for a in config["attributes"] if a["kind"] == "class"
     ]:
         if not names or len(set(names)) < len(names):
             raise UserError(f"{path} does not describe a model: its {kind} are none, or one comes twice")

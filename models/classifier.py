@@ -29,23 +29,39 @@ class AttributeClassifier(nn.Module):
         return self.heads(torch.cat([self.backbone.forward_head(tokens), patches], dim=-1))
 
 
-def attribute_losses(logits: dict[str, Tensor], labels: Tensor, known: Tensor | None = None) -> Tensor:
-    """Cross-entropy of each attribute over the rows whose label is present.
+def known_targets(labels: Tensor, numbers: Tensor) -> Tensor:
+    """How many labels (B, A) and numbers (B, M) are present, of each attribute: (A + M,)."""
+    return torch.cat([(labels >= 0).sum(0), numbers.isfinite().sum(0)])
+
+
+def attribute_losses(
+    outputs: dict[str, Tensor], labels: Tensor, known: Tensor | None = None, numbers: Tensor | None = None
+) -> Tensor:
+    """The loss of each attribute over the rows whose value is present: cross-entropy of a class, and of a number
+    Huber's (quadratic up to one standard deviation, then linear: a few extreme prices do not rule it).
 
     Args:
-        logits: {attribute: (B, classes)}, in the order of the label columns.
+        outputs: {attribute: logits (B, classes), or (B, 1) of a number}, in the order of the columns of the targets.
         labels: (B, A) class indices; negative where the label is missing.
-        known: (A,) how many labels are present in the batch that the optimizer step covers; default: in this one.
+        known: (A + M,) how many are present in the batch that the optimizer step covers; default: in this one.
             Dividing by the step's own count makes micro-batches add up to the gradient of one big batch.
+        numbers: (B, M) in standard deviations, NaN where the number is missing; default: there are none.
 
     Returns:
-        (A,) fp32 losses; their sum is what training minimises. An attribute without a label gives 0, not NaN.
+        (A + M,) fp32 losses; their weighted sum is what training minimises. An attribute without a label gives 0, not
+        NaN.
     """
+    if numbers is None:
+        numbers = torch.empty(len(labels), 0, device=labels.device)
     if known is None:
-        known = (labels >= 0).sum(0)
-    targets = labels.clamp(min=-1).unbind(1)
+        known = known_targets(labels, numbers)
+    classes = labels.shape[1]
+    logits, guesses = list(outputs.values())[:classes], list(outputs.values())[classes:]
     sums = [
         F.cross_entropy(scores.float(), target, ignore_index=-1, reduction="sum")
-        for scores, target in zip(logits.values(), targets, strict=True)
+        for scores, target in zip(logits, labels.clamp(min=-1).unbind(1), strict=True)
     ]
+    for guess, target in zip(guesses, numbers.unbind(1), strict=True):
+        guess = guess.squeeze(1).float()
+        sums.append(F.huber_loss(guess, target.where(target.isfinite(), guess.detach()), reduction="sum"))
     return torch.stack(sums) / known.clamp(min=1)

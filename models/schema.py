@@ -9,6 +9,17 @@ PAIR, TRIPLE = [SIDE], [NUMBER]
 # A type; a range of whole numbers; a literal text; None; a tuple of alternatives; [shape] for a list of it;
 # {str: shape} for a mapping; else an object of these keys, "?" where one may be absent, and of others too where `...`
 # is among them.
+ATTRIBUTE = {
+    "name": str,
+    "level": range(1, 100),
+    "column": str,
+    "derive": ("brand", "price", None),
+    "weight": NUMBER,
+    "parents": [str],
+    ...: None,
+}
+CLASS = ATTRIBUTE | {"kind": "class", "labels": [str], "aliases": ({str: str}, None)}
+QUANTITY = ATTRIBUTE | {"kind": "number", "mean": NUMBER, "std": NUMBER, "median": NUMBER}
 CONFIG = {
     "backbone": {"name": str, "img_size": (SIDE, None), "fingerprint": str, ...: None},
     "lora": {
@@ -21,8 +32,9 @@ CONFIG = {
         "dora?": bool,
         "pissa?": bool,
     },
-    "attributes": [{"name": str, "level": range(1, 100), "labels": [str], "aliases": ({str: str}, None), ...: None}],
-    "paths": [[range(10**6)]],
+    "attributes": [(CLASS, QUANTITY)],
+    "paths": [{"attributes": [str], "known": [[range(10**6)]]}],
+    "title": (str, None),
     "preprocess": {
         "canvas": PAIR,
         "size": PAIR,

@@ -13,9 +13,7 @@ import numpy as np
 from PIL import Image
 
 from calibration import judged
-from data.attributes import PATH
-from data.sources import TITLE
-from metrics import path_distance
+from metrics import path_distance, rounded
 from models.decode import Decoder
 from report import charts
 from report.suspects import EXCLUDED, LIKELY, conflicting, contradicted, write_csv
@@ -44,7 +42,8 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
     p = {name: scores.numpy() for name, scores in found.answers.probabilities.items()}
     single = contradicted(rows, given, said, p)
     groups = conflicting(rows, store.hashes[rows], given, said, p)
-    write_csv(folder / "suspects.csv", single, groups, task.catalogue, classes)
+    titles = task.catalogue.columns.get(task.config["title"], [None] * len(task.catalogue))
+    write_csv(folder / "suspects.csv", single, groups, task.catalogue, classes, titles)
 
     by_row, by_picture = defaultdict(list), defaultdict(list)
     for suspect in single:
@@ -59,8 +58,11 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
         skipped=len(store.skipped),
         target=task.config["calibration"]["target_precision"],
         area={"left": charts.LEFT, "right": charts.RIGHT, "top": charts.TOP, "bottom": charts.BOTTOM},
-        distances=path_distance(given, said, list(classes)),
-        often=charts.by_frequency(given, said, {a["name"]: a["counts"] for a in task.config["attributes"]}),
+        hierarchies=[" > ".join(path["attributes"]) for path in task.config["paths"]],
+        chains=chains(task, given, said),
+        often=charts.by_frequency(
+            given, said, {a["name"]: a["counts"] for a in task.config["attributes"] if a["kind"] == "class"}
+        ),
         starts=charts.OFTEN,
         figures=figures(task, found),
         suspects=list(by_row.values())[:SUSPECTS],
@@ -71,17 +73,30 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
         pictures=list(by_picture.values())[:PICTURES],
         picture_total=len(by_picture),
         classes=classes,
+        rounded=rounded,
         ids=task.catalogue.ids,
-        title=lambda row: task.catalogue.columns[TITLE][row] or "",
+        title=lambda row: titles[row] or "",
         picture=lambda row: picture_uri(store.pixels[row]),
     )
     (folder / "report.html").write_text(text, encoding="utf-8")
 
 
+def chains(task, given: np.ndarray, said: np.ndarray) -> list[tuple[list[str], list[int]]]:
+    """Of each hierarchy its deepest attribute behind those above it, coarse to fine, and how far off answers are."""
+    parents, names = {a["name"]: a["parents"] for a in task.config["attributes"]}, list(task.classes)
+    found = []
+    for path in task.config["paths"]:
+        chain = [path["attributes"][-1]]
+        while parents[chain[0]]:
+            chain.insert(0, parents[chain[0]][0])
+        found.append((chain, path_distance(given, said, [names.index(name) for name in chain])))
+    return found
+
+
 def figures(task, found) -> dict[str, dict]:
     """Each attribute's charts, confusions and mistakes."""
     calibration, how = task.config["calibration"], found.scores["decoding"]
-    raw = Decoder(task.config | {"calibration": None}, PATH, how == "joint")(found.logits)
+    raw = Decoder(task.config | {"calibration": None}, how == "joint")(found.logits)
     labels, made = task.labels[found.rows], {}
     for column, (name, texts) in enumerate(task.classes.items()):
         given, said = labels[:, column], found.answers.labels[:, column].numpy()

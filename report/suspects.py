@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.cells import inert
-from data.sources import TITLE, Catalogue
+from data.sources import Catalogue
 
 # A given label is suspect where the model, calibrated, gives it less probability than `EXCLUDED` and its answer more
 # than `LIKELY`. How improbable the given label is tells labels flipped on purpose from hard pictures far better than
@@ -88,9 +88,9 @@ def write_csv(
     groups: list[list[Suspect]],
     catalogue: Catalogue,
     classes: Mapping[str, list[str]],
+    titles: list[str | None],
 ) -> None:
     """A line for each suspect, in order: what the model contradicts, then identical pictures, numbered by group."""
-    titles = catalogue.columns[TITLE]
     numbered = [("contradicted", "", s) for s in single]
     numbered += [("identical pictures", number, s) for number, group in enumerate(groups, 1) for s in group]
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -17,7 +17,7 @@ from calibration import (
     precision_threshold,
     reliability,
 )
-from data.attributes import MISSING, PATH, UNSEEN
+from data.attributes import MISSING, UNSEEN
 from models.decode import Decoder
 
 
@@ -109,9 +109,10 @@ def test_a_promise_is_kept_on_other_rows_nearly_always():
 
 
 def test_calibrating_answers_that_are_decoded_jointly():
-    names, classes = ("gender", *PATH), 4
+    names, classes = ("gender", "room", "piece", "wood"), 4
     paths = [[c, c, c] for c in range(classes)]
-    config = {"attributes": [{"name": name, "labels": list("abcd")} for name in names], "paths": paths}
+    config = {"attributes": [{"name": name, "kind": "class", "labels": list("abcd")} for name in names]}
+    config["paths"] = [{"attributes": list(names[1:]), "known": paths}]
     g = torch.Generator().manual_seed(0)
     truth = torch.randint(0, classes, (3000,), generator=g)
     logits = {name: 6 * F.one_hot(truth, classes) + 3 * torch.randn(3000, classes, generator=g) for name in names}
@@ -120,9 +121,9 @@ def test_calibrating_answers_that_are_decoded_jointly():
     config["calibration"] = calibrate(logits, labels, config, 0.9)
     assert config["calibration"]["rows"] == 3000
     for how in ("joint", "independent"):
-        answers = Decoder(config, PATH, how == "joint")(logits)
-        raw = Decoder(config | {"calibration": None}, PATH, how == "joint")(logits)
-        scores = calibration_scores(answers, raw, labels, list(names))
+        answers = Decoder(config, how == "joint")(logits)
+        raw = Decoder(config | {"calibration": None}, how == "joint")(logits)
+        scores = calibration_scores(answers, raw, labels, list(names), config["paths"])
         for column, name in enumerate(names):
             accepted = answers.accepted[:, column].numpy()
             judged = accepted & (labels[:, column] != MISSING)
@@ -134,5 +135,5 @@ def test_calibrating_answers_that_are_decoded_jointly():
         whole = answers.accepted.numpy().all(1)
         assert scores["rows_accepted"] == whole.mean()
         assert scores["paths_accepted"] == answers.accepted[:, 1:].numpy().all(1).mean() > whole.mean()
-    shares = [Decoder(config, PATH, joint)(logits).accepted[:, 3].float().mean() for joint in (True, False)]
+    shares = [Decoder(config, joint)(logits).accepted[:, 3].float().mean() for joint in (True, False)]
     assert shares[0] > shares[1], "thresholds are those of each decoding, and the paths know more"

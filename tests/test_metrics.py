@@ -8,7 +8,7 @@ from metrics import f1_scores, path_distance, score, scores_table
 
 NAMES = ["masterCategory", "subCategory", "articleType", "brand"]
 # masterCategory 0 > subCategory 0 > articleType 0 and 1 > 1 > 1 are the paths of training.
-PATHS = [[0, 0, 0], [1, 1, 1]]
+PATHS = [{"attributes": NAMES[:3], "known": [[0, 0, 0], [1, 1, 1]]}]
 
 
 def test_f1_by_hand():
@@ -54,4 +54,4 @@ def test_path_distance_by_hand():
     labels = np.array([[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, MISSING, 0]])
     predicted = np.array([[0, 0, 0, 1], [0, 0, 0, 0], [0, 2, 2, 0], [1, 1, 2, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
     # right; wrong below the right subCategory; below the right masterCategory; not even that; right, parents or not
-    assert path_distance(labels, predicted, NAMES) == [2, 1, 1, 1]
+    assert path_distance(labels, predicted, [0, 1, 2]) == [2, 1, 1, 1]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from data.batches import Batch
 from data.preprocess import Preprocess
 from lora import apply_lora
 from models.backbone import VIT_TARGETS
@@ -47,12 +48,13 @@ class InDouble:
         return PREPROCESS(pixels).double()
 
 
-def batch(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(rows: int, seed: int) -> Batch:
     g = torch.Generator().manual_seed(seed)
     labels = torch.stack(
         [torch.randint(-1, 3, (rows,), generator=g), torch.randint(-1, 5, (rows,), generator=g)], dim=1
     )
-    return torch.randint(0, 256, (rows, 32, 32, 3), dtype=torch.uint8, generator=g), labels
+    pixels = torch.randint(0, 256, (rows, 32, 32, 3), dtype=torch.uint8, generator=g)
+    return Batch(pixels, labels, torch.empty(rows, 0), torch.empty(rows, 0, dtype=torch.int64))
 
 
 def sgd(model) -> torch.optim.SGD:
@@ -72,7 +74,7 @@ def updated(model, micro_batches, scale: float | None = None) -> dict[str, torch
 def test_a_window_steps_as_one_big_batch(sizes):
     """Also when it is short or uneven, and when labels are missing here and there."""
     parts = [batch(rows, seed) for seed, rows in enumerate(sizes)]
-    big = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    big = Batch(*map(torch.cat, zip(*parts, strict=True)))
     one, many = updated(tiny_model(), [big]), updated(tiny_model(), parts)
     start = {name: p.detach() for name, p in trained_params(tiny_model()).items()}
     for name in one:
@@ -122,11 +124,12 @@ def test_an_overflow_under_fp16_takes_no_step_and_halves_the_scale():
 
 
 def test_a_window_without_any_label_changes_nothing_and_is_finite():
-    pixels, labels = batch(4, 0)
+    unlabelled = batch(4, 0)
+    unlabelled = unlabelled._replace(labels=torch.full_like(unlabelled.labels, -1))
     model = tiny_model()
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    *losses, norm = train_step(model, [(pixels, torch.full_like(labels, -1))], optimizer, scaler, 0.1, None, InDouble())
+    *losses, norm = train_step(model, [unlabelled], optimizer, scaler, 0.1, None, InDouble())
     assert losses == [0, 0]
     assert norm == 0
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny_model().parameters(), strict=True))
@@ -346,7 +349,7 @@ def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
 def test_errors_are_one_line_and_exit_code_2(command, cache_dir, tmp_path, words, message):
     (tmp_path / "notes.txt").write_text("no tensors here")
     if "--data" not in words:
-        words = ["--data", "demo", "--limit", "50", *words]
+        words = ["--data", "demo", "--limit", "150", *words]
     done = command("train.py", "--cache-dir", cache_dir, *words, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]

@@ -12,6 +12,7 @@ from data.attributes import (
     LabelMap,
     class_counts,
     encode_labels,
+    families,
     fit_label_maps,
     known_paths,
 )
@@ -20,7 +21,7 @@ from errors import UserError
 
 def catalogue(**changed):
     columns = {attribute.column: ["a", "b", "c", None] for attribute in FASHION}
-    columns["productDisplayName"] = ["Nike Men Shoe", "Nike Women Shoe", "Zzz Men Shoe", None]
+    columns["productDisplayName"] = ["Nike Men Shoe", "Puma Women Shoe", "Zzz Men Shoe", None]
     return columns | changed
 
 
@@ -32,22 +33,22 @@ def test_the_declaration():
 
 def test_labels_are_sorted_and_from_train_rows_alone():
     columns = catalogue(gender=["Women", "Men", "Boys", "Men"])
-    maps = fit_label_maps(columns, [0, 1, 3])
+    maps = fit_label_maps(columns, [0, 1, 3], min_brand_count=1)
     assert maps["gender"].labels == ["Men", "Women"]
     assert encode_labels(columns, maps)[:, 0].tolist() == [1, 0, UNSEEN, 0]
     columns["gender"][2] = "Unisex"  # what other rows say changes nothing
-    assert fit_label_maps(columns, [0, 1, 3]) == maps
+    assert fit_label_maps(columns, [0, 1, 3], min_brand_count=1) == maps
 
 
 def test_brand_maps_are_from_train_rows_alone():
-    titles = ["Nike Men Shoe"] * 10 + ["Puma Men Shoe"] * 10
-    maps = fit_label_maps({"t": titles}, range(10), [Attribute("brand", 4, "t", FASHION[-1].derive)])
-    assert maps["brand"] == LabelMap(["Nike"], {"nike": "Nike"})
+    titles = ["Nike Men Shoe"] * 10 + ["Zzz Men Shoe"] + ["Puma Men Shoe"] * 10
+    maps = fit_label_maps({"t": titles}, range(11), [Attribute("brand", 4, "t", "brand")])
+    assert maps["brand"] == LabelMap(["Nike", "Other"], {"nike": "Nike"})
 
 
 def test_missing_and_unseen_values_are_no_class():
     columns = catalogue()
-    labels = encode_labels(columns, fit_label_maps(columns, [0, 1], min_brand_count=2))
+    labels = encode_labels(columns, fit_label_maps(columns, [0, 1], min_brand_count=1))
     assert labels.dtype == np.int64
     assert labels.shape == (4, len(FASHION))
     assert (labels[2] == UNSEEN).all()  # brand too: no train row was "Other"
@@ -55,37 +56,55 @@ def test_missing_and_unseen_values_are_no_class():
 
 
 def test_rare_and_unknown_brands_are_other():
-    columns = catalogue()
+    columns = catalogue(productDisplayName=["Nike Men Shoe", "Nike Women Shoe", "Zzz Men Shoe", None])
     brand = fit_label_maps(columns, [0, 1, 2], min_brand_count=2)["brand"]
     assert brand.labels == ["Nike", "Other"]
     titles = ("NIKE Men Cap", "Zzz Men Cap", "Unheard Men Cap", None)
     assert [brand.encode(title) for title in titles] == [0, 1, 1, MISSING]
 
 
-def test_all_brands_rare():
-    columns = catalogue()
-    brand = fit_label_maps(columns, [0, 1, 2])["brand"]
-    assert brand.labels == ["Other"]
-    assert brand.encode("Nike Men Cap") == 0
+def test_one_value_in_every_train_row_is_an_error():
+    with pytest.raises(UserError, match=r"usage is 'Casual' in every train row .*: nothing to learn; leave it out$"):
+        fit_label_maps(catalogue(usage=["Casual", "Casual", "Sports", None]), [0, 1])
+    with pytest.raises(UserError, match=r"brand is 'Other' in every train row .* or lower --min-brand-count"):
+        fit_label_maps(catalogue(), [0, 1, 2])
 
 
 def test_a_class_named_other_is_only_itself():
     columns = catalogue(usage=["Other", "Casual", "Sports", None])
-    usage = fit_label_maps(columns, [0, 1])["usage"]
+    usage = fit_label_maps(columns, [0, 1], min_brand_count=1)["usage"]
     assert usage.labels == ["Casual", "Other"]
     assert usage.encode("Sports") == UNSEEN
 
 
 def test_maps_survive_json():
-    maps = fit_label_maps(catalogue(), [0, 1], min_brand_count=2)
+    maps = fit_label_maps(catalogue(), [0, 1], min_brand_count=1)
     read = json.loads(json.dumps({name: dataclasses.asdict(m) for name, m in maps.items()}))
     assert {name: LabelMap(**fields) for name, fields in read.items()} == maps
 
 
 def test_known_paths_are_those_labelled_in_full():
-    attributes = [Attribute(name, 1, name) for name in ("articleType", "x", "masterCategory", "subCategory")]
+    attributes = [
+        Attribute("piece", 3, "piece", parents=("kind",)),
+        Attribute("x", 1, "x"),
+        Attribute("room", 1, "room"),
+        Attribute("kind", 2, "kind", parents=("room",)),
+    ]
     labels = np.array([[5, 0, 1, 2], [4, 9, 1, 2], [5, 1, 1, 2], [MISSING, 0, 1, 2], [3, 0, 1, UNSEEN]])
-    assert known_paths(labels, attributes) == [[1, 2, 4], [1, 2, 5]]
+    found = known_paths(labels, attributes)
+    assert found == [{"attributes": ["room", "kind", "piece"], "known": [[1, 2, 4], [1, 2, 5]]}]
+
+
+def test_each_hierarchy_has_paths_of_its_own():
+    two = [Attribute(name, level, name, parents=parents) for name, level, parents in (
+        ("room", 1, ()), ("piece", 2, ("room",)), ("material", 1, ()), ("finish", 2, ("material",)), ("colour", 1, ()),
+    )]  # fmt: skip
+    assert families(two) == [["room", "piece"], ["material", "finish"]]
+    joined = [*two, Attribute("model", 3, "model", parents=("piece", "finish"))]
+    (family,) = families(joined)
+    assert set(family) == {"room", "piece", "material", "finish", "model"}
+    assert family[-1] == "model"
+    assert families(two[:1]) == []
 
 
 def test_class_counts_leave_out_what_is_no_class():

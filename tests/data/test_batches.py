@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from data.batches import epoch_batches, make_loader
+from data.batches import Rows, epoch_batches, make_loader
 from data.sources import load_source
 from data.store import open_store
 from tests.data.conftest import picture, write_kaggle
@@ -28,14 +28,16 @@ def test_the_shuffle_is_a_function_of_seed_and_epoch():
     assert rows.tolist() == list(range(1000))
 
 
-def test_the_loader_gathers_pixels_and_labels(tmp_path):
+def test_the_loader_gathers_pixels_and_what_is_known_of_them(tmp_path):
     catalogue = load_source(str(write_kaggle(tmp_path / "shop", [picture(i, (6, 8)) for i in range(9)])), tmp_path)
     store = open_store(catalogue, (8, 6), tmp_path / "cache")
-    labels = np.arange(18).reshape(9, 2)
+    known = Rows(np.arange(18).reshape(9, 2), np.arange(9, dtype=np.float32)[:, None], np.arange(27).reshape(9, 3))
     plan = epoch_batches(np.array([8, 1, 5, 3, 2]), 2, seed=3, epoch=1)
-    batches = list(make_loader(store, labels, plan, torch.device("cpu")))
-    assert [len(pixels) for pixels, _ in batches] == [2, 2, 1]
-    for wanted, (pixels, targets) in zip(plan, batches, strict=True):
-        assert (pixels.dtype, targets.dtype, pixels.shape[1:]) == (torch.uint8, torch.int64, (8, 6, 3))
-        assert (pixels.numpy() == store.pixels[wanted]).all()
-        assert (targets.numpy() == labels[wanted]).all()
+    batches = list(make_loader(store, known, plan, torch.device("cpu")))
+    assert [len(batch.pixels) for batch in batches] == [2, 2, 1]
+    for wanted, batch in zip(plan, batches, strict=True):
+        assert (batch.pixels.dtype, batch.pixels.shape[1:]) == (torch.uint8, (8, 6, 3))
+        assert (batch.pixels.numpy() == store.pixels[wanted]).all()
+        for got, all_rows in zip(batch[1:], known, strict=True):
+            assert got.numpy().dtype == all_rows.dtype
+            assert (got.numpy() == all_rows[wanted]).all()

@@ -68,14 +68,18 @@ def test_kaggle_columns_are_found_by_name(tmp_path):
     assert load_source(str(folder), tmp_path).columns["gender"] == ["Men"]
 
 
-def test_a_missing_column_is_named(tmp_path):
+def test_a_missing_column_is_named_with_the_nearest(tmp_path):
     folder = write_kaggle(tmp_path / "shop", [picture(0)])
-    (folder / "styles.csv").write_text((folder / "styles.csv").read_text().replace("baseColour", "colour"))
-    with pytest.raises(UserError, match=r"lacks the column baseColour; it has id, gender, .*colour"):
-        load_source(str(folder), tmp_path)
+    (folder / "styles.csv").write_text((folder / "styles.csv").read_text().replace("baseColour", "base_color"))
+    assert load_source(str(folder), tmp_path).columns["base_color"] == ["Blue"], "only what is asked for must be there"
+    with pytest.raises(UserError, match=r"shop lacks the column baseColour; nearest: base_color; it has id, gender, "):
+        load_source(str(folder), tmp_path, needs=["gender", "baseColour"])
     write_parquet(tmp_path / "flat" / "a.parquet", [1], image=None)
     with pytest.raises(UserError, match="lacks the column image; it has id, gender"):
         load_source(str(tmp_path / "flat"), tmp_path)
+    write_parquet(tmp_path / "named" / "a.parquet", [1], usage=None)
+    with pytest.raises(UserError, match="named lacks the column usage; it has id, gender"):
+        load_source(str(tmp_path / "named"), tmp_path, needs=["usage"])
 
 
 def test_fingerprint_follows_content(tmp_path):
@@ -122,8 +126,8 @@ def test_limit_is_spread_and_stable(tmp_path):
     [
         ("./nothing/here", r"no such data: './nothing/here'; name a folder"),
         ("nothing", r"no such data: 'nothing'"),
-        ("EMPTY", r"holds neither styles.csv with images/ nor \*.parquet"),
-        ("TEXT", r"holds neither styles.csv with images/ nor \*.parquet"),
+        ("EMPTY", r"holds neither a CSV file with images/ nor \*.parquet"),
+        ("TEXT", r"holds neither a CSV file with images/ nor \*.parquet"),
         ("BROKEN", r"broken.parquet cannot be read as parquet"),
         ("NO_IMAGES", r"has styles.csv but no folder images/"),
         ("NO_ROWS", r"no rows with an image \(1 skipped\)"),

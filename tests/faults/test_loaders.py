@@ -30,11 +30,15 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     backbone, fingerprint = create_backbone(DEMO)
     preprocess = {"canvas": [64, 64], "size": [64, 64], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+    plain = {"name": "gender", "level": 1, "column": "gender", "derive": None, "kind": "class"}
+    plain |= {"weight": 1.0, "parents": []}
+    number = plain | {"name": "price", "kind": "number", "mean": 9.0, "std": 2.0, "median": 8.0}
     config = {
         "backbone": {"name": DEMO, "img_size": None, "fingerprint": fingerprint},
         "lora": {"targets": ["query"], "rank": 2, "alpha": 4, "dropout": 0.1, "layers": [0]},
-        "attributes": [{"name": "gender", "level": 1, "labels": ["a", "b"], "aliases": None}],
-        "paths": [[0, 1]],
+        "attributes": [plain | {"labels": ["a", "b"], "aliases": None}, number],
+        "paths": [{"attributes": ["gender"], "known": [[0], [1]]}],
+        "title": "productDisplayName",
         "preprocess": preprocess,
     }
     folder = tmp_path_factory.mktemp("checkpoint") / "best"

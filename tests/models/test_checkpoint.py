@@ -20,6 +20,7 @@ from models.checkpoint import (
     trained_params,
 )
 
+PLAIN = {"column": "x", "derive": None, "kind": "class", "weight": 1.0, "parents": []}
 NAMES = {"gender": (1, 5), "masterCategory": (1, 7), "subCategory": (2, 9), "articleType": (3, 20), "brand": (4, 4)}
 SIDES = {"canvas": [64, 64], "size": [64, 64]}
 PREPROCESS = SIDES | {"interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -35,10 +36,11 @@ def trained(tmp_path):
         "backbone": {"name": DEMO, "img_size": None, "fingerprint": fingerprint},
         "lora": {"targets": ["query", "value", "dense"], "rank": 4, "alpha": 8, "dropout": 0.1},
         "attributes": [
-            {"name": name, "level": level, "labels": [str(i) for i in range(classes)], "aliases": None}
+            PLAIN | {"name": name, "level": level, "labels": [str(i) for i in range(classes)], "aliases": None}
             for name, (level, classes) in NAMES.items()
         ],
         "paths": [],
+        "title": None,
         "preprocess": PREPROCESS,
     }
     model = attach(backbone, config).eval()
@@ -130,7 +132,7 @@ def test_damaged_checkpoints(trained, tmp_path):
         load_checkpoint(text)
     newer = copy("newer")
     (newer / "config.json").write_text('{"format": 99}')
-    with pytest.raises(UserError, match=r"is of format 99, not a format 2 checkpoint .* newer version"):
+    with pytest.raises(UserError, match=r"is of format 99, not a format 3 checkpoint .* newer version"):
         load_checkpoint(newer)
     cut = copy("cut")
     (cut / "adapter.safetensors").write_bytes((folder / "adapter.safetensors").read_bytes()[:1000])
@@ -161,8 +163,9 @@ def test_variants_round_trip(tmp_path, variant):
     config = {
         "backbone": {"name": DEMO, "img_size": None, "fingerprint": fingerprint},
         "lora": {"targets": ["query", "value", "dense"], "rank": 4, "alpha": 8, "dropout": 0.1} | variant,
-        "attributes": [{"name": "gender", "level": 1, "labels": ["a", "b"], "aliases": None}],
+        "attributes": [PLAIN | {"name": "gender", "level": 1, "labels": ["a", "b"], "aliases": None}],
         "paths": [],
+        "title": None,
         "preprocess": PREPROCESS,
     }
     model = attach(backbone, config).eval()

@@ -15,8 +15,10 @@ TEMPERATURE = {"gender": 0.7, "masterCategory": 1.5, "subCategory": 2.0, "articl
 
 
 def config(paths, threshold=None) -> dict:
-    attributes = [{"name": name, "labels": list(map(str, range(size)))} for name, size in CLASSES.items()]
-    made = {"attributes": attributes, "paths": paths}
+    attributes = [
+        {"name": name, "kind": "class", "labels": list(map(str, range(size)))} for name, size in CLASSES.items()
+    ]
+    made = {"attributes": attributes, "paths": [{"attributes": list(PATH), "known": paths}]}
     if threshold is not None:
         made["calibration"] = {"temperature": TEMPERATURE, "threshold": threshold}
     return made
@@ -38,7 +40,7 @@ def paths() -> list[list[int]]:
 def test_the_best_path_is_that_of_trying_all(paths, calibrated):
     thresholds = {"joint": dict.fromkeys(CLASSES), "independent": dict.fromkeys(CLASSES)}
     z = logits(300)
-    found = Decoder(config(paths, thresholds if calibrated else None), PATH)(z)
+    found = Decoder(config(paths, thresholds if calibrated else None))(z)
     overruled = 0
     for row in range(300):
         log_p = {
@@ -57,41 +59,41 @@ def test_the_best_path_is_that_of_trying_all(paths, calibrated):
 def test_with_every_path_known_both_decodings_agree():
     everything = [list(path) for path in itertools.product(*(range(CLASSES[name]) for name in PATH))]
     z = logits(200)
-    assert torch.equal(Decoder(config(everything), PATH)(z).labels, Decoder(config([]), PATH)(z).labels)
+    assert torch.equal(Decoder(config(everything))(z).labels, Decoder(config([]))(z).labels)
 
 
 def test_the_switch_gives_each_attributes_own_arg_max(paths):
     z = logits(50)
     want = torch.stack([scores.argmax(-1) for scores in z.values()], dim=1)
-    assert torch.equal(Decoder(config(paths), PATH, joint=False)(z).labels, want)
-    assert not torch.equal(Decoder(config(paths), PATH)(z).labels, want)
+    assert torch.equal(Decoder(config(paths), joint=False)(z).labels, want)
+    assert not torch.equal(Decoder(config(paths))(z).labels, want)
 
 
 def test_accepted_from_the_threshold_of_the_decoding_in_use(paths):
     z = logits(50)
-    confidence = Decoder(config(paths, {"joint": {}, "independent": {}}), PATH)(z).confidence
+    confidence = Decoder(config(paths, {"joint": {}, "independent": {}}))(z).confidence
     joint = {"gender": 0.0, "masterCategory": float(confidence[7, 1]), "subCategory": None, "articleType": 1.1}
     thresholds = {"joint": joint, "independent": dict.fromkeys(CLASSES, 0.0)}
-    accepted = Decoder(config(paths, thresholds), PATH)(z).accepted
+    accepted = Decoder(config(paths, thresholds))(z).accepted
     assert accepted[:, 0].all()
     assert torch.equal(accepted[:, 1], confidence[:, 1] >= confidence[7, 1])
     assert accepted[7, 1], "the threshold itself is enough"
     assert not accepted[:, 2:].any()
-    assert Decoder(config(paths, thresholds), PATH, joint=False)(z).accepted.all()
+    assert Decoder(config(paths, thresholds), joint=False)(z).accepted.all()
 
 
 def test_nothing_is_accepted_before_calibration(paths):
-    assert not Decoder(config(paths), PATH)(logits(50)).accepted.any()
+    assert not Decoder(config(paths))(logits(50)).accepted.any()
 
 
 @pytest.mark.parametrize("path", [[0, 0], [0, 0, 0, 0], [0, 0, 9], [0, -1, 0], [3, 0, 0]])
 def test_a_path_to_a_class_that_is_not_there_is_an_error(path):
     with pytest.raises(UserError, match="a path names a class that no label has"):
-        Decoder(config([path]), PATH)
+        Decoder(config([path]))
 
 
 def test_temperatures_of_other_attributes_are_an_error(paths):
     made = config(paths, {"joint": {}})
     made["calibration"]["temperature"] = {"gender": 1.0}
     with pytest.raises(UserError, match="temperatures are of other attributes"):
-        Decoder(made, PATH)
+        Decoder(made)

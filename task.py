@@ -1,0 +1,150 @@
+"""A model and the labelled pictures that it is trained or scored on: set up for a new run, or from a checkpoint."""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import timm
+import torch
+
+from data.attributes import (
+    FASHION_FILE,
+    Attribute,
+    LabelMap,
+    Scale,
+    class_counts,
+    encode_labels,
+    encode_numbers,
+    fit_label_maps,
+    fit_scales,
+    known_paths,
+    of_config,
+    read_schema,
+)
+from data.batches import Rows
+from data.preprocess import Preprocess
+from data.sources import Catalogue, load_source
+from data.split import SPLITS
+from data.store import ImageStore, common_size, open_store
+from errors import UserError
+from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_base
+from models.backbone import create_backbone
+from models.checkpoint import attach, load_checkpoint
+from models.classifier import AttributeClassifier
+from options import EXTRA
+
+LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
+AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Task(NamedTuple):
+    """Attributes:
+    config: what a checkpoint's `config.json` says: attributes and their labels, known paths, preprocessing.
+    known: labels and numbers, a row for each picture of the store.
+    """
+
+    model: AttributeClassifier
+    config: dict
+    preprocess: Preprocess
+    catalogue: Catalogue
+    store: ImageStore
+    known: Rows
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N, A) class indices."""
+        return self.known.labels
+
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        """Class attribute -> its labels, in the order of the label columns."""
+        return {a["name"]: a["labels"] for a in self.config["attributes"] if a["kind"] == "class"}
+
+    @property
+    def names(self) -> list[str]:
+        """All attributes, in the order of the model's outputs: classes, then numbers."""
+        return [a["name"] for a in self.config["attributes"]]
+
+
+def setup(args: argparse.Namespace, device: torch.device) -> Task:
+    """Pictures, targets, and the model on its device, for a new run."""
+    extra = [name for switch, names in EXTRA.items() if getattr(args, switch) for name in names]
+    schema = read_schema(args.attributes or FASHION_FILE, extra)
+    attributes = schema.attributes
+    catalogue = load_source(args.data, args.cache_dir, args.limit, needs=columns_of(attributes))
+    backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size)
+    wants = timm.data.resolve_model_data_config(backbone)
+    size = wants["input_size"][1:]
+    preprocess = Preprocess(
+        common_size(catalogue, max(size)), size, wants["interpolation"], wants["mean"], wants["std"]
+    )
+    store = open_store(catalogue, preprocess.canvas, args.cache_dir)
+    store.write_skipped(args.out / "skipped.csv")
+    counts = {split: len(store.rows(split)) for split in SPLITS}
+    if not all(counts.values()):
+        raise UserError(f"{catalogue.name} is too small: {counts} rows; every split needs some")
+    train_rows = store.rows("train")
+    maps = fit_label_maps(catalogue.columns, train_rows, attributes, args.min_brand_count)
+    scales = fit_scales(catalogue.columns, train_rows, attributes)
+    known = encode(catalogue, attributes, maps, scales)
+    sizes = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    print(f"{catalogue.name}: {sizes} rows, {len(store.skipped):,} skipped")
+    print(f"decoded images: {store.path} ({store.nbytes / 1e6:,.0f} MB, {'new' if store.built else 'reused'})")
+    print("classes:", ", ".join(f"{name} {len(m.labels)}" for name, m in maps.items()))
+    for a in (a for a in attributes if a.kind == "number"):
+        simulated = " (simulated)" if a.derive == "price" else ""
+        print(f"number: {a.name}{simulated}, mean {scales[a.name].mean:,.6g}, std {scales[a.name].std:,.4g}")
+
+    counts = class_counts(known.labels[train_rows], maps)
+    fitted = {name: asdict(m) | {"counts": counts[name]} for name, m in maps.items()}
+    fitted |= {name: asdict(scale) for name, scale in scales.items()}
+    config = {
+        "backbone": {"name": args.backbone, "img_size": args.img_size, "fingerprint": fingerprint},
+        "lora": {name: getattr(args, name) for name in LORA_OPTIONS},
+        "attributes": [asdict(a) | fitted[a.name] for a in attributes],
+        "paths": known_paths(known.labels[train_rows], attributes),
+        "title": schema.title,
+        "preprocess": asdict(preprocess),
+        "data": {"name": catalogue.name, "rows": len(catalogue), "fingerprint": catalogue.fingerprint},
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__},
+    }
+    model = attach(backbone, config)
+    if args.base == "int8":
+        quantize_base(model.backbone)
+    model.to(device)
+    if args.amp:
+        keep_base_in(model, AMP[args.amp])
+    heads = sum(p.numel() for p in model.heads.parameters())
+    adapters = sum(p.numel() for p in get_adapter_params(model).values())
+    print(f"LoRA {adapters:,} and heads {heads:,}: {parameter_summary(model)}")
+    return Task(model, config, preprocess, catalogue, store, known)
+
+
+def load_task(
+    folder: Path, weights: Path | None, data: str, cache_dir: Path, limit: int | None, device: torch.device
+) -> Task:
+    """A checkpoint's model on its device, and a catalogue labelled in the classes it knows."""
+    model, config = load_checkpoint(folder, weights)
+    attributes, maps, scales = (of_config(kind, config["attributes"]) for kind in (Attribute, LabelMap, Scale))
+    preprocess = Preprocess(**config["preprocess"])
+    catalogue = load_source(data, cache_dir, limit, needs=columns_of(attributes.values()))
+    store = open_store(catalogue, preprocess.canvas, cache_dir)
+    known = encode(catalogue, list(attributes.values()), maps, scales)
+    return Task(model.to(device), config, preprocess, catalogue, store, known)
+
+
+def columns_of(attributes) -> list[str]:
+    """The columns that a catalogue must have for these attributes."""
+    return list(dict.fromkeys(column for a in attributes for column in a.needs))
+
+
+def encode(catalogue: Catalogue, attributes, maps: dict[str, LabelMap], scales: dict[str, Scale]) -> Rows:
+    """All that is known of the rows, in the classes and scales that were fitted."""
+    return Rows(
+        encode_labels(catalogue.columns, maps, attributes),
+        encode_numbers(catalogue.columns, scales, attributes),
+        np.empty((len(catalogue), 0), dtype=np.int64),
+    )
