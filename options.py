@@ -13,7 +13,7 @@ from errors import Parser, UserError, positive_int
 from models.backbone import DEMO, bare_backbone
 
 HUB_DATA, HUB_BACKBONE = "ashraq/fashion-product-images-small", "vit_base_patch16_224"
-PATHS = ("weights", "cache_dir", "attributes")  # options that are files or folders
+PATHS = ("weights", "cache_dir", "attributes", "init_from")  # options that are files or folders
 EXTRA = {"with_price": ("price_in_vnd",), "with_season_year": ("season", "year")}  # switches and what they add
 LARGE = 40e6  # parameters from which training on a CPU takes days
 
@@ -67,6 +67,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument(
         "--base", choices=["float", "int8"], default="float", help="how frozen weights are kept while training"
+    )
+    p.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="start with the adapters and heads of an earlier run's best",
     )
     p.add_argument("--epochs", type=positive_int, default=5, help="(default: %(default)s)")
     p.add_argument("--batch-size", type=positive_int, default=16, help="images in a micro-batch (default: %(default)s)")

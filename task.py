@@ -34,6 +34,7 @@ from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_b
 from models.backbone import create_backbone
 from models.checkpoint import attach, load_checkpoint
 from models.classifier import AttributeClassifier
+from models.inherit import inherit
 from options import EXTRA
 
 LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
@@ -112,6 +113,8 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__},
     }
     model = attach(backbone, config)
+    if args.init_from and not args.resume:
+        print(inherit(model, config, args.init_from))
     if args.base == "int8":
         quantize_base(model.backbone)
     model.to(device)

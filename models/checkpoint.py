@@ -32,20 +32,25 @@ def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
     Raises:
         UserError: a LoRA target that matches nothing, a rank below 1 (the message names it).
     """
-    attributes, settings = config["attributes"], dict(config["lora"])
+    settings = dict(config["lora"])
     try:
         apply_lora(backbone, settings.pop("targets"), **settings, table=VIT_TARGETS)
     except ValueError as error:
         raise UserError(str(error)) from None
-    heads = HierarchicalHeads(
-        2 * backbone.num_features,
-        hidden=backbone.num_features,
+    model = AttributeClassifier(backbone, make_heads(backbone.num_features, config))
+    set_trainable_params(model, trained_params(model))
+    return model
+
+
+def make_heads(width: int, config: dict) -> HierarchicalHeads:
+    """Fresh heads for a backbone whose embedding is `width` wide."""
+    attributes = config["attributes"]
+    return HierarchicalHeads(
+        2 * width,
+        hidden=width,
         levels={a["name"]: a["level"] for a in attributes},
         classes={a["name"]: len(a["labels"]) if a["kind"] == "class" else 1 for a in attributes},
     )
-    model = AttributeClassifier(backbone, heads)
-    set_trainable_params(model, trained_params(model))
-    return model
 
 
 def trained_params(model: AttributeClassifier) -> dict[str, nn.Parameter]:

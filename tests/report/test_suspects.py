@@ -51,11 +51,11 @@ def test_cells_that_look_like_formulas_are_made_inert(text):
 def test_csv_holds_every_suspect_and_no_formula(tmp_path):
     titles = [None] * 10 + ['=HYPERLINK("http://x","y")', None, "Plain, with a comma", "@SUM(A1)", None]
     ids = [str(i) for i in range(10)] + ["-10", "11", "12", "13", "14"]
-    catalogue = Catalogue("shop", ids, {"productDisplayName": titles}, lambda i: b"", "")
+    catalogue = Catalogue("shop", ids, {}, lambda i: b"", "")
     single = [Suspect(10, "gender", 2, 0, 0.0001, 0.9)]
     groups = [[Suspect(12, "usage", 0, 0, 0.6, 0.6), Suspect(13, "usage", 1, 0, 0.1, 0.9)]]
     classes = {"gender": ["Boys", "Men", "=1+1"], "usage": ["+Casual", "Sports"]}
-    write_csv(tmp_path / "suspects.csv", single, groups, catalogue, classes)
+    write_csv(tmp_path / "suspects.csv", single, groups, catalogue, classes, titles)
     with open(tmp_path / "suspects.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["why"], r["group"], r["id"], r["attribute"]) for r in rows] == [

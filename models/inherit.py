@@ -1,0 +1,114 @@
+"""Starting from a trained checkpoint: a new model takes over what it shares with it, though its attributes may differ.
+
+Adapters come over whole. Of the heads, what an attribute's label was computed from comes over: its output rows, the
+hidden layer of its level, and the columns that read what both models know. Columns that read something new start at
+zero, so that all that is kept answers at first as it did before.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from errors import UserError
+from lora import get_adapter_params, load_params
+from models.backbone import read_tensors
+from models.checkpoint import make_heads, read_config
+from models.classifier import AttributeClassifier
+from models.heads import HierarchicalHeads
+
+
+def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
+    """Copy what `model`, described by `config`, shares with a checkpoint, in place; and say what was kept and is new.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or is of another backbone or other LoRA layers.
+    """
+    old = read_config(folder)
+    for what, key in (("backbone", "name"), ("base weights", "fingerprint")):
+        if old["backbone"][key] != config["backbone"][key]:
+            raise UserError(
+                f"--init-from {folder} has the {what} {old['backbone'][key]}, not {config['backbone'][key]}"
+            )
+    if (theirs := _set(old["lora"])) != (ours := _set(config["lora"])):
+        key = sorted(key for key in theirs | ours if theirs.get(key) != ours.get(key))[0]
+        raise UserError(
+            f"--init-from {folder} has LoRA {key} {theirs.get(key)}, this run {ours.get(key)}; use the same"
+        )
+    state = read_tensors(folder / "adapter.safetensors")
+    heads = make_heads(model.backbone.num_features, old)
+    try:
+        for prefix, params in (
+            ("backbone.", get_adapter_params(model.backbone)),
+            ("heads.", dict(heads.named_parameters())),
+        ):
+            load_params(params, {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+    except ValueError as error:
+        raise UserError(f"{folder} does not fit its config.json: {error}") from None
+    kept = _inherit_heads(model.heads, config, heads, old)
+    said = ["kept the adapters"]
+    whole = [name for name, (have, of) in kept.items() if have == of]
+    said += [f"the heads of {', '.join(whole)}"] if whole else []
+    said += [f"{have} of {of} labels of {name}" for name, (have, of) in kept.items() if 0 < have < of]
+    new = [name for name, (have, _) in kept.items() if not have]
+    gone = [a["name"] for a in old["attributes"] if a["name"] not in kept]
+    return "; ".join(
+        [
+            ", ".join(said),
+            *([f"new: {', '.join(new)}"] if new else []),
+            *([f"left out: {', '.join(gone)}"] if gone else []),
+        ]
+    )
+
+
+def _set(lora: dict) -> dict:
+    """The LoRA options that are on, as JSON has them."""
+    return {key: value for key, value in json.loads(json.dumps(lora)).items() if value not in (None, False)}
+
+
+def _inherit_heads(
+    heads: HierarchicalHeads, config: dict, old_heads: HierarchicalHeads, old: dict
+) -> dict[str, tuple[int, int]]:
+    """Copy what both have; {attribute: (outputs kept, outputs)}."""
+    kept = {}
+    before = list(_levels(old_heads, old))
+    for names, linears, columns, rows in _levels(heads, config):
+        kept |= {name: (0, sum(row[0] == name for row in rows)) for name in names}
+        match = [level for level in before if set(level[0]) & set(names) and len(level[1]) == len(linears)]
+        for _, old_linears, old_columns, old_rows in match[:1]:  # of two levels made one, the first
+            hidden = list(range(linears[0].out_features))
+            if len(linears) == 1:
+                _copy(linears[0], old_linears[0], rows, old_rows, columns, old_columns)
+            else:
+                _copy(linears[0], old_linears[0], hidden, hidden, columns, old_columns)
+                _copy(linears[1], old_linears[1], rows, old_rows, hidden, hidden)
+            kept |= {name: (sum(r[0] == name and r in old_rows for r in rows), kept[name][1]) for name in names}
+    return kept
+
+
+def _levels(heads: HierarchicalHeads, config: dict) -> Iterator[tuple[list[str], list[nn.Linear], list, list]]:
+    """Of each level its attributes, its linear layers, and what each input column and each output row means."""
+    attributes = {a["name"]: a for a in config["attributes"]}
+    first = next(module for module in heads.levels[0].modules() if isinstance(module, nn.Linear))
+    columns: list = list(range(first.in_features))  # of the embedding
+    for names, level in zip(heads.by_level, heads.levels, strict=True):
+        rows = []
+        for a in (attributes[name] for name in names):
+            meanings = a["labels"] if a["kind"] == "class" else [(a["mean"], a["std"])]
+            rows += [(a["name"], meaning) for meaning in meanings]
+        yield names, [module for module in level.modules() if isinstance(module, nn.Linear)], list(columns), rows
+        columns += rows
+
+
+@torch.no_grad()
+def _copy(linear: nn.Linear, old: nn.Linear, rows: list, old_rows: list, columns: list, old_columns: list) -> None:
+    """Rows that both layers have, over columns that both have; those columns of the rows that are new become zero."""
+    row_of, column_of = ({key: i for i, key in enumerate(keys)} for keys in (old_rows, old_columns))
+    to = [i for i, key in enumerate(rows) if key in row_of]
+    at = [i for i, key in enumerate(columns) if key in column_of]
+    come = old.weight[[row_of[rows[i]] for i in to]]  # (shared rows, old columns)
+    linear.weight[to] = 0.0
+    linear.weight[torch.tensor(to)[:, None], torch.tensor(at)] = come[:, [column_of[columns[i]] for i in at]]
+    linear.bias[to] = old.bias[[row_of[rows[i]] for i in to]]

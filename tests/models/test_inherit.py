@@ -1,0 +1,106 @@
+"""A model that starts from a checkpoint with other attributes: what both have answers as before, exactly."""
+
+import pytest
+import torch
+
+from errors import UserError
+from models.backbone import DEMO, create_backbone
+from models.checkpoint import attach, read_config, save_checkpoint, trained_params
+from models.inherit import inherit
+from tests.models.test_checkpoint import IMAGES, PLAIN, PREPROCESS
+
+OLD = {"gender": (1, "ab"), "category": (1, "xyz"), "piece": (2, "mnop"), "colour": (4, "rgb")}
+
+
+def described(attributes: dict, rank: int = 4) -> dict:
+    made = []
+    for name, (level, labels) in attributes.items():
+        about = PLAIN | {"name": name, "level": level}
+        number = {"kind": "number", "mean": 1.0, "std": 2.0, "median": 1.0}
+        made.append(about | ({"labels": list(labels), "aliases": None} if labels else number))
+    _, fingerprint = create_backbone(DEMO)
+    return {
+        "backbone": {"name": DEMO, "img_size": None, "fingerprint": fingerprint},
+        "lora": {"targets": ["query", "dense"], "rank": rank, "alpha": 8, "dropout": 0.0},
+        "attributes": made,
+        "paths": [],
+        "title": None,
+        "preprocess": PREPROCESS,
+    }
+
+
+def fresh(config: dict, seed: int):
+    torch.manual_seed(seed)
+    model = attach(create_backbone(DEMO)[0], config).eval()
+    for name, p in trained_params(model).items():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = described(OLD)
+    save_checkpoint(tmp_path / "best", fresh(config, 0), config)
+    return tmp_path / "best"
+
+
+@torch.inference_mode()
+def outputs(model):
+    return model(IMAGES)
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        {},
+        {"season": (4, "sw")},  # beside colour
+        {"season": (1, "sw")},  # above all others, which read it from now on
+        {"season": (3, "sw")},  # a level of its own, in between
+        {"price": (4, "")},
+        {"season": (2, "sw"), "price": (1, ""), "usage": (5, "cf")},
+    ],
+)
+def test_all_that_is_kept_answers_as_before(folder, added):
+    before = outputs(fresh(described(OLD), 0))
+    config = described(OLD | added)
+    model = fresh(config, 1)
+    said = inherit(model, config, folder)
+    after = outputs(model)
+    for name in OLD:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-5)
+    kept, _, new = said.partition("; new: ")
+    assert kept.endswith(": kept the adapters, the heads of gender, category, piece, colour")
+    assert set(new.split(", ")) == (set(added) or {""})
+    assert all(after[name].abs().sum() > 0 for name in added), "what is new starts at random, not at zero"
+
+
+def test_what_is_new_still_learns_from_what_is_kept(folder):
+    config = described(OLD | {"season": (5, "sw")})
+    model = fresh(config, 1)
+    inherit(model, config, folder)
+    model(IMAGES)["season"].square().sum().backward()
+    assert all(p.grad is not None for level in model.heads.levels for p in level.parameters())
+
+
+def test_labels_are_matched_by_text(folder):
+    before = outputs(fresh(described(OLD), 0))
+    changed = OLD | {"gender": (1, "cba"), "piece": (2, "pm")}
+    changed.pop("colour")
+    config = described(changed)
+    model = fresh(config, 1)
+    said = inherit(model, config, folder)
+    after = outputs(model)
+    torch.testing.assert_close(after["gender"][:, [2, 1]], before["gender"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after["piece"], before["piece"][:, [3, 0]], rtol=1e-5, atol=1e-5)
+    assert "kept the adapters, the heads of category, piece, 2 of 3 labels of gender; left out: colour" in said
+
+
+def test_another_backbone_or_other_adapters_are_refused(folder):
+    config = described(OLD, rank=8)
+    with pytest.raises(UserError, match=r"--init-from .* has LoRA rank 4, this run 8; take its own"):
+        inherit(fresh(config, 1), config, folder)
+    config = read_config(folder)
+    config["backbone"]["fingerprint"] = "0" * 16
+    with pytest.raises(UserError, match=r"has the base weights \w{16}, not 0000000000000000"):
+        inherit(fresh(described(OLD), 1), config, folder)
