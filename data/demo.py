@@ -5,6 +5,8 @@ cut (straight or curved) and the size (children's articles are small), the usage
 metal bracelet or a golden hem. The brands are invented. A few fresh drawings, in the layout of the Kaggle dataset:
 
     python -m data.demo --out DIR --rows 8 --seed 1
+
+`--catalogue furniture` draws the other catalogue, see `data.furniture`.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from data import furniture
 from data.pen import DARK, GOLD, METAL, PALE, Pen, box, circle, mirrored, rounded
 from errors import UserError, exits_cleanly
 
@@ -296,7 +299,8 @@ def draw(index: int, seed: int = 0) -> tuple[dict, Image.Image]:
 @exits_cleanly
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for styles.csv and images/")
+    parser.add_argument("--catalogue", choices=("fashion", "furniture"), default="fashion", help="(default: fashion)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for a CSV file and images/")
     parser.add_argument("--rows", type=int, default=8, help="how many articles to draw")
     parser.add_argument("--seed", type=int, default=1, help="which catalogue to draw from; training uses 0")
     args = parser.parse_args()
@@ -306,16 +310,17 @@ def main():
         (args.out / "images").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
-    rows = []
+    rows, drawing = [], furniture.draw if args.catalogue == "furniture" else draw
     for index in range(args.rows):
-        row, image = draw(index, args.seed)
-        image.save(args.out / "images" / f"{row['id']}.jpg", quality=92)
+        row, image = drawing(index, args.seed)
+        image.save(args.out / "images" / row.get("image", f"{row['id']}.jpg"), quality=92)
         rows.append(row)
-    with open(args.out / "styles.csv", "w", newline="", encoding="utf-8") as file:
+    table = args.out / ("items.csv" if args.catalogue == "furniture" else "styles.csv")
+    with open(table, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print(f"drew {len(rows)} articles to {args.out / 'images'}, their labels to {args.out / 'styles.csv'}")
+    print(f"drew {len(rows)} articles to {args.out / 'images'}, their labels to {table}")
 
 
 if __name__ == "__main__":

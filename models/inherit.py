@@ -28,25 +28,25 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
     """
     old = read_config(folder)
     for what, key in (("backbone", "name"), ("base weights", "fingerprint")):
-        if old["backbone"][key] != config["backbone"][key]:
+        theirs, ours = old["backbone"][key], config["backbone"][key]
+        if theirs != ours:
+            raise UserError(f"--init-from {folder} has the {what} {theirs}, not {ours}")
+    theirs, ours = _set(old["lora"]), _set(config["lora"])
+    for key in sorted(theirs | ours):
+        if theirs.get(key) != ours.get(key):
             raise UserError(
-                f"--init-from {folder} has the {what} {old['backbone'][key]}, not {config['backbone'][key]}"
+                f"--init-from {folder} has --{key} {theirs.get(key)}, this run {ours.get(key)}; take its own"
             )
-    if (theirs := _set(old["lora"])) != (ours := _set(config["lora"])):
-        key = sorted(key for key in theirs | ours if theirs.get(key) != ours.get(key))[0]
-        raise UserError(
-            f"--init-from {folder} has LoRA {key} {theirs.get(key)}, this run {ours.get(key)}; use the same"
-        )
+
     state = read_tensors(folder / "adapter.safetensors")
     heads = make_heads(model.backbone.num_features, old)
+    mine = {"backbone.": get_adapter_params(model.backbone), "heads.": dict(heads.named_parameters())}
     try:
-        for prefix, params in (
-            ("backbone.", get_adapter_params(model.backbone)),
-            ("heads.", dict(heads.named_parameters())),
-        ):
+        for prefix, params in mine.items():
             load_params(params, {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
     except ValueError as error:
         raise UserError(f"{folder} does not fit its config.json: {error}") from None
+
     kept = _inherit_heads(model.heads, config, heads, old)
     said = ["kept the adapters"]
     whole = [name for name, (have, of) in kept.items() if have == of]
@@ -54,13 +54,8 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
     said += [f"{have} of {of} labels of {name}" for name, (have, of) in kept.items() if 0 < have < of]
     new = [name for name, (have, _) in kept.items() if not have]
     gone = [a["name"] for a in old["attributes"] if a["name"] not in kept]
-    return "; ".join(
-        [
-            ", ".join(said),
-            *([f"new: {', '.join(new)}"] if new else []),
-            *([f"left out: {', '.join(gone)}"] if gone else []),
-        ]
-    )
+    changes = [f"{what}: {', '.join(names)}" for what, names in (("new", new), ("left out", gone)) if names]
+    return f"from {folder}: " + "; ".join([", ".join(said), *changes])
 
 
 def _set(lora: dict) -> dict:

@@ -98,7 +98,7 @@ def test_labels_are_matched_by_text(folder):
 
 def test_another_backbone_or_other_adapters_are_refused(folder):
     config = described(OLD, rank=8)
-    with pytest.raises(UserError, match=r"--init-from .* has LoRA rank 4, this run 8; take its own"):
+    with pytest.raises(UserError, match=r"--init-from .* has --rank 4, not 8"):
         inherit(fresh(config, 1), config, folder)
     config = read_config(folder)
     config["backbone"]["fingerprint"] = "0" * 16
