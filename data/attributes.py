@@ -134,9 +134,8 @@ def _check_parents(path: Path, tables: dict[str, dict]) -> None:
     for name, table in tables.items():
         for parent in table.get("parents", []):
             if parent not in tables:
-                raise UserError(
-                    f"{path}: {name} has the parent {parent!r}, which is none{nearest(str(parent), tables)}"
-                )
+                near = nearest(str(parent), tables)
+                raise UserError(f"{path}: {name} has the parent {parent!r}, which is no attribute{near}")
             if "number" in (tables[parent].get("kind"), table.get("kind")):
                 raise UserError(f"{path}: {name} has the parent {parent}; numbers neither have nor are parents")
 

@@ -34,9 +34,7 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
     theirs, ours = _set(old["lora"]), _set(config["lora"])
     for key in sorted(theirs | ours):
         if theirs.get(key) != ours.get(key):
-            raise UserError(
-                f"--init-from {folder} has --{key} {theirs.get(key)}, this run {ours.get(key)}; take its own"
-            )
+            raise UserError(f"--init-from {folder} has --{key} {theirs.get(key)}, not {ours.get(key)}")
 
     state = read_tensors(folder / "adapter.safetensors")
     heads = make_heads(model.backbone.num_features, old)

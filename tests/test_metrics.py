@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.attributes import MISSING, UNSEEN
-from metrics import f1_scores, path_distance, score, scores_table
+from metrics import f1_scores, path_distance, score, score_number, scores_table
 
 NAMES = ["masterCategory", "subCategory", "articleType", "brand"]
 # masterCategory 0 > subCategory 0 > articleType 0 and 1 > 1 > 1 are the paths of training.
@@ -55,3 +55,30 @@ def test_path_distance_by_hand():
     predicted = np.array([[0, 0, 0, 1], [0, 0, 0, 0], [0, 2, 2, 0], [1, 1, 2, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
     # right; wrong below the right subCategory; below the right masterCategory; not even that; right, parents or not
     assert path_distance(labels, predicted, [0, 1, 2]) == [2, 1, 1, 1]
+
+
+def test_without_a_hierarchy_there_is_no_path_to_score():
+    labels = np.array([[0, 1, 0, 2]])
+    scores = score(labels, labels, NAMES, [])
+    assert (scores["path_accuracy"], scores["valid_path_rate"], scores["exact_match"]) == (None, None, 1.0)
+    assert "path_accuracy" not in scores_table(scores)
+
+
+def test_two_hierarchies_must_both_be_right():
+    paths = [{"attributes": NAMES[:2], "known": [[0, 0], [1, 1]]}, {"attributes": NAMES[2:], "known": [[0, 0], [1, 1]]}]
+    labels = np.array([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
+    predicted = np.array([[0, 0, 1, 1], [1, 1, 0, 1], [0, 1, 0, 0]])
+    scores = score(labels, predicted, NAMES, paths)
+    assert scores["path_accuracy"] == scores["valid_path_rate"] == pytest.approx(1 / 3)
+
+
+def test_numbers_by_hand():
+    true, guesses = np.array([1.0, 3.0, np.nan, 8.0]), np.array([2.0, 3.0, 9.0, 5.0])
+    found = score_number(true, guesses, 3.0, np.array([1.0, 3.0, 0.0, 7.0]))
+    spread = 9 + 1 + 16  # around the mean, 4
+    assert found == pytest.approx(
+        {"mae": 4 / 3, "r2": 1 - 10 / spread, "rows": 3, "constant_mae": 7 / 3, "constant_r2": 1 - 29 / spread}
+        | {"floor_mae": 1 / 3, "floor_r2": 1 - 1 / spread}
+    )
+    assert score_number(true[2:3], guesses[2:3], 3.0) == {"mae": None, "r2": None, "rows": 0}
+    assert score_number(true[:1], guesses[:1], 3.0)["r2"] is None, "one value has no spread"

@@ -5,7 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from models.classifier import AttributeClassifier, attribute_losses
+from models.classifier import AttributeClassifier, attribute_losses, known_targets
 from models.heads import HierarchicalHeads
 
 LEVELS = {"gender": 1, "usage": 1, "subCategory": 2, "articleType": 3, "baseColour": 4, "brand": 4}
@@ -71,3 +71,24 @@ def test_micro_batches_with_the_windows_counts_add_up_to_the_big_batch(cut):
     known = (labels >= 0).sum(0)
     parts = [attribute_losses({"a": scores[rows]}, labels[rows], known) for rows in (slice(0, cut), slice(cut, 6))]
     torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-6)
+
+
+def test_numbers_have_hubers_loss_over_those_present():
+    """Behind the classes; micro-batches with the window's counts add up to the big batch, gradients too."""
+    torch.manual_seed(0)
+    outputs = {"a": torch.randn(4, 3, dtype=torch.float64), "n": torch.randn(4, 1, dtype=torch.float64)}
+    outputs["n"].requires_grad_()
+    labels, numbers = torch.tensor([[0], [-1], [2], [1]]), torch.tensor([[0.5], [float("nan")], [-3.0], [9.0]])
+    known = known_targets(labels, numbers)
+    assert known.tolist() == [3, 3]
+    whole = attribute_losses(outputs, labels, None, numbers)
+    want = F.huber_loss(outputs["n"][[0, 2, 3]], numbers[[0, 2, 3]].double())
+    torch.testing.assert_close(whole[1].double(), want, rtol=1e-5, atol=1e-6)
+    halves = [
+        attribute_losses({k: v[rows] for k, v in outputs.items()}, labels[rows], known, numbers[rows])
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    torch.testing.assert_close(sum(halves), whole, rtol=0, atol=1e-6)
+    whole[1].backward()
+    assert outputs["n"].grad.isfinite().all()
+    assert outputs["n"].grad[1] == 0

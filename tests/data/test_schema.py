@@ -1,0 +1,113 @@
+"""Schema files: what they declare, and every mistake in them told in one line."""
+
+import numpy as np
+import pytest
+
+from data.attributes import FASHION, FASHION_FILE, Attribute, Scale, encode_numbers, fit_scales, read_schema
+from errors import UserError
+
+
+def write(tmp_path, text):
+    (tmp_path / "own.toml").write_text(text)
+    return tmp_path / "own.toml"
+
+
+def test_what_is_not_said_follows_from_the_rest(tmp_path):
+    schema = read_schema(write(tmp_path, """
+        title = "name"
+        [attributes.width]
+        column = "width_cm"
+        kind = "number"
+        weight = 0.5
+        [attributes.piece]
+        parents = ["room", "maker"]
+        [attributes.maker]
+        level = 3
+        [attributes.room]
+    """))  # fmt: skip
+    assert schema.title == "name"
+    assert schema.attributes == (
+        Attribute("piece", 4, "piece", parents=("room", "maker")),
+        Attribute("maker", 3, "maker"),
+        Attribute("room", 1, "room"),
+        Attribute("width", 1, "width_cm", kind="number", weight=0.5),
+    ), "classes first, and a level below the deepest parent"
+
+
+def test_the_built_in_schema_has_optional_attributes():
+    assert read_schema(FASHION_FILE).attributes == FASHION
+    more = read_schema(FASHION_FILE, ["price_in_vnd", "season"]).attributes
+    assert [a.name for a in more if a not in FASHION] == ["season", "price_in_vnd"]
+    assert {a.level for a in more if a not in FASHION} == {4}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[attributes.a", "cannot read .*own.toml as TOML"),
+        ("", r'declares no \[attributes.NAME\] of kind "class"'),
+        ("[attributes.a]\nkind = 'number'", r'declares no \[attributes.NAME\] of kind "class"'),
+        ("attributes = 3", r"write \[attributes.NAME\] for each"),
+        ("title = 3", r'and title = "COLUMN"'),
+        ("[attribute.a]", "'attribute' means nothing here"),
+        ("attributes.a = 3", "a is no table"),
+        ("[attributes.a]\ncolum = 'x'", "a has an unknown key 'colum'; nearest: column; there are level, column"),
+        ("[attributes.a]\nlevel = 0", "a: level = 0 is not a whole number above 0"),
+        ("[attributes.a]\nlevel = true", "a: level = True is not a whole number above 0"),
+        ("[attributes.a]\nweight = -1.0", r"a: weight = -1.0 is not a number above 0"),
+        ("[attributes.a]\nweight = nan", r"a: weight = nan is not a number above 0"),
+        ("[attributes.a]\ncolumn = ''", "a: column = '' is not a text"),
+        ("[attributes.a]\nkind = 'colour'", "a: kind = 'colour' is neither class nor number"),
+        ("[attributes.a]\nderive = 'price'", r"derive = 'price' does not give a class; there are brand \(a class\), "),
+        ("[attributes.a]\nderive = 'maker'", "derive = 'maker' does not give a class"),
+        (
+            "[attributes.room]\n[attributes.a]\nparents = ['rom']",
+            "the parent 'rom', which is no attribute; nearest: room",
+        ),
+        ("[attributes.b]\nkind = 'number'\n[attributes.a]\nparents = ['b']", "numbers neither have nor are parents"),
+        ("[attributes.a]\nparents = ['a']", "the parents go round in a circle: a > a"),
+        (
+            "[attributes.a]\nparents = ['b']\n[attributes.b]\nparents = ['c']\n[attributes.c]\nparents = ['a']",
+            "the parents go round in a circle: . > . > . > .",
+        ),
+        ("[attributes.a]\nlevel = 2\n[attributes.b]\nlevel = 2\nparents = ['a']", "b is on level 2, and a parent .* 2"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_schema(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_and_an_optional_attribute_that_is_not(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read gone.toml as TOML: .*No such file"):
+        read_schema(tmp_path.__class__("gone.toml"))
+    with pytest.raises(UserError, match=r"has no \[optional.price_in_vnd\]; nearest: price_vnd"):
+        read_schema(write(tmp_path, "[attributes.a]\n[optional.price_vnd]"), ["price_in_vnd"])
+
+
+WIDTH = [Attribute("width", 1, "cm", kind="number")]
+
+
+def test_numbers_are_scaled_by_train_rows_alone():
+    columns = {"id": list("abcde"), "cm": ["1", "3.0", None, "8", "1e3"]}
+    scales = fit_scales(columns, [0, 1, 2, 3], WIDTH)
+    assert scales == {"width": Scale(4.0, pytest.approx(np.std([1, 3, 8])), 3.0)}
+    scaled = encode_numbers(columns, scales, WIDTH)
+    assert (scaled.dtype, scaled.shape) == (np.float32, (5, 1))
+    assert np.isnan(scaled[2, 0])
+    assert scaled[[0, 1, 3, 4], 0] == pytest.approx((np.array([1, 3, 8, 1000]) - 4) / np.std([1, 3, 8]))
+
+
+@pytest.mark.parametrize("text", ["wide", "1,200", "nan cm", "inf", "-inf", "NaN"])
+def test_a_number_that_is_none_is_named(text):
+    columns = {"id": ["a", "b", "c"], "cm": ["1", "2", text]}
+    with pytest.raises(UserError, match=f"'{text}' in column cm, id c, is not a number"):
+        fit_scales(columns, [0, 1], WIDTH)
+
+
+def test_a_number_without_variety_is_an_error():
+    with pytest.raises(UserError, match=r"width is 2.0 in every train row \(column cm\)"):
+        fit_scales({"id": list("abc"), "cm": ["2", "2.0", "3"]}, [0, 1], WIDTH)
+    with pytest.raises(UserError, match="no train row has a value of width"):
+        fit_scales({"id": list("abc"), "cm": [None, None, "3"]}, [0, 1], WIDTH)

@@ -1,0 +1,170 @@
+"""Catalogues and attributes of one's own, trained, scored, asked and added to with no Python changed."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.checkpoint import read_config
+
+ROOT = Path(__file__).parents[1]
+FURNITURE = ROOT / "data" / "furniture.toml"
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own") / "shop"
+    words = [sys.executable, "-m", "data.demo", "--catalogue", "furniture", "--out", str(folder), "--rows", "500"]
+    subprocess.run(words, cwd=ROOT, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def furniture_run(command, shop, cache_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "furniture"
+    done = command(
+        *("train.py", "--data", shop, "--attributes", FURNITURE, "--backbone", "demo", "--epochs", 4, "--amp"),
+        *("--out", out, "--cache-dir", cache_dir),
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_another_catalogue_trains(furniture_run):
+    scores = json.loads((furniture_run / "metrics.json").read_text())
+    assert list(scores["attributes"]) == ["room", "piece", "material", "finish", "width"]
+    assert scores["mean_accuracy"] > 0.85
+    width = scores["attributes"]["width"]
+    assert set(width) == {"mae", "r2", "constant_mae", "constant_r2", "rows"}
+    assert width["mae"] < width["constant_mae"] / 2
+    assert width["r2"] > 0.7
+    assert scores["joint"]["valid_path_rate"] == 1.0
+    config = read_config(furniture_run / "best")
+    assert [path["attributes"] for path in config["paths"]] == [["room", "piece"], ["material", "finish"]]
+
+
+def test_it_is_scored_from_the_checkpoint_alone_as_parquet_too(command, furniture_run, shop, cache_dir, tmp_path):
+    """The report as well; the schema file is not asked for."""
+    words = ("--cache-dir", cache_dir, "--checkpoint", shutil.copytree(furniture_run / "best", tmp_path / "best"))
+    done = command("evaluate.py", "--data", shop, *words, "--json", tmp_path / "csv", "--report", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "csv").read_text() == (furniture_run / "metrics.json").read_text()
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "room &gt; piece; material &gt; finish" in page
+    assert "<th>finish wrong</th>" in page
+    assert "<tr><td>width</td>" in page
+
+    with open(shop / "items.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    pictures = [{"bytes": (shop / "images" / row.pop("image")).read_bytes(), "path": None} for row in rows]
+    table = {name: [row[name] for row in rows] for name in rows[0]} | {"image": pictures}
+    (tmp_path / "flat").mkdir()
+    pq.write_table(pa.table(table), tmp_path / "flat" / "items.parquet")
+    done = command("evaluate.py", "--data", tmp_path / "flat", *words, "--json", tmp_path / "parquet")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "parquet").read_text() == (tmp_path / "csv").read_text()
+
+
+def test_it_answers_for_pictures(command, furniture_run, shop, tmp_path):
+    done = command(
+        *("infer.py", shop / "images", "--out", tmp_path / "a.parquet", "--plot", tmp_path / "a.png"),
+        *("--checkpoint", furniture_run / "best"),
+    )
+    assert done.returncode == 0, done.stderr
+    answers = pq.read_table(tmp_path / "a.parquet").to_pylist()
+    assert {"room", "piece_decision", "finish_confidence", "width"} < answers[0].keys()
+    with open(shop / "items.csv", newline="") as file:
+        true = {row["image"]: row for row in csv.DictReader(file)}
+    asked = [(answer, true[Path(answer["image"]).name]) for answer in answers]
+    assert sum(answer["piece"] == row["piece"] for answer, row in asked) > 0.8 * len(asked)
+    missed = [abs(answer["width"] - float(row["width_cm"])) for answer, row in asked if row["width_cm"]]
+    assert sum(missed) / len(missed) < 25
+    image = next((shop / "images").iterdir())
+    shown = command("infer.py", image, "--checkpoint", furniture_run / "best").stdout.splitlines()
+    (said,) = json.loads(command("infer.py", image, "--json", "--checkpoint", furniture_run / "best").stdout)[
+        "attributes"
+    ]["width"].values()
+    assert shown[-1].split() == ["width", f"{said:,g}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: [row.pop("finish") for row in rows], "shop lacks the column finish; it has id, image, room"),
+        (lambda rows: [row.update(Finish=row.pop("finish")) for row in rows], "the column finish; nearest: Finish; it"),
+        (lambda rows: [row.update(room="Hall") for row in rows], "room is 'Hall' in every train row (column room)"),
+        (lambda rows: rows[7].update(width_cm="80 cm"), "'80 cm' in column width_cm, id 507, is not a number"),
+        (lambda rows: [row.update(width_cm="") for row in rows], "no train row has a value of width (column width_cm)"),
+    ],
+)
+def test_a_catalogue_that_does_not_fit_is_one_line(command, shop, cache_dir, tmp_path, change, message):
+    with open(shop / "items.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    change(rows)
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "images").symlink_to(shop / "images")
+    with open(tmp_path / "shop" / "items.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    words = ("--attributes", FURNITURE, "--backbone", "demo", "--cache-dir", cache_dir, "--out", tmp_path / "run")
+    done = command("train.py", "--data", tmp_path / "shop", *words)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_attribute_is_added_to_a_trained_run(command, demo_run, cache_dir, tmp_path):
+    """At a learning rate of next to nothing what was kept answers as it did; `season` is new."""
+    words = ("train.py", "--data", "demo", "--limit", 1000, "--epochs", 1, "--cache-dir", cache_dir, "--lr", 1e-12)
+    done = command(*words, "--with-season-year", "--init-from", demo_run / "best", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("from "))
+    assert line == (
+        f"from {demo_run / 'best'}: kept the adapters, the heads of gender, masterCategory, usage, subCategory, "
+        "articleType, baseColour, brand; new: season, year"
+    )
+    before, after = (json.loads((run / "metrics.json").read_text()) for run in (demo_run, tmp_path / "run"))
+    for name, scores in before["attributes"].items():
+        assert after["attributes"][name]["accuracy"] == pytest.approx(scores["accuracy"], abs=0.02), name
+    assert {"season", "year"} < after["attributes"].keys()
+    adapters = [load_file(run / "best" / "adapter.safetensors") for run in (demo_run, tmp_path / "run")]
+    for name in (name for name in adapters[0] if name.startswith("backbone.")):
+        torch.testing.assert_close(adapters[1][name], adapters[0][name], rtol=0, atol=1e-6)
+
+
+def test_the_simulated_price_is_reported_beside_its_own_noise(command, demo_run, cache_dir, tmp_path):
+    words = ("--data", "demo", "--limit", 300, "--epochs", 1, "--cache-dir", cache_dir, "--out", tmp_path / "run")
+    done = command("train.py", *words, "--with-price")
+    assert done.returncode == 0, done.stderr
+    assert "number: price_in_vnd (simulated), mean" in done.stdout
+    assert "simulated: its noise alone" in done.stdout
+    price = json.loads((tmp_path / "run" / "metrics.json").read_text())["attributes"]["price_in_vnd"]
+    assert 0 < price["floor_mae"] < price["constant_mae"]
+    assert price["constant_r2"] <= 0 < price["floor_r2"] < 1
+
+
+def test_three_attributes_of_the_real_catalogue(command, shared, cache_dir, tmp_path):
+    schema = tmp_path / "three.toml"
+    schema.write_text(
+        '[attributes.masterCategory]\n[attributes.articleType]\nparents = ["masterCategory"]\n[attributes.gender]\n'
+    )
+    done = command(
+        *("train.py", "--data", shared / "data" / "fashion-product-images-small", "--attributes", schema),
+        *("--backbone", "vit_tiny_patch16_224", "--img-size", 32, "--batch-size", 32, "--limit", 1500, "--epochs", 1),
+        *("--weights", shared / "weights" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k" / "model.safetensors"),
+        *("--cache-dir", cache_dir, "--out", tmp_path / "run"),
+    )
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert list(scores["attributes"]) == ["masterCategory", "articleType", "gender"]
+    assert scores["attributes"]["masterCategory"]["accuracy"] > 0.6
+    assert scores["valid_path_rate"] == 1.0
