@@ -61,7 +61,7 @@ def judge(task: Task, split: str, logits: dict[str, Tensor], joint: bool) -> Eva
     decoded = {how: Decoder(config, how == "joint")(logits) for how in ("joint", "independent")}
     by_decoding = {how: score(labels, said.labels.numpy(), names, config["paths"]) for how, said in decoded.items()}
     used = "joint" if joint else "independent"
-    scores = {"split": split} | by_decoding[used] | {"decoding": used}
+    scores = {"split": split, "inputs": inputs_of(config)} | by_decoding[used] | {"decoding": used}
     scores["attributes"] |= score_numbers(task, rows, logits)
     for how, figures in by_decoding.items():
         scores[how] = {key: figures[key] for key in ("path_accuracy", "valid_path_rate", "exact_match")}
@@ -70,6 +70,12 @@ def judge(task: Task, split: str, logits: dict[str, Tensor], joint: bool) -> Eva
         scores["calibration"] = {"target_precision": config["calibration"]["target_precision"]}
         scores["calibration"] |= calibration_scores(decoded[used], raw, labels, names, config["paths"])
     return Evaluation(scores, rows, logits, decoded[used])
+
+
+def inputs_of(config: dict) -> str:
+    """What the model is given: figures of pictures alone and of titles, which leak labels, must never be mixed."""
+    leaks = {None: "", True: ", leaks masked", False: ", leaks and all"}[config["text"] and config["text"]["mask"]]
+    return config["inputs"] + leaks
 
 
 def score_numbers(task: Task, rows: np.ndarray, outputs: dict[str, Tensor]) -> dict[str, dict]:
@@ -90,7 +96,8 @@ def predict(
     model.eval()
     batches = []
     for batch in tqdm(loader, desc=what, unit="batch", leave=False):
-        outputs = model(preprocess(batch.pixels.to(device, non_blocking=True)))
+        batch = batch.to(device)
+        outputs = model(preprocess(batch.pixels), batch.tokens)
         batches.append({name: tensor.float().cpu() for name, tensor in outputs.items()})
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
@@ -149,7 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"calibrated on {len(rows):,} rows of {name}, {split}; kept in {folder / 'config.json'}")
         task = task._replace(config=task.config | {"calibration": fitted})
         found = judge(task, split, found.logits, joint)
-    print(f"{name}, {split}: {len(rows):,} rows; {len(task.store.skipped):,} of the catalogue skipped")
+    print(
+        f"{name}, {split}: {len(rows):,} rows, from {found.scores['inputs']}; {len(task.store.skipped):,} of the catalogue skipped"
+    )
     print(scores_table(found.scores))
     print(trust_table(found.scores))
     if args.json:

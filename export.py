@@ -89,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     check_writable(args.out / "adapter_config.json" if args.out.is_dir() else args.out, "--out")
     folder = find_checkpoint(args.checkpoint)
     model, config = load_checkpoint(folder, args.weights)
+    if config["inputs"] != "image":
+        raise UserError(f"{folder} reads titles, which none of these formats has a place for")
     print(f"checkpoint {folder}")
     if args.to == "timm":
         export_timm(model, config, args.out)

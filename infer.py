@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,12 +21,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.cells import inert
 from data.images import ImageError, decode
 from data.preprocess import Preprocess
+from data.sources import read_rows
+from data.titles import TitleReader
 from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
 from figures import QUIET, contact_sheet
 from lora import merge_lora
@@ -88,9 +90,13 @@ def answer_batch(
     attributes: list[dict],
     top_k: int,
     device: torch.device,
+    tokens_of: Callable[[list[Path]], Tensor] | None = None,
 ) -> list[dict]:
     """An object for each input, as `--json` prints it: {"image", "attributes": {name: {"label", "confidence",
     "decision", "top"}}}, of a number {name: {"value"}}; or {"image", "error"}.
+
+    Args:
+        tokens_of: pictures' paths -> the tokens (B, T) of their titles, for a model that reads them.
 
     `top` begins with the label; the next guesses follow, most probable first. One of them may be more probable than the
     label: then the label is what fits the other attributes of the path.
@@ -98,16 +104,17 @@ def answer_batch(
     # A file name need not be text; what no text can hold is replaced, or no format could write it.
     answers = [{"image": os.fsencode(path).decode("utf-8", "replace")} for path, _ in batch]
     readable = []
-    for answer, (_, picture) in zip(answers, batch, strict=True):
+    for answer, (path, picture) in zip(answers, batch, strict=True):
         if isinstance(picture, str):
             answer["error"] = picture
         else:
             answer["attributes"] = {}
-            readable.append((answer["attributes"], picture))
+            readable.append((answer["attributes"], picture, path))
     if not readable:
         return answers
-    pixels = torch.from_numpy(np.stack([picture for _, picture in readable]))
-    outputs = model(preprocess(pixels.to(device)))
+    pixels = torch.from_numpy(np.stack([picture for _, picture, _ in readable]))
+    tokens = tokens_of([path for *_, path in readable]).to(device) if tokens_of else None
+    outputs = model(preprocess(pixels.to(device)), tokens)
     found = decoder(outputs)
     classes = [attribute for attribute in attributes if attribute["kind"] == "class"]
     for column, (attribute, p) in enumerate(zip(classes, found.probabilities.values(), strict=True)):
@@ -116,7 +123,7 @@ def answer_batch(
         rows = zip(
             readable, order.tolist(), p.gather(1, order).tolist(), found.accepted[:, column].tolist(), strict=True
         )
-        for (said, _), classes, row_p, accepted in rows:
+        for (said, *_), classes, row_p, accepted in rows:
             top = [[labels[c], round(q, 4)] for c, q in zip(classes, row_p, strict=True)]
             said[attribute["name"]] = {
                 "label": top[0][0],
@@ -126,7 +133,7 @@ def answer_batch(
             }
     for a in (a for a in attributes if a["kind"] == "number"):
         values = a["mean"] + a["std"] * outputs[a["name"]][:, 0].double()
-        for (said, _), value in zip(readable, values.tolist(), strict=True):
+        for (said, *_), value in zip(readable, values.tolist(), strict=True):
             said[a["name"]] = {"value": float(f"{value:.6g}")}
     return answers
 
@@ -149,6 +156,29 @@ def answer_in_parts(batch: list[tuple[Path, np.ndarray | str]], most: int, *how)
             most //= 2
             print(f"out of memory: going on with batches of {most}", file=sys.stderr)
     return answers, most
+
+
+def find_titles(title: str | None, table: Path | None, column: str | None, paths: list[Path]) -> dict[Path, str | None]:
+    """The title of each picture: the one given, or from a table in whose rows `image` or `id` names the picture."""
+    if title is not None:
+        if len(paths) > 1:
+            raise UserError(
+                f"--title goes with one picture, and there are {len(paths):,}; --titles FILE.csv is for many"
+            )
+        return {paths[0]: title}
+    if table is None:
+        return {}
+    named = {}
+    try:
+        for _, row in read_rows(table, ["id", column]):
+            if isinstance(row, dict):
+                named[Path(row["image"]).name if row.get("image") else row["id"]] = row[column]
+    except OSError as error:
+        raise UserError(f"cannot read --titles {table}: {error.strerror}") from None
+    found = {path: named.get(path.name) or named.get(path.stem) for path in paths}
+    if not any(found.values()):
+        raise UserError(f"--titles {table} has a title for none of the pictures: its image or id must be a file's name")
+    return found
 
 
 class Output:
@@ -233,6 +263,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--batch-size", type=positive_int, default=64)
     parser.add_argument("--independent", action="store_true", help="each attribute's most probable class, paths or not")
+    parser.add_argument("--title", help="the picture's title, for a model that reads titles")
+    parser.add_argument("--titles", type=Path, metavar="FILE.csv", help="titles of many, named by id or image")
     parser.add_argument("--json", action="store_true", help="one JSON object a line on standard output")
     parser.add_argument("--out", type=Path, help="write all answers to FILE.csv, .jsonl or .parquet")
     parser.add_argument(
@@ -249,6 +281,13 @@ def main(argv: list[str] | None = None) -> int:
     folder = find_checkpoint(args.checkpoint)
     model, config = load_checkpoint(folder, args.weights)
     print(f"checkpoint {folder}", file=sys.stderr)
+    tokens_of = None
+    if config["text"]:
+        titles, reader = find_titles(args.title, args.titles, config["title"], paths), TitleReader(config)
+        tokens_of = lambda some: torch.from_numpy(reader([titles.get(path) for path in some])[0])  # noqa: E731
+        print(f"answers from {config['inputs']}; {sum(map(bool, titles.values())):,} titles given", file=sys.stderr)
+    elif args.title is not None or args.titles:
+        raise UserError(f"{folder} was trained on pictures alone; leave out --title and --titles")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = merge_lora(model).to(device)
     preprocess, attributes = Preprocess(**config["preprocess"]), config["attributes"]
@@ -261,7 +300,8 @@ def main(argv: list[str] | None = None) -> int:
         output = stack.enter_context(Output(args.out, attributes)) if args.out else None
         bar = stack.enter_context(tqdm(total=len(paths), unit="img", disable=len(paths) <= args.batch_size))
         for batch in read_batches(paths, args.batch_size, preprocess):
-            answers, most = answer_in_parts(batch, most, model, preprocess, decoder, attributes, args.top_k, device)
+            how = (model, preprocess, decoder, attributes, args.top_k, device, tokens_of)
+            answers, most = answer_in_parts(batch, most, *how)
             for (_, picture), answer in zip(batch, answers, strict=True):
                 unreadable += "error" in answer
                 if "error" not in answer and len(sheet) < PLOT_AT_MOST:

@@ -13,7 +13,7 @@ from errors import Parser, UserError, positive_int
 from models.backbone import DEMO, bare_backbone
 
 HUB_DATA, HUB_BACKBONE = "ashraq/fashion-product-images-small", "vit_base_patch16_224"
-PATHS = ("weights", "cache_dir", "attributes", "init_from")  # options that are files or folders
+PATHS = ("weights", "cache_dir", "attributes", "init_from", "vocab")  # options that are files or folders
 EXTRA = {"with_price": ("price_in_vnd",), "with_season_year": ("season", "year")}  # switches and what they add
 LARGE = 40e6  # parameters from which training on a CPU takes days
 
@@ -85,6 +85,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     p.add_argument("--attributes", type=Path, metavar="FILE.toml", help="what to predict (default: data/fashion.toml)")
+    p.add_argument("--inputs", choices=["image", "title", "image+title"], default="image", help="(default: image)")
+    p.add_argument("--vocab", type=Path, help="titles: a WordPiece vocabulary (default: the hub's BERT, else fitted)")
+    p.add_argument(
+        "--title-length", type=positive_int, default=13, help="titles: cut at so many tokens (default: %(default)s)"
+    )
+    p.add_argument(
+        "--mask-title-leaks",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="titles: take out words that labels were made from (default: yes)",
+    )
     for switch, names in EXTRA.items():
         p.add_argument(f"--{switch.replace('_', '-')}", action="store_true", help=f"also predict {' and '.join(names)}")
     p.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
@@ -108,6 +119,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--lr {args.lr} is not a positive number")
     if not 0 < args.lora_plus < math.inf:
         raise UserError(f"--lora-plus {args.lora_plus} is not a positive number")
+    if not 3 <= args.title_length <= 512:
+        raise UserError(f"--title-length {args.title_length} is not between 3 and 512")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} is negative")
     if args.resume:

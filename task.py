@@ -29,6 +29,7 @@ from data.preprocess import Preprocess
 from data.sources import Catalogue, load_source
 from data.split import SPLITS
 from data.store import ImageStore, common_size, open_store
+from data.titles import SPECIAL, TitleReader, choose_vocabulary
 from errors import UserError
 from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_base
 from models.backbone import create_backbone
@@ -74,8 +75,11 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     """Pictures, targets, and the model on its device, for a new run."""
     extra = [name for switch, names in EXTRA.items() if getattr(args, switch) for name in names]
     schema = read_schema(args.attributes or FASHION_FILE, extra)
-    attributes = schema.attributes
-    catalogue = load_source(args.data, args.cache_dir, args.limit, needs=columns_of(attributes))
+    attributes, reads = schema.attributes, "title" in args.inputs
+    if reads and schema.title is None:
+        raise UserError(f'--inputs {args.inputs}: {args.attributes} names no column of titles; add title = "COLUMN"')
+    needs = columns_of(attributes, schema.title if reads else None)
+    catalogue = load_source(args.data, args.cache_dir, args.limit, needs)
     backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size)
     wants = timm.data.resolve_model_data_config(backbone)
     size = wants["input_size"][1:]
@@ -108,10 +112,15 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
         "attributes": [asdict(a) | fitted[a.name] for a in attributes],
         "paths": known_paths(known.labels[train_rows], attributes),
         "title": schema.title,
+        "inputs": args.inputs,
+        "text": None,
         "preprocess": asdict(preprocess),
         "data": {"name": catalogue.name, "rows": len(catalogue), "fingerprint": catalogue.fingerprint},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__},
     }
+    if reads:
+        config["text"] = fit_text(args, config, [catalogue.columns[schema.title][row] for row in train_rows])
+        known = known._replace(tokens=read_titles(config, catalogue))
     model = attach(backbone, config)
     if args.init_from and not args.resume:
         print(inherit(model, config, args.init_from))
@@ -120,9 +129,10 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     model.to(device)
     if args.amp:
         keep_base_in(model, AMP[args.amp])
+    text = sum(p.numel() for p in model.text.parameters()) if model.text else 0
     heads = sum(p.numel() for p in model.heads.parameters())
     adapters = sum(p.numel() for p in get_adapter_params(model).values())
-    print(f"LoRA {adapters:,} and heads {heads:,}: {parameter_summary(model)}")
+    print(f"LoRA {adapters:,}{f', text {text:,}' if text else ''} and heads {heads:,}: {parameter_summary(model)}")
     return Task(model, config, preprocess, catalogue, store, known)
 
 
@@ -133,15 +143,37 @@ def load_task(
     model, config = load_checkpoint(folder, weights)
     attributes, maps, scales = (of_config(kind, config["attributes"]) for kind in (Attribute, LabelMap, Scale))
     preprocess = Preprocess(**config["preprocess"])
-    catalogue = load_source(data, cache_dir, limit, needs=columns_of(attributes.values()))
+    title = config["title"] if config["text"] else None
+    catalogue = load_source(data, cache_dir, limit, columns_of(attributes.values(), title))
     store = open_store(catalogue, preprocess.canvas, cache_dir)
     known = encode(catalogue, list(attributes.values()), maps, scales)
+    if title:
+        known = known._replace(tokens=read_titles(config, catalogue))
     return Task(model.to(device), config, preprocess, catalogue, store, known)
 
 
-def columns_of(attributes) -> list[str]:
-    """The columns that a catalogue must have for these attributes."""
-    return list(dict.fromkeys(column for a in attributes for column in a.needs))
+def columns_of(attributes, title: str | None) -> list[str]:
+    """The columns that a catalogue must have for these attributes, and for titles where they are read."""
+    return list(dict.fromkeys([column for a in attributes for column in a.needs] + ([title] if title else [])))
+
+
+def fit_text(args: argparse.Namespace, config: dict, titles: list[str | None]) -> dict:
+    """How titles are read: a checkpoint's `text`, from titles of train rows."""
+    if not any(titles):
+        raise UserError(f"--inputs {args.inputs}: no train row has a title (column {config['title']})")
+    text = {"vocab": list(SPECIAL), "length": args.title_length, "mask": args.mask_title_leaks}
+    text["vocab"], origin = choose_vocabulary(args.vocab, TitleReader(config | {"text": text}).cleaned(titles))
+    _, cut = TitleReader(config | {"text": text})(titles)
+    leaks = "words that give labels away masked" if args.mask_title_leaks else "words that give labels away and all"
+    print(
+        f"titles: {leaks}; vocabulary of {len(text['vocab']):,}, {origin}; {cut:.1%} cut at {args.title_length} tokens"
+    )
+    return text
+
+
+def read_titles(config: dict, catalogue: Catalogue) -> np.ndarray:
+    """(N, T) tokens of all rows; of a row without a title, those of an empty one."""
+    return TitleReader(config)(catalogue.columns[config["title"]])[0]
 
 
 def encode(catalogue: Catalogue, attributes, maps: dict[str, LabelMap], scales: dict[str, Scale]) -> Rows:

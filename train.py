@@ -104,7 +104,7 @@ def train_step(
         batch = batch.to(device)
         images = preprocess(batch.pixels, flip=torch.rand(len(batch.pixels), device=device) < 0.5)  # (B, 3, S, S)
         with torch.autocast(device.type, amp, enabled=amp is not None):
-            outputs = model(images)
+            outputs = model(images, batch.tokens)
         micro = attribute_losses(outputs, batch.labels, known, batch.numbers)
         scaler.scale((micro if weights is None else micro * weights).sum()).backward()
         losses += micro.detach()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 OTHER = "Other"  # the label of all brands too rare to have their own
 
-_GENDER = re.compile(r"\W*(men|women|boy|girl|kid|unisex|infant|teen)('?s)*\W*(-.*)?", re.IGNORECASE)
+GENDER = re.compile(r"\W*(men|women|boy|girl|kid|unisex|infant|teen)('?s)*\W*(-.*)?", re.IGNORECASE)
 _OWN_NAME = {"leecooper"}  # brands that begin with another brand's name and yet are no product line of it
 _SLIP_RATIO = 10  # a spelling this many times rarer than one that differs by one slip is taken for a misspelling of it
 
@@ -24,9 +24,7 @@ def phrase(title: str) -> tuple[list[str], bool]:
     """
     words = title.split()
     for i in range(1, len(words)):
-        if words[i].casefold() == "by" or (
-            _GENDER.fullmatch(words[i]) and words[i - 1].casefold() not in ("mr", "mr.")
-        ):
+        if words[i].casefold() == "by" or (GENDER.fullmatch(words[i]) and words[i - 1].casefold() not in ("mr", "mr.")):
             return words[:i], True
     return words, False
 
@@ -61,6 +59,13 @@ def find(title: str, aliases: dict[str, str]) -> str | None:
     return next((aliases[k] for words in _prefixes(phrase(title)[0]) if (k := key(words)) in aliases), None)
 
 
+def length(title: str, aliases: dict[str, str]) -> int:
+    """How many words at a title's beginning name its brand: its phrase where that has an end, else the fitted brand's
+    name, else the first word."""
+    words, ended = phrase(title)
+    return len(words) if ended else next((len(part) for part in _prefixes(words) if key(part) in aliases), 1)
+
+
 def fit(titles: Iterable[str], min_count: int) -> dict[str, str]:
     """Learn key -> label for all brands with at least `min_count` titles, and for their misspellings.
 
@@ -73,7 +78,7 @@ def fit(titles: Iterable[str], min_count: int) -> dict[str, str]:
     for words, ended in phrases:
         if not ended:  # "Red Tape Brown Shoes": the longest name that other titles show, else the first word
             words = next((prefix for prefix in _prefixes(words) if key(prefix) in names), words[:1])
-        if key(words) and not (len(words) == 1 and _GENDER.fullmatch(words[0])):
+        if key(words) and not (len(words) == 1 and GENDER.fullmatch(words[0])):
             spellings[key(words)][" ".join(words)] += 1
 
     counts = {name: variants.total() for name, variants in spellings.items()}

@@ -169,8 +169,8 @@ def _csv(table: Path) -> Catalogue:
     )
 
 
-def read_rows(table: Path) -> Iterator[tuple[int, dict[str, str | None] | str]]:
-    """(line number, {column: text}) of each row of a CSV file with a column `id`; where it cannot be read, the reason.
+def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int, dict[str, str | None] | str]]:
+    """(line number, {column: text}) of each row of a CSV file with the columns `needs`; the reason where none is read.
 
     Line by line: titles hold no line breaks, and a quote left open must not swallow the rows after it.
     """
@@ -180,7 +180,7 @@ def read_rows(table: Path) -> Iterator[tuple[int, dict[str, str | None] | str]]:
             raise UserError(f"{table} is not UTF-8 text; save it as UTF-8")
         if twice := [name for name, times in Counter(header).items() if times > 1]:
             raise UserError(f"{table} has the column {twice[0]} twice")
-        _check_columns(header, ["id"], table)
+        _check_columns(header, needs, table)
         for number, line in enumerate(lines, 2):
             if (cells := _cells(line)) is None:
                 yield number, "not UTF-8, or no CSV"

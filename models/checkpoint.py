@@ -22,6 +22,8 @@ from models.backbone import VIT_TARGETS, create_backbone, read_tensors
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
 from models.schema import misfit
+from models.text import WIDTH as TEXT_WIDTH
+from models.text import TextEncoder
 
 FORMAT = 3  # raise it when older code could not read what is written
 
@@ -32,21 +34,24 @@ def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
     Raises:
         UserError: a LoRA target that matches nothing, a rank below 1 (the message names it).
     """
-    settings = dict(config["lora"])
+    settings, text, blind = dict(config["lora"]), config["text"], config["inputs"] == "title"
     try:
-        apply_lora(backbone, settings.pop("targets"), **settings, table=VIT_TARGETS)
+        if not blind:
+            apply_lora(backbone, settings.pop("targets"), **settings, table=VIT_TARGETS)
     except ValueError as error:
         raise UserError(str(error)) from None
-    model = AttributeClassifier(backbone, make_heads(backbone.num_features, config))
+    heads = make_heads(backbone.num_features, config)
+    encoder = TextEncoder(len(text["vocab"]), text["length"], text["vocab"].index("[PAD]")) if text else None
+    model = AttributeClassifier(backbone, heads, encoder, blind)
     set_trainable_params(model, trained_params(model))
     return model
 
 
 def make_heads(width: int, config: dict) -> HierarchicalHeads:
     """Fresh heads for a backbone whose embedding is `width` wide."""
-    attributes = config["attributes"]
+    attributes, inputs = config["attributes"], config["inputs"].split("+")
     return HierarchicalHeads(
-        2 * width,
+        2 * width * ("image" in inputs) + TEXT_WIDTH * ("title" in inputs),
         hidden=width,
         levels={a["name"]: a["level"] for a in attributes},
         classes={a["name"]: len(a["labels"]) if a["kind"] == "class" else 1 for a in attributes},
@@ -54,11 +59,10 @@ def make_heads(width: int, config: dict) -> HierarchicalHeads:
 
 
 def trained_params(model: AttributeClassifier) -> dict[str, nn.Parameter]:
-    """What is trained and saved, by structure: the adapters in the backbone, and the heads."""
-    adapters = get_adapter_params(model.backbone)
-    return {f"backbone.{name}": p for name, p in adapters.items()} | {
-        f"heads.{name}": p for name, p in model.heads.named_parameters()
-    }
+    """What is trained and saved, by structure: the adapters in the backbone, the heads, and the text encoder."""
+    params = {f"backbone.{name}": p for name, p in get_adapter_params(model.backbone).items()}
+    params |= {f"heads.{name}": p for name, p in model.heads.named_parameters()}
+    return params | ({f"text.{name}": p for name, p in model.text.named_parameters()} if model.text else {})
 
 
 def save_checkpoint(
@@ -153,6 +157,9 @@ def read_config(folder: Path) -> dict:
     ]:
         if not names or len(set(names)) < len(names):
             raise UserError(f"{path} does not describe a model: its {kind} are none, or one comes twice")
+    text = config["text"]
+    if ("title" in config["inputs"]) != (text is not None) or (text and "[PAD]" not in text["vocab"]):
+        raise UserError(f"{path} does not describe a model: its inputs and its text do not go together")
     return config
 
 

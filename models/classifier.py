@@ -13,20 +13,35 @@ class AttributeClassifier(nn.Module):
     The embedding is the backbone's own (of most ViTs the CLS token) beside the mean of its patch tokens, (B, 2 d): the
     mean has seen all of the picture where CLS chose, and few epochs get more from both than from CLS alone.
 
+    A model that reads titles has the summary of its text encoder behind that, or alone.
+
     Args:
         backbone: a timm `VisionTransformer` with `num_classes=0`.
-        heads: for embeddings of twice the backbone's `num_features`.
+        heads: for embeddings of twice the backbone's `num_features`, and the width of the text's summary.
+        text: for tokens (B, T) of titles.
+        blind: the pictures are not looked at.
     """
 
-    def __init__(self, backbone: nn.Module, heads: HierarchicalHeads):
+    def __init__(
+        self, backbone: nn.Module, heads: HierarchicalHeads, text: nn.Module | None = None, blind: bool = False
+    ):
         super().__init__()
         self.backbone = backbone
         self.heads = heads
+        self.text = text
+        self.blind = blind
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        parts = [] if self.blind else [*self.embed(images)]
+        if self.text is not None:
+            parts.append(self.text(tokens))
+        return self.heads(torch.cat(parts, dim=-1))
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, S, S) -> the backbone's own embedding and the mean of its patches, (B, d) each."""
         tokens = self.backbone.forward_features(images)  # (B, prefix + patches, d)
         patches = self.backbone.fc_norm(tokens[:, self.backbone.num_prefix_tokens :].mean(1))  # (B, d)
-        return self.heads(torch.cat([self.backbone.forward_head(tokens), patches], dim=-1))
+        return self.backbone.forward_head(tokens), patches
 
 
 def known_targets(labels: Tensor, numbers: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Starting from a trained checkpoint: a new model takes over what it shares with it, though its attributes may differ.
 
-Adapters come over whole. Of the heads, what an attribute's label was computed from comes over: its output rows, the
-hidden layer of its level, and the columns that read what both models know. Columns that read something new start at
-zero, so that all that is kept answers at first as it did before.
+Adapters come over whole, and so does the text encoder of the same vocabulary. Of the heads, what an attribute's label
+was computed from comes over: its output rows, the hidden layer of its level, and the columns that read what both
+models know. Columns that read something new start at zero, so that all that is kept answers at first as it did before.
 """
 
 import json
@@ -18,6 +18,7 @@ from models.backbone import read_tensors
 from models.checkpoint import make_heads, read_config
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
+from models.text import WIDTH as TEXT_WIDTH
 
 
 def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
@@ -31,14 +32,20 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
         theirs, ours = old["backbone"][key], config["backbone"][key]
         if theirs != ours:
             raise UserError(f"--init-from {folder} has the {what} {theirs}, not {ours}")
+    seen = "image" in old["inputs"] and "image" in config["inputs"]
     theirs, ours = _set(old["lora"]), _set(config["lora"])
-    for key in sorted(theirs | ours):
+    for key in sorted(theirs | ours) if seen else []:
         if theirs.get(key) != ours.get(key):
             raise UserError(f"--init-from {folder} has --{key} {theirs.get(key)}, not {ours.get(key)}")
 
-    state = read_tensors(folder / "adapter.safetensors")
+    state, read = (
+        read_tensors(folder / "adapter.safetensors"),
+        old["text"] is not None and old["text"] == config["text"],
+    )
     heads = make_heads(model.backbone.num_features, old)
-    mine = {"backbone.": get_adapter_params(model.backbone), "heads.": dict(heads.named_parameters())}
+    mine = {"heads.": dict(heads.named_parameters())}
+    mine |= {"backbone.": get_adapter_params(model.backbone)} if seen else {}
+    mine |= {"text.": dict(model.text.named_parameters())} if read else {}
     try:
         for prefix, params in mine.items():
             load_params(params, {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
@@ -46,7 +53,7 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
         raise UserError(f"{folder} does not fit its config.json: {error}") from None
 
     kept = _inherit_heads(model.heads, config, heads, old)
-    said = ["kept the adapters"]
+    said = [f"kept {' and '.join(['the adapters'] * seen + ['the text encoder'] * read) or 'no adapters'}"]
     whole = [name for name, (have, of) in kept.items() if have == of]
     said += [f"the heads of {', '.join(whole)}"] if whole else []
     said += [f"{have} of {of} labels of {name}" for name, (have, of) in kept.items() if 0 < have < of]
@@ -85,7 +92,9 @@ def _levels(heads: HierarchicalHeads, config: dict) -> Iterator[tuple[list[str],
     """Of each level its attributes, its linear layers, and what each input column and each output row means."""
     attributes = {a["name"]: a for a in config["attributes"]}
     first = next(module for module in heads.levels[0].modules() if isinstance(module, nn.Linear))
-    columns: list = list(range(first.in_features))  # of the embedding
+    text = TEXT_WIDTH if config["text"] else 0
+    columns: list = [("image", i) for i in range(first.in_features - text)]  # of the embedding
+    columns += [("text", i, json.dumps(config["text"])) for i in range(text)]
     for names, level in zip(heads.by_level, heads.levels, strict=True):
         rows = []
         for a in (attributes[name] for name in names):

@@ -35,6 +35,8 @@ CONFIG = {
     "attributes": [(CLASS, QUANTITY)],
     "paths": [{"attributes": [str], "known": [[range(10**6)]]}],
     "title": (str, None),
+    "inputs": ("image", "title", "image+title"),
+    "text": (None, {"vocab": [str], "length": range(3, 513), "mask": bool}),
     "preprocess": {
         "canvas": PAIR,
         "size": PAIR,

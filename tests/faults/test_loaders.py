@@ -39,6 +39,8 @@ def checkpoint(tmp_path_factory):
         "attributes": [plain | {"labels": ["a", "b"], "aliases": None}, number],
         "paths": [{"attributes": ["gender"], "known": [[0], [1]]}],
         "title": "productDisplayName",
+        "inputs": "image+title",
+        "text": {"vocab": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "shirt"], "length": 5, "mask": True},
         "preprocess": preprocess,
     }
     folder = tmp_path_factory.mktemp("checkpoint") / "best"

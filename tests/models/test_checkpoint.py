@@ -41,6 +41,8 @@ def trained(tmp_path):
         ],
         "paths": [],
         "title": None,
+        "inputs": "image",
+        "text": None,
         "preprocess": PREPROCESS,
     }
     model = attach(backbone, config).eval()
@@ -166,6 +168,8 @@ def test_variants_round_trip(tmp_path, variant):
         "attributes": [PLAIN | {"name": "gender", "level": 1, "labels": ["a", "b"], "aliases": None}],
         "paths": [],
         "title": None,
+        "inputs": "image",
+        "text": None,
         "preprocess": PREPROCESS,
     }
     model = attach(backbone, config).eval()
@@ -181,6 +185,6 @@ def test_vit_b_has_the_recipes_2654208_lora_parameters():
     with torch.device("meta"):
         backbone = bare_backbone("vit_base_patch16_224")
         lora = {"targets": ["query", "key", "value", "dense"], "rank": 16, "alpha": 32, "dropout": 0.05}
-        model = attach(backbone, {"lora": lora, "attributes": []})
+        model = attach(backbone, {"lora": lora, "attributes": [], "inputs": "image", "text": None})
     assert sum(p.numel() for p in trained_params(model).values()) == 2_654_208
     assert parameter_summary(model).startswith("trainable 2,654,208 / total 88,45")

@@ -25,6 +25,8 @@ def described(attributes: dict, rank: int = 4) -> dict:
         "attributes": made,
         "paths": [],
         "title": None,
+        "inputs": "image",
+        "text": None,
         "preprocess": PREPROCESS,
     }
 

@@ -1,0 +1,132 @@
+"""Titles as input: WordPiece tokens as BERT has them (Devlin et al. 2019, arXiv:1810.04805), and the words taken out of
+a title that give its labels away."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+import hub
+from data import brand
+from errors import UserError
+
+PAD, UNKNOWN, START, END = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+HUB_VOCABULARY = "bert-base-uncased"
+TRAINED = 4000  # tokens of a vocabulary of one's own, at most
+
+
+def stem(word: str) -> str:
+    """A word without case and plural: "Dresses", "dress" -> "dr"; "Accessories", "accessory" -> "accessori"."""
+    return re.sub("y$", "i", word.casefold().rstrip("es"))
+
+
+class LeakMask:
+    """Takes out of a title the words that its labels were made from, or that say the same: the beginning that names the
+    brand, words for a gender, words of any label, and where a number is to be predicted, numbers.
+
+    It needs no labels of the row, so it does the same where there are none. Words that hint at a label without being a
+    word of it, such as the name of a product line, stay.
+
+    Args:
+        attributes: a checkpoint's.
+    """
+
+    def __init__(self, attributes: Sequence[dict]):
+        said = [label for a in attributes if a["kind"] == "class" and not a["derive"] for label in a["labels"]]
+        self.stems = {stem(word) for label in said for word in re.findall(r"\w+", label)}
+        self.stems |= {stem("".join(re.findall(r"\w+", label))) for label in said}
+        self.brands = next((a["aliases"] for a in attributes if a["derive"] == "brand"), None)
+        self.numbers = any(a["kind"] == "number" and not a["derive"] for a in attributes)
+
+    def __call__(self, title: str) -> str:
+        if self.brands is not None:
+            title = " ".join(title.split()[brand.length(title, self.brands) :])
+        words = re.findall(r"\w+", title)
+        out = {i for i, word in enumerate(words) if self.leaks(word)}
+        for i, pair in enumerate(itertools.pairwise(words)):  # "T-shirt", "Flip flops"
+            out |= {i, i + 1} if stem("".join(pair)) in self.stems else set()
+        return " ".join(word for i, word in enumerate(words) if i not in out)
+
+    def leaks(self, word: str) -> bool:
+        gender = self.brands is not None and brand.GENDER.fullmatch(word)
+        return bool(gender) or stem(word) in self.stems or (self.numbers and word.isdecimal())
+
+
+class TitleReader:
+    """Titles -> tokens, as a checkpoint's config describes it: `text`, and `attributes` for the words to take out."""
+
+    def __init__(self, config: dict):
+        text = config["text"]
+        self.length = text["length"]
+        self.mask = LeakMask(config["attributes"]) if text["mask"] else None
+        self.tokenizer = tokenizer(text["vocab"])
+
+    def cleaned(self, titles: Sequence[str | None]) -> list[str]:
+        """What of the titles is read; nothing of those that are missing."""
+        return [(self.mask(title) if self.mask else title) if title else "" for title in titles]
+
+    def __call__(self, titles: Sequence[str | None]) -> tuple[np.ndarray, float]:
+        """Tokens int64 (N, length), and the share of titles that had to be cut."""
+        found = [encoding.ids for encoding in self.tokenizer.encode_batch(self.cleaned(titles))]
+        tokens = np.full((len(found), self.length), self.tokenizer.token_to_id(PAD), dtype=np.int64)
+        for row, ids in zip(tokens, found, strict=True):
+            if len(ids) > self.length:
+                ids = [*ids[: self.length - 1], ids[-1]]  # [SEP] stays
+            row[: len(ids)] = ids
+        return tokens, float(np.mean([len(ids) > self.length for ids in found])) if found else 0.0
+
+
+def tokenizer(vocab: list[str]) -> Tokenizer:
+    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocab)}, unk_token=UNKNOWN))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.BertProcessing((END, vocab.index(END)), (START, vocab.index(START)))
+    return made
+
+
+def choose_vocabulary(file: Path | None, titles: Sequence[str]) -> tuple[list[str], str]:
+    """The tokens, and where they are from: the file; else BERT's own, from the hub; else `titles`.
+
+    Raises:
+        UserError: the file cannot be read or is no vocabulary.
+    """
+    if file is None and hub.reachable():
+        try:
+            file = Path(huggingface_hub.hf_hub_download(HUB_VOCABULARY, "vocab.txt"))
+        except Exception as error:  # of several libraries; whatever it is, one's own does as well
+            print(f"no vocabulary of {HUB_VOCABULARY} from the hub ({type(error).__name__})")
+    if file is None:
+        return train_vocabulary(titles), "trained on the train split's titles"
+    try:
+        vocab = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read --vocab {file}: {error}") from None
+    if not set(SPECIAL) <= set(vocab) or len(set(vocab)) < len(vocab):
+        raise UserError(
+            f"--vocab {file} is no WordPiece vocabulary: a token a line, each once, {', '.join(SPECIAL)} too"
+        )
+    return vocab, file.name
+
+
+def train_vocabulary(titles: Sequence[str], size: int = TRAINED) -> list[str]:
+    """The tokens of a WordPiece vocabulary fitted to titles; the same for the same titles, so that a run can resume.
+
+    For that the characters come first, in order: the library would number them in the order of a hash table, and break
+    ties by number.
+    """
+    empty = tokenizer(list(SPECIAL))
+    words = (word for title in titles for word, _ in _words(empty, title))
+    letters = sorted({letter for word in words for letter in word})
+    first = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
+    trainer = trainers.WordPieceTrainer(vocab_size=size, min_frequency=2, special_tokens=first, show_progress=False)
+    empty.train_from_iterator(titles, trainer)
+    vocab = empty.get_vocab()
+    return sorted(vocab, key=vocab.get)
+
+
+def _words(reader: Tokenizer, title: str) -> list:
+    return reader.pre_tokenizer.pre_tokenize_str(reader.normalizer.normalize_str(title))

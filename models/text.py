@@ -1,0 +1,30 @@
+"""A small text encoder, trained from scratch: titles are short, and in few words."""
+
+import torch
+from torch import Tensor, nn
+
+WIDTH, LAYERS, HEADS, DROPOUT = 128, 2, 4, 0.1
+
+
+class TextEncoder(nn.Module):
+    """Tokens (B, T) -> a summary (B, `WIDTH`): what two transformer layers make of the first token, [CLS].
+
+    Args:
+        vocab: how many tokens there are.
+        length: T.
+        pad: the token that fills up short titles; nothing attends to it.
+    """
+
+    def __init__(self, vocab: int, length: int, pad: int):
+        super().__init__()
+        self.pad = pad
+        self.words = nn.Embedding(vocab, WIDTH)
+        self.places = nn.Embedding(length, WIDTH)
+        for table in (self.words, self.places):
+            nn.init.normal_(table.weight, std=0.02)
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, DROPOUT, "gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device))  # (B, T, WIDTH)
+        return self.layers(x, src_key_padding_mask=tokens == self.pad)[:, 0]
