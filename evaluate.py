@@ -156,9 +156,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"calibrated on {len(rows):,} rows of {name}, {split}; kept in {folder / 'config.json'}")
         task = task._replace(config=task.config | {"calibration": fitted})
         found = judge(task, split, found.logits, joint)
-    print(
-        f"{name}, {split}: {len(rows):,} rows, from {found.scores['inputs']}; {len(task.store.skipped):,} of the catalogue skipped"
-    )
+    print(f"{name}, {split}: {len(rows):,} rows; {len(task.store.skipped):,} of the catalogue skipped")
+    print(f"answers from {found.scores['inputs']}")
     print(scores_table(found.scores))
     print(trust_table(found.scores))
     if args.json:

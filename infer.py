@@ -6,9 +6,7 @@
 Exit code 1 says that some image could not be read; its answer is the reason.
 """
 
-import csv
 import glob
-import itertools
 import json
 import os
 import sys
@@ -18,13 +16,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.cells import inert
 from data.images import ImageError, decode
 from data.preprocess import Preprocess
 from data.sources import read_rows
@@ -34,6 +29,7 @@ from figures import QUIET, contact_sheet
 from lora import merge_lora
 from models.checkpoint import find_checkpoint, load_checkpoint
 from models.decode import Decoder
+from output import Output, caption, table
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 PLOT_AT_MOST = 48  # pictures on a contact sheet
@@ -179,77 +175,6 @@ def find_titles(title: str | None, table: Path | None, column: str | None, paths
     if not any(found.values()):
         raise UserError(f"--titles {table} has a title for none of the pictures: its image or id must be a file's name")
     return found
-
-
-class Output:
-    """A file of answers, written as they come; it takes its name only when all is done.
-
-    Use as a context manager. CSV and Parquet have a column for each class's label, confidence and decision, for each
-    number, and `error`; JSONL has the objects of `--json`.
-
-    Args:
-        attributes: a checkpoint's.
-    """
-
-    KINDS = (".csv", ".jsonl", ".parquet")
-
-    def __init__(self, path: Path, attributes: list[dict]):
-        self.path, self.kind, self.part = path, path.suffix.lower(), path.with_name(path.name + ".part")
-        classes = [a["name"] for a in attributes if a["kind"] == "class"]
-        numbers = [a["name"] for a in attributes if a["kind"] == "number"]
-        said = ((name, f"{name}_confidence", f"{name}_decision") for name in classes)
-        self.columns = ["image", *itertools.chain(*said), *numbers, "error"]
-        self.floats = {*numbers, *(f"{name}_confidence" for name in classes)}
-
-    def __enter__(self):
-        if self.kind == ".parquet":
-            fields = [(c, pa.float64() if c in self.floats else pa.string()) for c in self.columns]
-            self.file = pq.ParquetWriter(self.part, pa.schema(fields))
-        else:
-            self.file = open(self.part, "w", newline="", encoding="utf-8")
-        if self.kind == ".csv":
-            csv.writer(self.file).writerow(self.columns)
-        return self
-
-    def __exit__(self, failed, *_):
-        self.file.close()
-        if failed:
-            self.part.unlink()
-        else:
-            os.replace(self.part, self.path)
-
-    def write(self, answers: list[dict]) -> None:
-        if self.kind == ".jsonl":
-            self.file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-            return
-        rows = [dict.fromkeys(self.columns) | {"image": a["image"], "error": a.get("error")} for a in answers]
-        for row, answer in zip(rows, answers, strict=True):
-            for name, said in answer.get("attributes", {}).items():
-                row[name] = said["value"] if "value" in said else said["label"]
-                row |= {f"{name}_{key}": said[key] for key in ("confidence", "decision") if key in said}
-        if self.kind == ".csv":
-            csv.writer(self.file).writerows(map(inert, row.values()) for row in rows)
-        else:
-            self.file.write_batch(pa.RecordBatch.from_pylist(rows, schema=self.file.schema))
-
-
-def table(answer: dict) -> str:
-    """What is said of one image, an attribute a line: a number, or label, confidence, decision and the next guesses."""
-    if "error" in answer:
-        return f"{answer['image']}: {answer['error']}\n"
-    lines = [answer["image"]]
-    for name, said in answer["attributes"].items():
-        if "value" in said:
-            lines.append(f"  {name:<16}{said['value']:,g}")
-            continue
-        rest = ", ".join(f"{label} {p:.2f}" for label, p in said["top"][1:])
-        lines.append(f"  {name:<16}{said['label']:<24}{said['confidence']:>5.2f}  {said['decision']}  {rest}".rstrip())
-    return "\n".join(lines) + "\n"
-
-
-def caption(said: dict) -> str:
-    """What is said of an attribute, for a contact sheet."""
-    return f"{said['value']:,g}" if "value" in said else f"{said['label']} {said['confidence']:.2f}"
 
 
 @exits_cleanly

@@ -164,10 +164,9 @@ def fit_text(args: argparse.Namespace, config: dict, titles: list[str | None]) -
     text = {"vocab": list(SPECIAL), "length": args.title_length, "mask": args.mask_title_leaks}
     text["vocab"], origin = choose_vocabulary(args.vocab, TitleReader(config | {"text": text}).cleaned(titles))
     _, cut = TitleReader(config | {"text": text})(titles)
-    leaks = "words that give labels away masked" if args.mask_title_leaks else "words that give labels away and all"
-    print(
-        f"titles: {leaks}; vocabulary of {len(text['vocab']):,}, {origin}; {cut:.1%} cut at {args.title_length} tokens"
-    )
+    leaks = "masked" if args.mask_title_leaks else "left in"
+    print(f"titles: words that give labels away {leaks}; vocabulary of {len(text['vocab']):,}, {origin}")
+    print(f"titles: {cut:.1%} of train rows cut at {args.title_length} tokens, {titles.count(None):,} without a title")
     return text
 
 

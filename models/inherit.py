@@ -38,10 +38,8 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
         if theirs.get(key) != ours.get(key):
             raise UserError(f"--init-from {folder} has --{key} {theirs.get(key)}, not {ours.get(key)}")
 
-    state, read = (
-        read_tensors(folder / "adapter.safetensors"),
-        old["text"] is not None and old["text"] == config["text"],
-    )
+    state = read_tensors(folder / "adapter.safetensors")
+    read = old["text"] is not None and old["text"] == config["text"]
     heads = make_heads(model.backbone.num_features, old)
     mine = {"heads.": dict(heads.named_parameters())}
     mine |= {"backbone.": get_adapter_params(model.backbone)} if seen else {}

@@ -210,10 +210,10 @@ def test_a_table_that_cannot_be_read_is_one_line(tmp_path, data, message):
 
 
 def test_a_formula_in_a_label_or_a_file_name_is_no_formula_in_the_csv(tmp_path):
-    from infer import Output
+    from output import Output
 
     said = {"label": "=cmd|' /C calc'!A0", "confidence": 0.5, "decision": "review", "top": []}
-    with Output(tmp_path / "labels.csv", ["brand"]) as output:
+    with Output(tmp_path / "labels.csv", [{"name": "brand", "kind": "class"}]) as output:
         output.write([{"image": "@x.jpg", "attributes": {"brand": said}}, {"image": "-1.jpg", "error": "+1"}])
     with open(tmp_path / "labels.csv", newline="") as lines:
         rows = list(csv.reader(lines))[1:]

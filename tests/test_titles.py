@@ -1,0 +1,170 @@
+"""Runs that read titles, as a user has them: trained, scored, asked with and without a title."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import train
+
+ROOT = Path(__file__).parents[1]
+WORDS = ("train.py", "--data", "demo", "--limit", 600, "--amp", "--epochs")
+
+
+def run(command, cache_dir, out, *words, epochs=2):
+    done = command(*WORDS, epochs, "--cache-dir", cache_dir, "--out", out, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((out / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def both(command, cache_dir, tmp_path_factory):
+    """A run on pictures and titles whose leaks are left in."""
+    out = tmp_path_factory.mktemp("runs") / "both"
+    return out, *run(command, cache_dir, out, "--inputs", "image+title", "--no-mask-title-leaks")
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawings")
+    words = [sys.executable, "-m", "data.demo", "--out", str(folder), "--rows", "40", "--seed", "9"]
+    subprocess.run(words, cwd=ROOT, check=True)
+    return folder
+
+
+def test_titles_tell_what_pictures_do_not(both):
+    out, text, scores = both
+    assert scores["inputs"] == "image+title, leaks and all"
+    assert "titles: words that give labels away left in; vocabulary of " in text
+    assert "% of train rows cut at 13 tokens" in text
+    assert scores["attributes"]["gender"]["accuracy"] > 0.9
+    names = load_file(out / "best" / "adapter.safetensors")
+    assert {name.split(".")[0] for name in names} == {"backbone", "heads", "text"}
+
+
+def test_masked_titles_of_the_demo_tell_nothing(command, cache_dir, tmp_path):
+    """No word of them is left, so a blind model has one answer for all rows: that of the most frequent class."""
+    text, scores = run(command, cache_dir, tmp_path / "run", "--inputs", "title", epochs=1)
+    assert "LoRA 0, text" in text
+    assert scores["inputs"] == "title, leaks masked"
+    assert all(a["accuracy"] < 0.7 for a in scores["attributes"].values())
+    names = load_file(tmp_path / "run" / "best" / "adapter.safetensors")
+    assert {name.split(".")[0] for name in names} == {"heads", "text"}
+
+
+def test_a_title_changes_the_answer_and_the_column_for_batches_does_the_same(command, both, drawings, tmp_path):
+    out, *_ = both
+    words = ("--checkpoint", out / "best", "--json")
+    with open(drawings / "styles.csv", newline="") as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    done = command("infer.py", drawings / "images", "--titles", drawings / "styles.csv", *words)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    told = [(a, rows[Path(a["image"]).stem]) for a in answers if rows[Path(a["image"]).stem]["productDisplayName"]]
+    assert sum(a["attributes"]["gender"]["label"] == row["gender"] for a, row in told) > 0.9 * len(told)
+    answer, row = told[0]
+    one = command("infer.py", answer["image"], "--title", row["productDisplayName"], *words)
+    (one,) = (json.loads(line)["attributes"] for line in one.stdout.splitlines())
+    without = json.loads(command("infer.py", answer["image"], *words).stdout)["attributes"]
+    for name, said in answer["attributes"].items():
+        assert one[name]["label"] == said["label"]
+        assert one[name]["confidence"] == pytest.approx(said["confidence"], abs=2e-4)
+    assert without != one, "a row without a title has an answer too, another one"
+    assert without.keys() == one.keys()
+
+
+def test_scored_from_the_checkpoint_as_at_the_end_of_training(command, both, cache_dir, tmp_path):
+    words = ("--data", "demo", "--limit", 600, "--cache-dir", cache_dir, "--json", tmp_path / "scores")
+    done = command("evaluate.py", "--checkpoint", both[0] / "best", *words)
+    assert done.returncode == 0, done.stderr
+    assert "answers from image+title, leaks and all" in done.stdout
+    assert json.loads((tmp_path / "scores").read_text()) == both[2]
+
+
+def test_a_run_with_titles_resumes_to_the_same_bits(command, cache_dir, tmp_path, monkeypatch):
+    """The vocabulary is fitted anew, to the same tokens."""
+    words = ("--data", "demo", "--limit", 300, "--epochs", 1, "--inputs", "image+title", "--cache-dir", cache_dir)
+    assert command("train.py", *words, "--out", tmp_path / "whole").returncode == 0
+    taken, real = [], train.train_step
+
+    def step_then_ctrl_c(*args):
+        taken.append(real(*args))
+        if len(taken) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return taken[-1]
+
+    monkeypatch.setattr(train, "train_step", step_then_ctrl_c)
+    assert command("train.py", *words, "--out", tmp_path / "cut").returncode == train.STOPPED
+    done = command("train.py", "--resume", "--out", tmp_path / "cut")
+    assert done.returncode == 0, done.stderr
+    whole, cut = (load_file(tmp_path / run / "best" / "adapter.safetensors") for run in ("whole", "cut"))
+    assert all((whole[name] == cut[name]).all() for name in whole)
+
+
+def test_titles_added_to_a_run_of_pictures_change_no_answer_at_first(command, demo_run, cache_dir, tmp_path):
+    words = ("--inputs", "image+title", "--init-from", demo_run / "best", "--lr", 1e-12, "--limit", 1000)
+    text, scores = run(command, cache_dir, tmp_path / "run", *words, epochs=1)
+    assert "kept the adapters, the heads of gender, masterCategory" in text
+    before = json.loads((demo_run / "metrics.json").read_text())
+    for name, a in before["attributes"].items():
+        assert scores["attributes"][name]["accuracy"] == pytest.approx(a["accuracy"], abs=0.02), name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a", "b", "--title", "x"], "--title goes with one picture, and there are 2"),
+        (["a", "--titles", "gone.csv"], "cannot read --titles gone.csv: No such file"),
+        (["a", "--titles", "other.csv"], "--titles other.csv has a title for none of the pictures"),
+        (["a", "--titles", "bare.csv"], "bare.csv lacks the column productDisplayName"),
+    ],
+)
+def test_mistakes_with_titles_are_one_line(command, both, drawings, tmp_path, words, message):
+    pictures = sorted((drawings / "images").iterdir())
+    (tmp_path / "other.csv").write_text("id,productDisplayName\n77,Red Shoe\n")
+    (tmp_path / "bare.csv").write_text("id,name\n77,Red Shoe\n")
+    words = [pictures["ab".index(word)] if word in ("a", "b") else word for word in words]
+    done = command("infer.py", *words, "--checkpoint", both[0] / "best", cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_titles_are_refused_where_there_is_no_place_for_them(command, demo_run, both, drawings, tmp_path):
+    picture = next((drawings / "images").iterdir())
+    done = command("infer.py", picture, "--title", "Red shoe", "--checkpoint", demo_run / "best")
+    assert done.returncode == 2
+    assert "was trained on pictures alone; leave out --title" in done.stderr.splitlines()[-1]
+    for kind, out in (("timm", "a.safetensors"), ("peft", "a"), ("onnx", "a.onnx")):
+        done = command("export.py", "--checkpoint", both[0] / "best", "--to", kind, "--out", tmp_path / out)
+        assert done.returncode == 2
+        assert "reads titles, which none of these formats has a place for" in done.stderr.splitlines()[-1]
+
+
+def test_a_column_of_titles_that_is_empty_or_not_there_is_one_line(command, drawings, cache_dir, tmp_path):
+    with open(drawings / "styles.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    (tmp_path / "images").symlink_to(drawings / "images")
+    for row in rows:
+        row["name"] = ""
+    with open(tmp_path / "styles.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    cases = {
+        'title = "name"\n': "--inputs title: no train row has a title (column name)",
+        'title = "nam"\n': "lacks the column nam; nearest: name; it has id, gender",
+        "": "names no column of titles; add title =",
+    }
+    for head, message in cases.items():
+        (tmp_path / "own.toml").write_text(head + "[attributes.gender]\n")
+        done = command(
+            *("train.py", "--data", tmp_path, "--attributes", tmp_path / "own.toml", "--inputs", "title"),
+            *("--backbone", "demo", "--cache-dir", cache_dir, "--out", tmp_path / "run"),
+        )
+        assert done.returncode == 2
+        assert message in done.stderr.splitlines()[-1]
