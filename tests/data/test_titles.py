@@ -106,7 +106,7 @@ def test_a_fitted_vocabulary_is_the_same_in_every_process():
     titles = [demo.draw(i)[0]["productDisplayName"] or "" for i in range(200)]
     fitted = train_vocabulary(titles)
     script = (
-        "import json, sys; from data import titles as t; print(json.dumps(t.train_vocabulary(json.load(sys.stdin))))"
+        "import json, sys; from data import titles; print(json.dumps(titles.train_vocabulary(json.load(sys.stdin))))"
     )
     for seed in ("1", "2"):
         done = subprocess.run(
