@@ -197,16 +197,16 @@ def test_a_table_with_every_fault_gives_the_good_rows_and_lists_the_others(tmp_p
     ("data", "message"),
     [
         (HEADER.encode("utf-16"), "is not UTF-8 text; save it as UTF-8"),
-        (b"", "lacks the column id, gender"),
+        (b"", "lacks the column id; it has "),
         (f"{HEADER},gender".encode(), "has the column gender twice"),
-        (HEADER.replace("usage", "use").encode(), "lacks the column usage"),
+        ((HEADER.replace("usage", "use") + "\n100" + ",a" * 9).encode(), "lacks the column usage; it has id"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_one_line(tmp_path, data, message):
     folder = write_kaggle(tmp_path / "shop", [picture(0)])
     (folder / "styles.csv").write_bytes(data)
     with pytest.raises(UserError, match=message):
-        load_source(str(folder), tmp_path)
+        load_source(str(folder), tmp_path, needs=["usage"])
 
 
 def test_a_formula_in_a_label_or_a_file_name_is_no_formula_in_the_csv(tmp_path):
