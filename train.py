@@ -12,8 +12,9 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from itertools import count, islice
 
 import numpy as np
@@ -54,7 +55,7 @@ STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMP
 def setup(args: argparse.Namespace, device: torch.device) -> Task:
     """Pictures, labels, and the model on its device. `config` is all that rebuilds it, as checkpoints keep it."""
     catalogue = load_source(args.data, args.cache_dir, args.limit)
-    backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size)
+    backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size, args.patch_size)
     wants = timm.data.resolve_model_data_config(backbone)
     size = wants["input_size"][1:]
     preprocess = Preprocess(
@@ -74,7 +75,9 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
 
     counts = class_counts(labels[store.rows("train")], maps)
     config = {
-        "backbone": {"name": args.backbone, "img_size": args.img_size, "fingerprint": fingerprint},
+        "backbone": {"name": args.backbone}
+        | {name: getattr(args, name) for name in ("img_size", "patch_size", "keep_patches")}
+        | {"fingerprint": fingerprint},
         "lora": {name: getattr(args, name) for name in LORA_OPTIONS},
         "attributes": [
             {"name": a.name, "level": a.level, **asdict(maps[a.name]), "counts": counts[a.name]} for a in FASHION
@@ -133,9 +136,21 @@ def windows(loader: Iterable, accum: int) -> Iterator[list[tuple[Tensor, Tensor]
 
 
 def train_step(
-    model, window, optimizer, scaler, lr: float, amp: torch.dtype | None, preprocess, stop: StopRequest | None = None
+    model,
+    window,
+    optimizer,
+    scaler,
+    lr: float,
+    amp: torch.dtype | None,
+    prepare: Callable[[Tensor], Tensor],
+    smoothing: float = 0.0,
+    stop: StopRequest | None = None,
 ) -> Tensor | None:
     """One optimizer update over a window of micro-batches (pixels (B, H, W, 3) uint8, labels (B, A)).
+
+    Args:
+        prepare: pixels -> images (B, 3, S, S), augmented, on the device.
+        smoothing: of labels, see `attribute_losses`.
 
     Returns:
         the window's loss of each attribute and, last, the gradient norm before clipping, (A + 1,), still on the device;
@@ -147,10 +162,10 @@ def train_step(
     losses = torch.zeros(len(known), device=device)
     for number, (pixels, labels) in enumerate(window, 1):
         pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        images = preprocess(pixels, flip=torch.rand(len(pixels), device=device) < 0.5)  # (B, 3, S, S)
+        images = prepare(pixels)  # not under autocast, which would place warped pixels in bf16
         with torch.autocast(device.type, amp, enabled=amp is not None):
             logits = model(images)
-        micro = attribute_losses(logits, labels, known)
+        micro = attribute_losses(logits, labels, known, smoothing)
         scaler.scale(micro.sum()).backward()
         losses += micro.detach()
         if stop and stop.made and number < len(window):  # resuming takes the whole window again
@@ -182,10 +197,18 @@ def train_epoch(
         bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
         for start, window in zip(count(0, args.accum), windows(loader, args.accum), strict=False):
             step = state.step
-            torch.manual_seed(args.seed * 1_000_003 + step)  # flips and dropout
+            torch.manual_seed(args.seed * 1_000_003 + step)  # augmentation and dropout
             lr = learning_rate(step, total, args.lr)
             figures = train_step(
-                task.model, window, state.optimizer, state.scaler, lr, AMP[args.amp], task.preprocess, stop
+                task.model,
+                window,
+                state.optimizer,
+                state.scaler,
+                lr,
+                AMP[args.amp],
+                partial(task.preprocess.augmented, warp=args.warp),
+                args.label_smoothing,
+                stop,
             )
             if figures is not None:
                 unread.append((step, np.concatenate(batches[start : start + args.accum]), figures))

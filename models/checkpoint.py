@@ -23,7 +23,7 @@ from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
 from models.schema import misfit
 
-FORMAT = 2  # raise it when older code could not read what is written
+FORMAT = 3  # raise it when older code could not read what is written
 
 
 def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
@@ -43,7 +43,7 @@ def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
         levels={a["name"]: a["level"] for a in attributes},
         classes={a["name"]: len(a["labels"]) for a in attributes},
     )
-    model = AttributeClassifier(backbone, heads)
+    model = AttributeClassifier(backbone, heads, config["backbone"]["keep_patches"])
     set_trainable_params(model, trained_params(model))
     return model
 
@@ -178,9 +178,10 @@ def load_checkpoint(folder: Path, weights: Path | None = None) -> tuple[Attribut
             not in the checkpoint itself), else the hub's.
     """
     config = read_config(folder)
-    name, fingerprint = config["backbone"]["name"], config["backbone"]["fingerprint"]
+    base = config["backbone"]
+    name, fingerprint = base["name"], base["fingerprint"]
     weights = weights or remembered_weights(folder)
-    backbone, found = create_backbone(name, weights, config["backbone"]["img_size"])
+    backbone, found = create_backbone(name, weights, base["img_size"], base["patch_size"])
     if found != fingerprint:
         raise UserError(
             f"{folder} was trained on {name} weights {fingerprint}, but {weights or 'the hub copy'} holds {found}; "

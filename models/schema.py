@@ -10,7 +10,14 @@ PAIR, TRIPLE = [SIDE], [NUMBER]
 # {str: shape} for a mapping; else an object of these keys, "?" where one may be absent, and of others too where `...`
 # is among them.
 CONFIG = {
-    "backbone": {"name": str, "img_size": (SIDE, None), "fingerprint": str, ...: None},
+    "backbone": {
+        "name": str,
+        "img_size": (SIDE, None),
+        "patch_size": (SIDE, None),
+        "keep_patches": NUMBER,
+        "fingerprint": str,
+        ...: None,
+    },
     "lora": {
         "targets": [str],
         "rank": (RANK, {str: RANK}),

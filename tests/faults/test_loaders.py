@@ -21,6 +21,7 @@ from models.checkpoint import (
     sealed,
     trained_params,
 )
+from tests.conftest import OWN_PATCHES
 
 MUTANTS = 1000
 
@@ -31,7 +32,7 @@ def checkpoint(tmp_path_factory):
     backbone, fingerprint = create_backbone(DEMO)
     preprocess = {"canvas": [64, 64], "size": [64, 64], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
     config = {
-        "backbone": {"name": DEMO, "img_size": None, "fingerprint": fingerprint},
+        "backbone": {"name": DEMO, **OWN_PATCHES, "fingerprint": fingerprint},
         "lora": {"targets": ["query"], "rank": 2, "alpha": 4, "dropout": 0.1, "layers": [0]},
         "attributes": [{"name": "gender", "level": 1, "labels": ["a", "b"], "aliases": None}],
         "paths": [[0, 1]],

@@ -54,6 +54,13 @@ def test_loss_is_the_mean_over_labels_present():
     torch.testing.assert_close(attribute_losses(logits, labels), torch.stack([want_a, want_b]))
 
 
+def test_smoothing_spreads_a_share_of_the_label_over_all_classes():
+    scores, labels = torch.randn(4, 3), torch.tensor([[0], [2], [1], [-1]])
+    target = 0.9 * F.one_hot(labels[:3, 0], 3) + 0.1 / 3
+    want = -(target * scores[:3].log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(attribute_losses({"a": scores}, labels, smoothing=0.1), want[None])
+
+
 def test_an_attribute_without_labels_gives_zero_loss_and_zero_gradient():
     scores = torch.randn(4, 3, requires_grad=True)
     loss = attribute_losses({"a": scores}, torch.full((4, 1), -1))
