@@ -24,9 +24,12 @@ KINDS = {"timm": ".safetensors", "peft": "", "onnx": ".onnx"}
 def export_timm(model: nn.Module, config: dict, out: Path) -> None:
     """The backbone with LoRA merged in, in timm's names; the heads stay behind."""
     save_file(merge_lora(model.backbone).state_dict(), out, metadata={"format": "pt"})
-    name, size = config["backbone"]["name"], config["backbone"]["img_size"]
-    options = {"num_classes": 0} | (DEMO_BACKBONE if name == DEMO else {}) | ({"img_size": size} if size else {})
+    base = config["backbone"]
+    name, changed = base["name"], {key: base[key] for key in ("img_size", "patch_size") if base[key]}
+    options = {"num_classes": 0} | (DEMO_BACKBONE if name == DEMO else {}) | changed
     create = ", ".join([repr(DEMO_ARCHITECTURE if name == DEMO else name), *(f"{k}={v}" for k, v in options.items())])
+    if base["keep_patches"] < 1:
+        print(f"trained on the fullest {base['keep_patches']:.0%} of each picture's patches; timm's model takes all")
     print(f"load it: timm.create_model({create}).load_state_dict(safetensors.torch.load_file({str(out)!r}))")
 
 
@@ -36,6 +39,8 @@ def export_peft(model: nn.Module, config: dict, out: Path, old: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "adapter_config.json").write_text(json.dumps(adapter, indent=1) + "\n", encoding="utf-8")
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    if config["backbone"]["patch_size"] or config["backbone"]["keep_patches"] < 1:
+        print("trained with --patch-size or --keep-patches, for which Hugging Face's ViT has no option")
     since = "up to 5.8" if old else "from 5.9 on"
     print(f"load it, transformers {since}: PeftModel.from_pretrained(ViTModel(...), {str(out)!r})")
 

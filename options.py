@@ -38,6 +38,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--img-size", type=positive_int, help="side of the model's input in pixels (default: the backbone's own)"
     )
+    p.add_argument("--patch-size", type=positive_int, help="side of a patch in pixels (default: the backbone's own)")
+    p.add_argument(
+        "--keep-patches",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="leave out the emptiest patches of each picture: 0.5 keeps half of them (default: all)",
+    )
     p.add_argument(
         "--rank",
         type=per_target(positive_int),
@@ -78,6 +86,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--batch-size", type=positive_int, default=16, help="images in a micro-batch (default: %(default)s)")
     p.add_argument(
         "--accum", type=positive_int, default=1, help="micro-batches in an optimizer step (default: %(default)s)"
+    )
+    p.add_argument(
+        "--warp",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="stretch, turn and move training pictures by up to this, such as 0.2 (default: %(default)s)",
+    )
+    p.add_argument(
+        "--label-smoothing", type=float, default=0.0, metavar="SHARE", help="such as 0.1 (default: %(default)s)"
     )
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
     p.add_argument(
@@ -121,6 +139,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--lora-plus {args.lora_plus} is not a positive number")
     if not 3 <= args.title_length <= 512:
         raise UserError(f"--title-length {args.title_length} is not between 3 and 512")
+    if not 0 < args.keep_patches <= 1:
+        raise UserError(f"--keep-patches {args.keep_patches} is not a share of the patches, above 0 and at most 1")
+    for name in ("warp", "label_smoothing"):
+        if not 0 <= (value := getattr(args, name)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not a number from 0 to below 1")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} is negative")
     if args.resume:

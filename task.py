@@ -80,7 +80,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
         raise UserError(f'--inputs {args.inputs}: {args.attributes} names no column of titles; add title = "COLUMN"')
     needs = columns_of(attributes, schema.title if reads else None)
     catalogue = load_source(args.data, args.cache_dir, args.limit, needs)
-    backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size)
+    backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size, args.patch_size)
     wants = timm.data.resolve_model_data_config(backbone)
     size = wants["input_size"][1:]
     preprocess = Preprocess(
@@ -107,7 +107,9 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     fitted = {name: asdict(m) | {"counts": counts[name]} for name, m in maps.items()}
     fitted |= {name: asdict(scale) for name, scale in scales.items()}
     config = {
-        "backbone": {"name": args.backbone, "img_size": args.img_size, "fingerprint": fingerprint},
+        "backbone": {"name": args.backbone}
+        | {name: getattr(args, name) for name in ("img_size", "patch_size", "keep_patches")}
+        | {"fingerprint": fingerprint},
         "lora": {name: getattr(args, name) for name in LORA_OPTIONS},
         "attributes": [asdict(a) | fitted[a.name] for a in attributes],
         "paths": known_paths(known.labels[train_rows], attributes),

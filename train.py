@@ -11,7 +11,8 @@ import argparse
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import count, islice
 
 import numpy as np
@@ -83,13 +84,16 @@ def train_step(
     scaler,
     lr: float,
     amp: torch.dtype | None,
-    preprocess,
+    prepare: Callable[[Tensor], Tensor],
+    smoothing: float = 0.0,
     stop: StopRequest | None = None,
     weights: Tensor | None = None,
 ) -> Tensor | None:
     """One optimizer update over a window of micro-batches.
 
     Args:
+        prepare: pixels -> images (B, 3, S, S), augmented, on the device.
+        smoothing: of labels, see `attribute_losses`.
         weights: (A,) of each attribute's loss; default: all 1.
 
     Returns:
@@ -102,10 +106,10 @@ def train_step(
     losses = torch.zeros(len(known), device=device)
     for number, batch in enumerate(window, 1):
         batch = batch.to(device)
-        images = preprocess(batch.pixels, flip=torch.rand(len(batch.pixels), device=device) < 0.5)  # (B, 3, S, S)
+        images = prepare(batch.pixels)  # not under autocast, which would place warped pixels in bf16
         with torch.autocast(device.type, amp, enabled=amp is not None):
             outputs = model(images, batch.tokens)
-        micro = attribute_losses(outputs, batch.labels, known, batch.numbers)
+        micro = attribute_losses(outputs, batch.labels, known, smoothing, batch.numbers)
         scaler.scale((micro if weights is None else micro * weights).sum()).backward()
         losses += micro.detach()
         if stop and stop.made and number < len(window):  # resuming takes the whole window again
@@ -139,10 +143,19 @@ def train_epoch(
         bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
         for start, window in zip(count(0, args.accum), windows(loader, args.accum), strict=False):
             step = state.step
-            torch.manual_seed(args.seed * 1_000_003 + step)  # flips and dropout
+            torch.manual_seed(args.seed * 1_000_003 + step)  # augmentation and dropout
             lr = learning_rate(step, total, args.lr)
             figures = train_step(
-                task.model, window, state.optimizer, state.scaler, lr, AMP[args.amp], task.preprocess, stop, weights
+                task.model,
+                window,
+                state.optimizer,
+                state.scaler,
+                lr,
+                AMP[args.amp],
+                partial(task.preprocess.augmented, warp=args.warp),
+                args.label_smoothing,
+                stop,
+                weights,
             )
             if figures is not None:
                 unread.append((step, np.concatenate(batches[start : start + args.accum]), figures))

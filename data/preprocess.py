@@ -58,3 +58,26 @@ class Preprocess:
             x = resize(x) if x.device.type == "cpu" else resize(x.float()).round_().clamp_(0, 255)
         scale, shift = _affine(self.mean, self.std, x.device)
         return torch.addcmul(shift, x.float(), scale)
+
+    def augmented(self, pixels: torch.Tensor, warp: float = 0.0) -> torch.Tensor:
+        """pixels uint8 (B, H, W, 3) -> float32 (B, 3, *size) to train on: every other one mirrored, and all warped.
+
+        Colours stay as they are, since they are a label.
+
+        Args:
+            warp: by how much at most a picture's sides are stretched (a share), it is turned (radians) and moved (a
+                share of half its side).
+        """
+        images = self(pixels, flip=torch.rand(len(pixels), device=pixels.device) < 0.5)
+        if not warp:
+            return images
+        grid = F.affine_grid(random_affine(len(images), warp, images.device), images.shape, align_corners=False)
+        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def random_affine(count: int, most: float, device: torch.device) -> torch.Tensor:
+    """(count, 2, 3) maps as `F.affine_grid` takes them, drawn evenly from all within `most`."""
+    across, down, turn, x, y = most * (2 * torch.rand(5, count, device=device) - 1)
+    cos, sin = turn.cos(), turn.sin()
+    rows = [(1 + across) * cos, -(1 + down) * sin, x], [(1 + across) * sin, (1 + down) * cos, y]
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=1)

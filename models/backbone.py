@@ -43,7 +43,7 @@ DEMO_WEIGHTS = Path(__file__).with_name("demo_backbone.safetensors")
 
 
 def create_backbone(
-    name: str, weights: Path | None = None, img_size: int | None = None
+    name: str, weights: Path | None = None, img_size: int | None = None, patch_size: int | None = None
 ) -> tuple[VisionTransformer, str]:
     """A timm ViT without its classifier, and the fingerprint of its base weights.
 
@@ -51,6 +51,8 @@ def create_backbone(
         name: a timm model name, or "demo".
         weights: a safetensors file in timm's names; None takes the hub's (the demo's own lie in the repo).
         img_size: side of the square input in pixels; the position embedding is resampled to it.
+        patch_size: side of a patch in pixels; the patch embedding is resampled to it, so that a patch made of fewer
+            pixels gives what it gave when it was larger (FlexiViT, Beyer et al. 2023, arXiv:2212.08013).
 
     Returns:
         the model, mapping images (B, 3, S, S) to embeddings (B, `num_features`), and the fingerprint.
@@ -61,11 +63,14 @@ def create_backbone(
     model = bare_backbone(name)
     load_weights(model, weights or find_weights(name, model), name)
     fingerprint = weights_fingerprint(model)
-    if img_size is not None:
-        patch = model.patch_embed.patch_size[0]
-        if img_size < patch or img_size % patch:
-            raise UserError(f"--img-size {img_size} is not a multiple of {name}'s patch size {patch}")
-        model.set_input_size(img_size=img_size)
+    if img_size or patch_size:
+        size, patch = img_size or model.patch_embed.img_size[0], patch_size or model.patch_embed.patch_size[0]
+        if size < patch or size % patch:
+            raise UserError(
+                f"an image of {size} pixels a side has no whole number of patches of {patch}; "
+                "give another --img-size or --patch-size"
+            )
+        model.set_input_size(img_size=size, patch_size=patch)
         note_size(model)
     return use_packed_attention(model), fingerprint
 

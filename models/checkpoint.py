@@ -25,7 +25,7 @@ from models.schema import misfit
 from models.text import WIDTH as TEXT_WIDTH
 from models.text import TextEncoder
 
-FORMAT = 3  # raise it when older code could not read what is written
+FORMAT = 4  # raise it when older code could not read what is written
 
 
 def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
@@ -40,9 +40,9 @@ def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
             apply_lora(backbone, settings.pop("targets"), **settings, table=VIT_TARGETS)
     except ValueError as error:
         raise UserError(str(error)) from None
-    heads = make_heads(backbone.num_features, config)
+    heads, keep = make_heads(backbone.num_features, config), config["backbone"]["keep_patches"]
     encoder = TextEncoder(len(text["vocab"]), text["length"], text["vocab"].index("[PAD]")) if text else None
-    model = AttributeClassifier(backbone, heads, encoder, blind)
+    model = AttributeClassifier(backbone, heads, keep, encoder, blind)
     set_trainable_params(model, trained_params(model))
     return model
 
@@ -190,9 +190,10 @@ def load_checkpoint(folder: Path, weights: Path | None = None) -> tuple[Attribut
             not in the checkpoint itself), else the hub's.
     """
     config = read_config(folder)
-    name, fingerprint = config["backbone"]["name"], config["backbone"]["fingerprint"]
+    base = config["backbone"]
+    name, fingerprint = base["name"], base["fingerprint"]
     weights = weights or remembered_weights(folder)
-    backbone, found = create_backbone(name, weights, config["backbone"]["img_size"])
+    backbone, found = create_backbone(name, weights, base["img_size"], base["patch_size"])
     if found != fingerprint:
         raise UserError(
             f"{folder} was trained on {name} weights {fingerprint}, but {weights or 'the hub copy'} holds {found}; "

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.heads import HierarchicalHeads
+from models.patches import forward_features
 
 
 class AttributeClassifier(nn.Module):
@@ -18,16 +19,23 @@ class AttributeClassifier(nn.Module):
     Args:
         backbone: a timm `VisionTransformer` with `num_classes=0`.
         heads: for embeddings of twice the backbone's `num_features`, and the width of the text's summary.
+        keep_patches: share of the patches that the backbone sees, those with most in them (see `models.patches`).
         text: for tokens (B, T) of titles.
         blind: the pictures are not looked at.
     """
 
     def __init__(
-        self, backbone: nn.Module, heads: HierarchicalHeads, text: nn.Module | None = None, blind: bool = False
+        self,
+        backbone: nn.Module,
+        heads: HierarchicalHeads,
+        keep_patches: float = 1.0,
+        text: nn.Module | None = None,
+        blind: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
         self.heads = heads
+        self.keep_patches = keep_patches
         self.text = text
         self.blind = blind
 
@@ -39,7 +47,7 @@ class AttributeClassifier(nn.Module):
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) -> the backbone's own embedding and the mean of its patches, (B, d) each."""
-        tokens = self.backbone.forward_features(images)  # (B, prefix + patches, d)
+        tokens = forward_features(self.backbone, images, self.keep_patches)  # (B, prefix + patches, d)
         patches = self.backbone.fc_norm(tokens[:, self.backbone.num_prefix_tokens :].mean(1))  # (B, d)
         return self.backbone.forward_head(tokens), patches
 
@@ -50,7 +58,11 @@ def known_targets(labels: Tensor, numbers: Tensor) -> Tensor:
 
 
 def attribute_losses(
-    outputs: dict[str, Tensor], labels: Tensor, known: Tensor | None = None, numbers: Tensor | None = None
+    outputs: dict[str, Tensor],
+    labels: Tensor,
+    known: Tensor | None = None,
+    smoothing: float = 0.0,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """The loss of each attribute over the rows whose value is present: cross-entropy of a class, and of a number
     Huber's (quadratic up to one standard deviation, then linear: a few extreme prices do not rule it).
@@ -60,6 +72,8 @@ def attribute_losses(
         labels: (B, A) class indices; negative where the label is missing.
         known: (A + M,) how many are present in the batch that the optimizer step covers; default: in this one.
             Dividing by the step's own count makes micro-batches add up to the gradient of one big batch.
+        smoothing: probability that is taken from the label and spread over all classes (Szegedy et al. 2016,
+            arXiv:1512.00567): catalogues have wrong labels, and a model that is never sure learns fewer by heart.
         numbers: (B, M) in standard deviations, NaN where the number is missing; default: there are none.
 
     Returns:
@@ -73,7 +87,7 @@ def attribute_losses(
     classes = labels.shape[1]
     logits, guesses = list(outputs.values())[:classes], list(outputs.values())[classes:]
     sums = [
-        F.cross_entropy(scores.float(), target, ignore_index=-1, reduction="sum")
+        F.cross_entropy(scores.float(), target, ignore_index=-1, reduction="sum", label_smoothing=smoothing)
         for scores, target in zip(logits, labels.clamp(min=-1).unbind(1), strict=True)
     ]
     for guess, target in zip(guesses, numbers.unbind(1), strict=True):

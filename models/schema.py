@@ -21,7 +21,14 @@ ATTRIBUTE = {
 CLASS = ATTRIBUTE | {"kind": "class", "labels": [str], "aliases": ({str: str}, None)}
 QUANTITY = ATTRIBUTE | {"kind": "number", "mean": NUMBER, "std": NUMBER, "median": NUMBER}
 CONFIG = {
-    "backbone": {"name": str, "img_size": (SIDE, None), "fingerprint": str, ...: None},
+    "backbone": {
+        "name": str,
+        "img_size": (SIDE, None),
+        "patch_size": (SIDE, None),
+        "keep_patches": NUMBER,
+        "fingerprint": str,
+        ...: None,
+    },
     "lora": {
         "targets": [str],
         "rank": (RANK, {str: RANK}),

@@ -14,6 +14,8 @@ import torch
 
 from models.checkpoint import sealed
 
+OWN_PATCHES = {"img_size": None, "patch_size": None, "keep_patches": 1.0}  # of a checkpoint's config
+
 ROOT = Path(__file__).parents[1]
 
 torch.set_num_threads(2)

@@ -41,11 +41,9 @@ def tiny_model(dropout: float = 0.0) -> AttributeClassifier:
     return model
 
 
-class InDouble:
-    """The real preprocessing, without flips, for a model in fp64."""
-
-    def __call__(self, pixels, flip=None):
-        return PREPROCESS(pixels).double()
+def in_double(pixels: torch.Tensor) -> torch.Tensor:
+    """The real preprocessing, not augmented, for a model in fp64."""
+    return PREPROCESS(pixels).double()
 
 
 def batch(rows: int, seed: int) -> Batch:
@@ -66,7 +64,7 @@ def updated(model, micro_batches, scale: float | None = None) -> dict[str, torch
     """What trains, after one step; with the loss scaled as for fp16 where `scale` is given."""
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-    train_step(model, micro_batches, optimizer, scaler, 0.1, None, InDouble())
+    train_step(model, micro_batches, optimizer, scaler, 0.1, None, in_double)
     return {name: p.detach() for name, p in trained_params(model).items()}
 
 
@@ -117,7 +115,7 @@ def test_an_overflow_under_fp16_takes_no_step_and_halves_the_scale():
     heads = {name: p.detach().clone() for name, p in trained_params(model).items()}
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    train_step(model, [batch(4, 0)], optimizer, scaler, 0.1, None, InDouble())
+    train_step(model, [batch(4, 0)], optimizer, scaler, 0.1, None, in_double)
     assert scaler.get_scale() == 2.0**15
     assert all(torch.equal(p, heads[name]) for name, p in trained_params(model).items())
     assert heads.keys() == before.keys()
@@ -129,7 +127,7 @@ def test_a_window_without_any_label_changes_nothing_and_is_finite():
     model = tiny_model()
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    *losses, norm = train_step(model, [unlabelled], optimizer, scaler, 0.1, None, InDouble())
+    *losses, norm = train_step(model, [unlabelled], optimizer, scaler, 0.1, None, in_double)
     assert losses == [0, 0]
     assert norm == 0
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny_model().parameters(), strict=True))
@@ -142,7 +140,7 @@ def test_the_gradient_is_clipped_to_norm_one():
     before = {name: p.detach().clone() for name, p in trained_params(model).items()}
     optimizer = sgd(model)
     *_, norm = train_step(
-        model, [batch(4, 0)], optimizer, torch.amp.GradScaler("cpu", enabled=False), 0.1, None, InDouble()
+        model, [batch(4, 0)], optimizer, torch.amp.GradScaler("cpu", enabled=False), 0.1, None, in_double
     )
     moved = torch.stack([(p - before[name]).norm() for name, p in trained_params(model).items()]).norm()
     assert norm > 1
@@ -180,7 +178,7 @@ def test_lora_plus_is_the_learning_rate_of_b_alone():
             parameter_groups(trained_params(model), lora_plus), lr=1, weight_decay=0, fused=True
         )
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        train_step(model, [batch(4, 0)], optimizer, scaler, 1e-4, None, InDouble())
+        train_step(model, [batch(4, 0)], optimizer, scaler, 1e-4, None, in_double)
         return {name: (p - before[name]).norm() for name, p in trained_params(model).items()}
 
     plain, plus = moved(1.0), moved(16.0)
@@ -214,6 +212,7 @@ def test_variants_train_and_load(command, cache_dir, tmp_path):
         *("train.py", "--data", "demo", "--limit", 200, "--epochs", 1, "--cache-dir", cache_dir, "--out", "run"),
         *("--targets", "query", "dense", "--rank", "query=2,dense=4", "--alpha", "8", "--layers", 0, 3),
         *("--rslora", "--dora", "--pissa", "--lora-plus", 4, "--base", "int8", "--amp", "bf16"),
+        *("--patch-size", 4, "--keep-patches", 0.5, "--warp", 0.1, "--label-smoothing", 0.1),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -333,7 +332,7 @@ def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
         (["--weights", "gone.safetensors"], "gone.safetensors"),
         (["--out", "/proc/run"], "cannot write to --out /proc/run"),
         (["--epochs", "two"], "--epochs: two is not a whole number above 0"),
-        (["--img-size", "60"], "--img-size 60 is not a multiple of demo's patch size 8"),
+        (["--img-size", "60"], "60 pixels a side has no whole number of patches of 8"),
         (["--resume", "--out", "nothing", "--limit", "50"], "leave out --data"),
         (["--alpha", "-1"], "alpha must be positive, got -1"),
         (["--seed", "-1"], "--seed -1 is negative"),
@@ -342,6 +341,10 @@ def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
         (["--rank", "query=4"], "no rank for target 'key'"),
         (["--layers", "9"], "no target layer is in block 9; there are blocks [0, 1, 2, 3]"),
         (["--lora-plus", "0"], "--lora-plus 0.0 is not a positive number"),
+        (["--patch-size", "7"], "64 pixels a side has no whole number of patches of 7"),
+        (["--keep-patches", "0"], "--keep-patches 0.0 is not a share of the patches"),
+        (["--warp", "1"], "--warp 1.0 is not a number from 0 to below 1"),
+        (["--label-smoothing", "-0.1"], "--label-smoothing -0.1 is not a number from 0 to below 1"),
         (["--amp", "fp8"], "argument --amp: invalid choice: 'fp8'"),
         (["--limit", "3"], "is too small"),
     ],

@@ -8,7 +8,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from data.images import decode
-from data.preprocess import Preprocess
+from data.preprocess import Preprocess, random_affine
 from tests.data.conftest import picture
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -46,6 +46,42 @@ def test_flips_the_named_rows_alone(size):
     assert torch.equal(flipped[1], plain[1])
     assert not torch.equal(flipped[2], plain[2])
     assert torch.equal(pixels, before)
+
+
+def test_augmenting_without_a_warp_mirrors_half_and_no_more():
+    preprocess = Preprocess((80, 60), (112, 112), "bicubic", MEAN, STD)
+    pixels = torch.randint(0, 256, (64, 80, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    images, plain = preprocess.augmented(pixels), preprocess(pixels)
+    mirrored = preprocess(pixels, torch.ones(64, dtype=torch.bool))
+    same = [torch.equal(a, b) for a, b in zip(images, plain, strict=True)]
+    assert 20 < sum(same) < 44
+    assert all(s or torch.equal(a, b) for s, a, b in zip(same, images, mirrored, strict=True))
+
+
+def test_a_warp_moves_a_dot_as_far_as_it_says_and_keeps_colours():
+    """A flat sheet stays flat; a dot in the centre moves with the shift, and grows or shrinks with the stretch."""
+    preprocess = Preprocess((64, 64), (64, 64), "bicubic", (0.0,) * 3, (1.0,) * 3)
+    pixels = torch.full((500, 64, 64, 3), 200, dtype=torch.uint8)
+    torch.manual_seed(0)
+    flat = preprocess.augmented(pixels, 0.2)
+    assert torch.allclose(flat, torch.full_like(flat, 200 / 255), atol=1e-4)
+    pixels[:, 30:34, 30:34] = 0
+    dark = 200 / 255 - preprocess.augmented(pixels, 0.2)[:, 0]  # (B, 64, 64)
+    where = torch.stack([(dark.sum(axis) * torch.arange(64)).sum(1) / dark.sum((1, 2)) for axis in (1, 2)], dim=1)
+    moved = (where - 31.5).abs()
+    assert 6 < moved.max() < 0.2 * 32 * 1.3, "a fifth of half a side, seen through a picture up to a fifth smaller"
+    size = dark.sum((1, 2)) / (200 / 255)
+    assert size.min() < 16 / 1.3 and size.max() > 16 * 1.3
+
+
+def test_drawn_maps_stay_within_what_was_asked_for():
+    torch.manual_seed(0)
+    maps = random_affine(2000, 0.1, torch.device("cpu"))
+    stretch = maps[:, :, :2].norm(dim=1)  # (N, 2), of each side
+    assert 0.9 <= stretch.min() < 0.905 and 1.095 < stretch.max() <= 1.1
+    turn = torch.atan2(maps[:, 1, 0], maps[:, 0, 0])
+    assert 0.095 < turn.abs().max() <= 0.1 and maps[:, :, 2].abs().max() <= 0.1
 
 
 def test_survives_json():

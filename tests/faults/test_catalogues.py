@@ -199,7 +199,10 @@ def test_a_table_with_every_fault_gives_the_good_rows_and_lists_the_others(tmp_p
         (HEADER.encode("utf-16"), "is not UTF-8 text; save it as UTF-8"),
         (b"", "lacks the column id; it has "),
         (f"{HEADER},gender".encode(), "has the column gender twice"),
-        ((HEADER.replace("usage", "use") + "\n100" + ",a" * 9).encode(), "lacks the column usage; it has id"),
+        (
+            (HEADER.replace("usage", "use") + "\n100" + ",a" * 9).encode(),
+            "lacks the column usage; nearest: use; it has id",
+        ),
     ],
 )
 def test_a_table_that_cannot_be_read_is_one_line(tmp_path, data, message):

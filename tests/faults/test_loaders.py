@@ -21,6 +21,7 @@ from models.checkpoint import (
     sealed,
     trained_params,
 )
+from tests.conftest import OWN_PATCHES
 
 MUTANTS = 1000
 
@@ -34,7 +35,7 @@ def checkpoint(tmp_path_factory):
     plain |= {"weight": 1.0, "parents": []}
     number = plain | {"name": "price", "kind": "number", "mean": 9.0, "std": 2.0, "median": 8.0}
     config = {
-        "backbone": {"name": DEMO, "img_size": None, "fingerprint": fingerprint},
+        "backbone": {"name": DEMO, **OWN_PATCHES, "fingerprint": fingerprint},
         "lora": {"targets": ["query"], "rank": 2, "alpha": 4, "dropout": 0.1, "layers": [0]},
         "attributes": [plain | {"labels": ["a", "b"], "aliases": None}, number],
         "paths": [{"attributes": ["gender"], "known": [[0], [1]]}],

@@ -81,5 +81,5 @@ def test_weights_that_are_none(tmp_path):
 
 
 def test_image_size_off_the_patch_grid():
-    with pytest.raises(UserError, match="--img-size 60 is not a multiple of demo's patch size 8"):
+    with pytest.raises(UserError, match="60 pixels a side has no whole number of patches of 8"):
         create_backbone(DEMO, img_size=60)

@@ -19,6 +19,7 @@ from models.checkpoint import (
     sealed,
     trained_params,
 )
+from tests.conftest import OWN_PATCHES
 
 PLAIN = {"column": "x", "derive": None, "kind": "class", "weight": 1.0, "parents": []}
 NAMES = {"gender": (1, 5), "masterCategory": (1, 7), "subCategory": (2, 9), "articleType": (3, 20), "brand": (4, 4)}
@@ -33,7 +34,7 @@ def trained(tmp_path):
     torch.manual_seed(0)
     backbone, fingerprint = create_backbone(DEMO)
     config = {
-        "backbone": {"name": DEMO, "img_size": None, "fingerprint": fingerprint},
+        "backbone": {"name": DEMO, **OWN_PATCHES, "fingerprint": fingerprint},
         "lora": {"targets": ["query", "value", "dense"], "rank": 4, "alpha": 8, "dropout": 0.1},
         "attributes": [
             PLAIN | {"name": name, "level": level, "labels": [str(i) for i in range(classes)], "aliases": None}
@@ -134,7 +135,7 @@ def test_damaged_checkpoints(trained, tmp_path):
         load_checkpoint(text)
     newer = copy("newer")
     (newer / "config.json").write_text('{"format": 99}')
-    with pytest.raises(UserError, match=r"is of format 99, not a format 3 checkpoint .* newer version"):
+    with pytest.raises(UserError, match=r"is of format 99, not a format 4 checkpoint .* newer version"):
         load_checkpoint(newer)
     cut = copy("cut")
     (cut / "adapter.safetensors").write_bytes((folder / "adapter.safetensors").read_bytes()[:1000])
@@ -163,7 +164,7 @@ def test_variants_round_trip(tmp_path, variant):
     torch.manual_seed(0)
     backbone, fingerprint = create_backbone(DEMO)
     config = {
-        "backbone": {"name": DEMO, "img_size": None, "fingerprint": fingerprint},
+        "backbone": {"name": DEMO, **OWN_PATCHES, "fingerprint": fingerprint},
         "lora": {"targets": ["query", "value", "dense"], "rank": 4, "alpha": 8, "dropout": 0.1} | variant,
         "attributes": [PLAIN | {"name": "gender", "level": 1, "labels": ["a", "b"], "aliases": None}],
         "paths": [],
@@ -185,6 +186,7 @@ def test_vit_b_has_the_recipes_2654208_lora_parameters():
     with torch.device("meta"):
         backbone = bare_backbone("vit_base_patch16_224")
         lora = {"targets": ["query", "key", "value", "dense"], "rank": 16, "alpha": 32, "dropout": 0.05}
-        model = attach(backbone, {"lora": lora, "attributes": [], "inputs": "image", "text": None})
+        rest = {"attributes": [], "inputs": "image", "text": None, "backbone": OWN_PATCHES}
+        model = attach(backbone, {"lora": lora} | rest)
     assert sum(p.numel() for p in trained_params(model).values()) == 2_654_208
     assert parameter_summary(model).startswith("trainable 2,654,208 / total 88,45")

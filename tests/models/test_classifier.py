@@ -54,6 +54,13 @@ def test_loss_is_the_mean_over_labels_present():
     torch.testing.assert_close(attribute_losses(logits, labels), torch.stack([want_a, want_b]))
 
 
+def test_smoothing_spreads_a_share_of_the_label_over_all_classes():
+    scores, labels = torch.randn(4, 3), torch.tensor([[0], [2], [1], [-1]])
+    target = 0.9 * F.one_hot(labels[:3, 0], 3) + 0.1 / 3
+    want = -(target * scores[:3].log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(attribute_losses({"a": scores}, labels, smoothing=0.1), want[None])
+
+
 def test_an_attribute_without_labels_gives_zero_loss_and_zero_gradient():
     scores = torch.randn(4, 3, requires_grad=True)
     loss = attribute_losses({"a": scores}, torch.full((4, 1), -1))
@@ -81,11 +88,11 @@ def test_numbers_have_hubers_loss_over_those_present():
     labels, numbers = torch.tensor([[0], [-1], [2], [1]]), torch.tensor([[0.5], [float("nan")], [-3.0], [9.0]])
     known = known_targets(labels, numbers)
     assert known.tolist() == [3, 3]
-    whole = attribute_losses(outputs, labels, None, numbers)
+    whole = attribute_losses(outputs, labels, numbers=numbers)
     want = F.huber_loss(outputs["n"][[0, 2, 3]], numbers[[0, 2, 3]].double())
     torch.testing.assert_close(whole[1].double(), want, rtol=1e-5, atol=1e-6)
     halves = [
-        attribute_losses({k: v[rows] for k, v in outputs.items()}, labels[rows], known, numbers[rows])
+        attribute_losses({k: v[rows] for k, v in outputs.items()}, labels[rows], known, numbers=numbers[rows])
         for rows in (slice(0, 2), slice(2, 4))
     ]
     torch.testing.assert_close(sum(halves), whole, rtol=0, atol=1e-6)

@@ -7,6 +7,7 @@ from errors import UserError
 from models.backbone import DEMO, create_backbone
 from models.checkpoint import attach, read_config, save_checkpoint, trained_params
 from models.inherit import inherit
+from tests.conftest import OWN_PATCHES
 from tests.models.test_checkpoint import IMAGES, PLAIN, PREPROCESS
 
 OLD = {"gender": (1, "ab"), "category": (1, "xyz"), "piece": (2, "mnop"), "colour": (4, "rgb")}
@@ -20,7 +21,7 @@ def described(attributes: dict, rank: int = 4) -> dict:
         made.append(about | ({"labels": list(labels), "aliases": None} if labels else number))
     _, fingerprint = create_backbone(DEMO)
     return {
-        "backbone": {"name": DEMO, "img_size": None, "fingerprint": fingerprint},
+        "backbone": {"name": DEMO, **OWN_PATCHES, "fingerprint": fingerprint},
         "lora": {"targets": ["query", "dense"], "rank": rank, "alpha": 8, "dropout": 0.0},
         "attributes": made,
         "paths": [],

@@ -1,0 +1,34 @@
+"""Fewer patches: a product photo is half background, and a ViT works as hard on an empty patch as on a full one."""
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+
+def forward_features(backbone: VisionTransformer, images: Tensor, keep: float = 1.0) -> Tensor:
+    """timm's `forward_features`, over the share `keep` of each picture's patches that has most contrast.
+
+    A patch carries its position with it, so the others can be left out as masked autoencoders do (He et al. 2022,
+    arXiv:2111.06377), and what a picture's empty patches would say is where the kept ones are not.
+
+    Args:
+        images: (B, 3, S, S), normalised.
+
+    Returns:
+        (B, prefix + K, d) tokens after the last norm, K = keep of all patches, at least one.
+    """
+    if keep == 1:
+        return backbone.forward_features(images)
+    tokens = backbone._pos_embed(backbone.patch_embed(images))  # (B, prefix + patches, d)
+    prefix, patches = tokens.tensor_split([backbone.num_prefix_tokens], dim=1)
+    fullest = by_contrast(images, backbone.patch_embed.patch_size)[:, : max(1, round(keep * patches.shape[1]))]
+    patches = patches.gather(1, fullest[..., None].expand(-1, -1, patches.shape[-1]))
+    return backbone.norm(backbone.blocks(backbone.norm_pre(torch.cat([prefix, patches], dim=1))))
+
+
+def by_contrast(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """(B, 3, S, S) -> (B, patches) their indices, row by row, the greatest difference within a channel first."""
+    highest, lowest = F.max_pool2d(images, patch_size), -F.max_pool2d(-images, patch_size)
+    contrast = (highest - lowest).amax(1).flatten(1)  # (B, patches)
+    return contrast.argsort(dim=1, descending=True, stable=True)
