@@ -217,6 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     model = merge_lora(model).to(device)
     preprocess, attributes = Preprocess(**config["preprocess"]), config["attributes"]
     decoder = Decoder(config, joint=not args.independent)
+    if simulated := [a["name"] for a in attributes if a["derive"] == "price"]:
+        print(f"{simulated[0]} is simulated: it was learnt from a table, not from prices", file=sys.stderr)
     if "calibration" not in config:
         print("not calibrated, so all is for review: evaluate.py --calibrate does it", file=sys.stderr)
 

@@ -96,7 +96,7 @@ def check_same(saved: dict, config: dict, out: Path) -> None:
     ):
         if found != wanted:
             raise UserError(f"--resume: the {what} {found}, but {out} was trained with {wanted}")
-    for key in ("attributes", "paths", "preprocess"):
+    for key in ("attributes", "paths", "preprocess", "inputs", "text"):
         if now[key] != saved[key]:
             raise UserError(f"--resume: the catalogue is not the one {out} was trained on: its {key} differ")
 

@@ -147,6 +147,19 @@ def test_the_gradient_is_clipped_to_norm_one():
     assert moved.item() == pytest.approx(0.1 * 1, rel=1e-4)  # learning rate times the clipped norm
 
 
+def test_a_weight_scales_an_attributes_gradient_and_not_its_reported_loss():
+    def figures(weights):
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        model = tiny_model()
+        return train_step(model, [batch(8, 0)], sgd(model), scaler, 0.1, None, in_double, weights=weights)
+
+    plain, doubled, first = figures(None), figures(torch.tensor([2.0, 2.0])), figures(torch.tensor([1.0, 0.0]))
+    assert torch.equal(plain[:2], doubled[:2])
+    assert torch.equal(plain[:2], first[:2])
+    assert doubled[2].item() == pytest.approx(2 * plain[2].item(), rel=1e-5)
+    assert 0 < first[2] < plain[2]
+
+
 def test_windows_keep_the_short_tail():
     assert [len(w) for w in windows(range(7), 3)] == [3, 3, 1]
 
