@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -92,26 +93,16 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     if not all(counts.values()):
         raise UserError(f"{catalogue.name} is too small: {counts} rows; every split needs some")
     train_rows = store.rows("train")
-    maps = fit_label_maps(catalogue.columns, train_rows, attributes, args.min_brand_count)
-    scales = fit_scales(catalogue.columns, train_rows, attributes)
-    known = encode(catalogue, attributes, maps, scales)
     sizes = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     print(f"{catalogue.name}: {sizes} rows, {len(store.skipped):,} skipped")
     print(f"decoded images: {store.path} ({store.nbytes / 1e6:,.0f} MB, {'new' if store.built else 'reused'})")
-    print("classes:", ", ".join(f"{name} {len(m.labels)}" for name, m in maps.items()))
-    for a in (a for a in attributes if a.kind == "number"):
-        simulated = " (simulated)" if a.derive == "price" else ""
-        print(f"number: {a.name}{simulated}, mean {scales[a.name].mean:,.6g}, std {scales[a.name].std:,.4g}")
-
-    counts = class_counts(known.labels[train_rows], maps)
-    fitted = {name: asdict(m) | {"counts": counts[name]} for name, m in maps.items()}
-    fitted |= {name: asdict(scale) for name, scale in scales.items()}
+    entries, known = fit_targets(catalogue, train_rows, attributes, args.min_brand_count)
     config = {
         "backbone": {"name": args.backbone}
         | {name: getattr(args, name) for name in ("img_size", "patch_size", "keep_patches")}
         | {"fingerprint": fingerprint},
         "lora": {name: getattr(args, name) for name in LORA_OPTIONS},
-        "attributes": [asdict(a) | fitted[a.name] for a in attributes],
+        "attributes": entries,
         "paths": known_paths(known.labels[train_rows], attributes),
         "title": schema.title,
         "inputs": args.inputs,
@@ -126,6 +117,29 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     model = attach(backbone, config)
     if args.init_from and not args.resume:
         print(inherit(model, config, args.init_from))
+    place(model, args, device)
+    return Task(model, config, preprocess, catalogue, store, known)
+
+
+def fit_targets(
+    catalogue: Catalogue, train_rows: np.ndarray, attributes: Sequence[Attribute], min_brand_count: int
+) -> tuple[list[dict], Rows]:
+    """A checkpoint's `attributes`, fitted on train rows, and what is known of all rows in their classes and scales."""
+    maps = fit_label_maps(catalogue.columns, train_rows, attributes, min_brand_count)
+    scales = fit_scales(catalogue.columns, train_rows, attributes)
+    known = encode(catalogue, attributes, maps, scales)
+    print("classes:", ", ".join(f"{name} {len(m.labels)}" for name, m in maps.items()))
+    for a in (a for a in attributes if a.kind == "number"):
+        simulated = " (simulated)" if a.derive == "price" else ""
+        print(f"number: {a.name}{simulated}, mean {scales[a.name].mean:,.6g}, std {scales[a.name].std:,.4g}")
+    counts = class_counts(known.labels[train_rows], maps)
+    fitted = {name: asdict(m) | {"counts": counts[name]} for name, m in maps.items()}
+    fitted |= {name: asdict(scale) for name, scale in scales.items()}
+    return [asdict(a) | fitted[a.name] for a in attributes], known
+
+
+def place(model: AttributeClassifier, args: argparse.Namespace, device: torch.device) -> None:
+    """Put the model on its device, its frozen weights in the precision asked for; and say how large it is."""
     if args.base == "int8":
         quantize_base(model.backbone)
     model.to(device)
@@ -135,7 +149,6 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     heads = sum(p.numel() for p in model.heads.parameters())
     adapters = sum(p.numel() for p in get_adapter_params(model).values())
     print(f"LoRA {adapters:,}{f', text {text:,}' if text else ''} and heads {heads:,}: {parameter_summary(model)}")
-    return Task(model, config, preprocess, catalogue, store, known)
 
 
 def load_task(
@@ -154,7 +167,7 @@ def load_task(
     return Task(model.to(device), config, preprocess, catalogue, store, known)
 
 
-def columns_of(attributes, title: str | None) -> list[str]:
+def columns_of(attributes: Iterable[Attribute], title: str | None) -> list[str]:
     """The columns that a catalogue must have for these attributes, and for titles where they are read."""
     return list(dict.fromkeys([column for a in attributes for column in a.needs] + ([title] if title else [])))
 
@@ -177,7 +190,9 @@ def read_titles(config: dict, catalogue: Catalogue) -> np.ndarray:
     return TitleReader(config)(catalogue.columns[config["title"]])[0]
 
 
-def encode(catalogue: Catalogue, attributes, maps: dict[str, LabelMap], scales: dict[str, Scale]) -> Rows:
+def encode(
+    catalogue: Catalogue, attributes: Sequence[Attribute], maps: dict[str, LabelMap], scales: dict[str, Scale]
+) -> Rows:
     """All that is known of the rows, in the classes and scales that were fitted."""
     return Rows(
         encode_labels(catalogue.columns, maps, attributes),

@@ -65,13 +65,14 @@ class Schema:
 
 
 FIELDS = {  # of a table in a schema file: type, and what the type is called
-    "level": (int, "a whole number above 0"),
+    "level": (int, "a whole number from 1 to 99"),
     "column": (str, "a text"),
     "derive": (str, "a text"),
     "kind": (str, "a text"),
     "weight": (int | float, "a number above 0"),
     "parents": (list, "a list of attributes"),
 }
+MOST = {"level": 100, "weight": math.inf}
 
 
 def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:
@@ -87,7 +88,12 @@ def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:
     for key in text.keys() - {"title", "attributes", "optional"}:
         raise UserError(f"{path}: {key!r} means nothing here; there are title, [attributes.NAME] and [optional.NAME]")
     tables, optional, title = text.get("attributes", {}), text.get("optional", {}), text.get("title")
-    if not isinstance(tables, dict) or not isinstance(optional, dict) or not isinstance(title, str | None):
+    if (
+        not isinstance(tables, dict)
+        or not isinstance(optional, dict)
+        or not isinstance(title, str | None)
+        or title == ""
+    ):
         raise UserError(f'{path}: write [attributes.NAME] for each attribute, and title = "COLUMN"')
     for name in extra:
         if name not in optional:
@@ -120,7 +126,7 @@ def _check_table(where: str, table) -> None:
             raise UserError(f"{where} has an unknown key {key!r}{nearest(key, FIELDS)}; there are {', '.join(FIELDS)}")
         kind, called = FIELDS[key]
         right = isinstance(value, kind) and not isinstance(value, bool) and value != ""
-        if not right or (key in ("level", "weight") and not 0 < value < math.inf):
+        if not right or (key in MOST and not 0 < value < MOST[key]):
             raise UserError(f"{where}: {key} = {value!r} is not {called}")
     kind = table.get("kind", "class")
     if kind not in KINDS:
@@ -133,7 +139,7 @@ def _check_table(where: str, table) -> None:
 def _check_parents(path: Path, tables: dict[str, dict]) -> None:
     for name, table in tables.items():
         for parent in table.get("parents", []):
-            if parent not in tables:
+            if parent not in list(tables):  # which may be no text at all
                 near = nearest(str(parent), tables)
                 raise UserError(f"{path}: {name} has the parent {parent!r}, which is no attribute{near}")
             if "number" in (tables[parent].get("kind"), table.get("kind")):

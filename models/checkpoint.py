@@ -23,7 +23,7 @@ from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
 from models.schema import misfit
 from models.text import WIDTH as TEXT_WIDTH
-from models.text import TextEncoder
+from models.text import PAD, SPECIAL, TextEncoder
 
 FORMAT = 4  # raise it when older code could not read what is written
 
@@ -41,7 +41,7 @@ def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
     except ValueError as error:
         raise UserError(str(error)) from None
     heads, keep = make_heads(backbone.num_features, config), config["backbone"]["keep_patches"]
-    encoder = TextEncoder(len(text["vocab"]), text["length"], text["vocab"].index("[PAD]")) if text else None
+    encoder = TextEncoder(len(text["vocab"]), text["length"], text["vocab"].index(PAD)) if text else None
     model = AttributeClassifier(backbone, heads, keep, encoder, blind)
     set_trainable_params(model, trained_params(model))
     return model
@@ -157,8 +157,8 @@ def read_config(folder: Path) -> dict:
     ]:
         if not names or len(set(names)) < len(names):
             raise UserError(f"{path} does not describe a model: its {kind} are none, or one comes twice")
-    text = config["text"]
-    if ("title" in config["inputs"]) != (text is not None) or (text and "[PAD]" not in text["vocab"]):
+    reads, text = "title" in config["inputs"], config["text"]
+    if reads != (text is not None) or (reads and not (config["title"] and set(SPECIAL) <= set(text["vocab"]))):
         raise UserError(f"{path} does not describe a model: its inputs and its text do not go together")
     return config
 

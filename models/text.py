@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+PAD, *_ = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")  # tokens that every vocabulary has, by BERT's names
 WIDTH, LAYERS, HEADS, DROPOUT = 128, 2, 4, 0.1
 
 

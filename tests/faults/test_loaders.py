@@ -253,3 +253,22 @@ def test_a_checksum_list_that_points_outside_is_refused(checkpoint, tmp_path):
     (folder / "config.json").write_bytes(sealed(config, files))
     with pytest.raises(UserError, match="names a file outside its folder"):
         read_config(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(inputs="image"),
+        lambda c: c.update(text=None),
+        lambda c: c.update(title=None),
+        lambda c: c["text"]["vocab"].remove("[CLS]"),
+    ],
+)
+def test_inputs_that_do_not_go_with_the_text_are_refused(checkpoint, tmp_path, change):
+    folder = shutil.copytree(checkpoint, tmp_path / "best")
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    files = {"adapter.safetensors": (folder / "adapter.safetensors").read_bytes()}
+    (folder / "config.json").write_bytes(sealed(config, files))
+    with pytest.raises(UserError, match="its inputs and its text do not go together"):
+        load_checkpoint(folder)
