@@ -22,8 +22,8 @@ from models.backbone import VIT_TARGETS, create_backbone, read_tensors
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
 from models.schema import misfit
-from models.text import WIDTH as TEXT_WIDTH
 from models.text import PAD, SPECIAL, TextEncoder
+from models.text import WIDTH as TEXT_WIDTH
 
 FORMAT = 4  # raise it when older code could not read what is written
 
