@@ -43,7 +43,8 @@ def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
     heads, keep = make_heads(backbone.num_features, config), config["backbone"]["keep_patches"]
     encoder = TextEncoder(len(text["vocab"]), text["length"], text["vocab"].index(PAD)) if text else None
     model = AttributeClassifier(backbone, heads, keep, encoder, blind)
-    set_trainable_params(model, trained_params(model))
+    trained = [name for name, _ in model.named_parameters() if name.startswith(("heads.", "text."))]
+    set_trainable_params(model, [*get_adapter_params(model), *trained])
     return model
 
 
@@ -59,10 +60,8 @@ def make_heads(width: int, config: dict) -> HierarchicalHeads:
 
 
 def trained_params(model: AttributeClassifier) -> dict[str, nn.Parameter]:
-    """What is trained and saved, by structure: the adapters in the backbone, the heads, and the text encoder."""
-    params = {f"backbone.{name}": p for name, p in get_adapter_params(model.backbone).items()}
-    params |= {f"heads.{name}": p for name, p in model.heads.named_parameters()}
-    return params | ({f"text.{name}": p for name, p in model.text.named_parameters()} if model.text else {})
+    """What is trained and saved: of a model from `attach`, the adapters, the heads and the text encoder."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save_checkpoint(
