@@ -1,4 +1,4 @@
-"""The recipe's claims, tested: LoRA by rank and targets, beside a linear probe and full fine-tuning; seven tasks in one.
+"""The recipe's claims, tested: LoRA by rank and targets beside a linear probe and full fine-tuning; seven tasks in one.
 
     python benchmarks/recipe.py --amp --data FOLDER --backbone vit_tiny_patch16_224 --weights FILE --img-size 112
 
