@@ -12,8 +12,6 @@ import timm
 import torch
 
 from data.attributes import (
-    FASHION_FILE,
-    Attribute,
     LabelMap,
     Scale,
     class_counts,
@@ -23,10 +21,10 @@ from data.attributes import (
     fit_scales,
     known_paths,
     of_config,
-    read_schema,
 )
 from data.batches import Rows
 from data.preprocess import Preprocess
+from data.schema import FASHION_FILE, Attribute, read_schema
 from data.sources import Catalogue, load_source
 from data.split import SPLITS
 from data.store import ImageStore, common_size, open_store

@@ -30,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
-from data.attributes import FASHION
+from data.schema import FASHION
 from errors import exits_cleanly
 from evaluate import evaluate
 from lora import merge_lora

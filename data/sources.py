@@ -22,8 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 import hub
-from data.attributes import nearest
 from data.images import ImageError
+from data.schema import nearest
 from errors import UserError
 
 NULLS = {"", "na", "nan", "none", "null"}

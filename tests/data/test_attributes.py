@@ -5,10 +5,8 @@ import numpy as np
 import pytest
 
 from data.attributes import (
-    FASHION,
     MISSING,
     UNSEEN,
-    Attribute,
     LabelMap,
     class_counts,
     encode_labels,
@@ -16,6 +14,7 @@ from data.attributes import (
     fit_label_maps,
     known_paths,
 )
+from data.schema import FASHION, Attribute
 from errors import UserError
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from data.attributes import FASHION, FASHION_FILE, Attribute, Scale, encode_numbers, fit_scales, read_schema
+from data.attributes import Scale, encode_numbers, fit_scales
+from data.schema import FASHION, FASHION_FILE, Attribute, read_schema
 from errors import UserError
 
 

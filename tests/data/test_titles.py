@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from data import demo
-from data.attributes import FASHION, fit_label_maps
+from data.attributes import fit_label_maps
+from data.schema import FASHION
 from data.titles import LeakMask, TitleReader, choose_vocabulary, stem, train_vocabulary
 from errors import UserError
 

@@ -1,0 +1,76 @@
+"""What a title adds to a picture: the picture alone, the title alone and both, with and without the words that leak.
+
+    python benchmarks/inputs.py --amp --data FOLDER --backbone vit_tiny_patch16_224 --weights FILE --img-size 112
+
+Takes the options of `train.py`, which it runs five times with price, season and year beside the seven attributes. The
+scores are the test rows', of the epoch that validation chose. What is finished in --results is not run again.
+
+    --jobs N         runs at a time, each on its share of the cores (default: 1)
+    --results DIR    (default: runs/inputs)
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+OPEN = "--no-mask-title-leaks"
+WAYS = {
+    "image": ["image"],
+    "title-masked": ["title"],
+    "both-masked": ["image+title"],
+    "title-open": ["title", OPEN],
+    "both-open": ["image+title", OPEN],
+}
+
+
+def table(found: dict[str, dict]) -> str:
+    """Markdown, a column each way: accuracies; of a number R² and MAE, with those of the best constant and of noise."""
+    attributes = found["image"]["attributes"]
+    lines = [["", *found], ["---"] * (1 + len(found))]
+    for name, a in attributes.items():
+        key = "accuracy" if "accuracy" in a else "r2"
+        lines.append([f"{name}{'' if key == 'accuracy' else ', R²'}", *(score(m, name, key) for m in found.values())])
+        if key == "r2":
+            bounds = f"; best constant {a['constant_mae']:,.2f}" + (
+                f", noise {a['floor_mae']:,.2f} and R² {a['floor_r2']:.3f}" if "floor_mae" in a else ""
+            )
+            lines.append([f"{name}, MAE{bounds}", *(f"{m['attributes'][name]['mae']:,.2f}" for m in found.values())])
+    lines.append(["path", *(f"{m['path_accuracy']:.3f}" for m in found.values())])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def score(metrics: dict, name: str, key: str) -> str:
+    return f"{metrics['attributes'][name][key]:.3f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "inputs")
+    own, words = parser.parse_known_args()
+    threads = max(1, (os.cpu_count() or 1) // own.jobs)
+
+    def metrics(way: str) -> dict:
+        out = own.results / way
+        if not (out / "metrics.json").exists():
+            command = [sys.executable, ROOT / "train.py", *words, "--with-price", "--with-season-year"]
+            command += ["--inputs", *WAYS[way], "--out", out]
+            done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True)
+            if done.returncode:
+                raise SystemExit(f"{way} ended with code {done.returncode}:\n{done.stderr.decode()[-2000:]}")
+        return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+
+    with ThreadPoolExecutor(own.jobs) as pool:
+        print(table(dict(zip(WAYS, tqdm(pool.map(metrics, WAYS), total=len(WAYS), desc="ways"), strict=True))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""What is to be predicted, as a schema file declares it (`--attributes FILE.toml`; `data/fashion.toml` is built in)."""
+
+import difflib
+import graphlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomllib
+
+from data import price
+from errors import UserError
+
+KINDS = ("class", "number")
+DERIVED = {"brand": "class", "price": "number"}  # what `derive` may say, and the kind it gives
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One thing to predict: a table `[attributes.NAME]` of a schema file, whose keys are these but for `name`.
+
+    Args:
+        name: of its task, in reports and checkpoints.
+        level: 1 is coarsest; the head of each level sees what the levels above said. By default one below the deepest
+            parent; 1 without parents.
+        column: of the catalogue, where the value comes from; by default the one called `name`.
+        derive: "brand": the label is to be found inside the column's text, see `data.brand`. "price": simulated, see
+            `data.price`, which needs columns of its own.
+        kind: "class", one of the labels of train rows; or "number".
+        weight: of its loss.
+        parents: classes above it in a hierarchy: its label is chosen together with theirs, as train rows combine them.
+    """
+
+    name: str
+    level: int
+    column: str
+    derive: str | None = None
+    kind: str = "class"
+    weight: float = 1.0
+    parents: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The columns that a catalogue must have for it."""
+        return price.COLUMNS if self.derive == "price" else (self.column,)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Attributes, classes first, and the column that holds titles, None where there is none."""
+
+    attributes: tuple[Attribute, ...]
+    title: str | None = None
+
+
+FIELDS = {  # of a table in a schema file: type, and what the type is called
+    "level": (int, "a whole number from 1 to 99"),
+    "column": (str, "a text"),
+    "derive": (str, "a text"),
+    "kind": (str, "a text"),
+    "weight": (int | float, "a number above 0"),
+    "parents": (list, "a list of attributes"),
+}
+MOST = {"level": 100, "weight": math.inf}
+
+
+def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:
+    """Read a schema file, with those of its `[optional]` attributes that `extra` names.
+
+    Raises:
+        UserError: it cannot be read or contradicts itself; the message names the attribute and the key.
+    """
+    try:
+        text = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as TOML: {error}") from None
+    for key in text.keys() - {"title", "attributes", "optional"}:
+        raise UserError(f"{path}: {key!r} means nothing here; there are title, [attributes.NAME] and [optional.NAME]")
+    tables, optional, title = text.get("attributes", {}), text.get("optional", {}), text.get("title")
+    if (
+        not isinstance(tables, dict)
+        or not isinstance(optional, dict)
+        or not isinstance(title, str | None)
+        or title == ""
+    ):
+        raise UserError(f'{path}: write [attributes.NAME] for each attribute, and title = "COLUMN"')
+    for name in extra:
+        if name not in optional:
+            raise UserError(f"{path} has no [optional.{name}]{nearest(name, optional)}")
+        tables[name] = optional[name]
+    for name, table in tables.items():
+        _check_table(f"{path}: {name}", table)
+    _check_parents(path, tables)
+
+    levels: dict[str, int] = {}
+    for name in _parents_first(path, tables):
+        below = 1 + max((levels[parent] for parent in tables[name].get("parents", [])), default=0)
+        levels[name] = tables[name].get("level", below)
+        if levels[name] < below:
+            raise UserError(f"{path}: {name} is on level {levels[name]}, and a parent of it on level {below - 1}")
+    attributes = [
+        Attribute(name, levels[name], **{"column": name} | table | {"parents": tuple(table.get("parents", ()))})
+        for name, table in ((name, {k: v for k, v in table.items() if k != "level"}) for name, table in tables.items())
+    ]
+    if not any(a.kind == "class" for a in attributes):
+        raise UserError(f'{path} declares no [attributes.NAME] of kind "class"; at least one is needed')
+    return Schema(tuple(sorted(attributes, key=lambda a: KINDS.index(a.kind))), title)
+
+
+def _check_table(where: str, table) -> None:
+    if not isinstance(table, dict):
+        raise UserError(f"{where} is no table of keys and values")
+    for key, value in table.items():
+        if key not in FIELDS:
+            raise UserError(f"{where} has an unknown key {key!r}{nearest(key, FIELDS)}; there are {', '.join(FIELDS)}")
+        kind, called = FIELDS[key]
+        right = isinstance(value, kind) and not isinstance(value, bool) and value != ""
+        if not right or (key in MOST and not 0 < value < MOST[key]):
+            raise UserError(f"{where}: {key} = {value!r} is not {called}")
+    kind = table.get("kind", "class")
+    if kind not in KINDS:
+        raise UserError(f"{where}: kind = {kind!r} is neither {' nor '.join(KINDS)}")
+    if (derive := table.get("derive")) and DERIVED.get(derive) != kind:
+        allowed = ", ".join(f"{name} (a {gives})" for name, gives in DERIVED.items())
+        raise UserError(f"{where}: derive = {derive!r} does not give a {kind}; there are {allowed}")
+
+
+def _check_parents(path: Path, tables: dict[str, dict]) -> None:
+    for name, table in tables.items():
+        for parent in table.get("parents", []):
+            if parent not in list(tables):  # which may be no text at all
+                near = nearest(str(parent), tables)
+                raise UserError(f"{path}: {name} has the parent {parent!r}, which is no attribute{near}")
+            if "number" in (tables[parent].get("kind"), table.get("kind")):
+                raise UserError(f"{path}: {name} has the parent {parent}; numbers neither have nor are parents")
+
+
+def _parents_first(path: Path, tables: dict[str, dict]) -> Iterable[str]:
+    try:
+        return list(graphlib.TopologicalSorter({n: t.get("parents", []) for n, t in tables.items()}).static_order())
+    except graphlib.CycleError as error:
+        raise UserError(f"{path}: the parents go round in a circle: {' > '.join(error.args[1])}") from None
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Such as "; nearest: baseColour", for the end of a message about a name that is not there."""
+    by_case = {name.casefold(): name for name in words}
+    near = difflib.get_close_matches(word.casefold(), by_case, cutoff=0.65)
+    return f"; nearest: {', '.join(by_case[name] for name in near)}" if near else ""
+
+
+FASHION_FILE = Path(__file__).with_name("fashion.toml")
+FASHION = read_schema(FASHION_FILE).attributes
