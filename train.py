@@ -211,7 +211,7 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
             sheet = label_sheet(list(task.store.pixels[shown]), task.labels[shown], said, task.classes)
             board.validation(state.step - 1, scores, sheet)  # the step that was just taken
             state.progress["epochs_scored"] = epoch
-            if scores["mean_accuracy"] > state.progress["best_accuracy"]:
+            if scores["mean_accuracy"] >= state.progress["best_accuracy"]:  # of equals, the one trained longer
                 state.progress |= {"best_accuracy": scores["mean_accuracy"], "best_epoch": epoch}
                 state.save_best(calibration=calibrate(logits, task.labels[rows], task.config))
 

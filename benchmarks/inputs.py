@@ -19,6 +19,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from metrics import rounded
+
 ROOT = Path(__file__).parents[1]
 OPEN = "--no-mask-title-leaks"
 WAYS = {
@@ -38,10 +42,9 @@ def table(found: dict[str, dict]) -> str:
         key = "accuracy" if "accuracy" in a else "r2"
         lines.append([f"{name}{'' if key == 'accuracy' else ', R²'}", *(score(m, name, key) for m in found.values())])
         if key == "r2":
-            bounds = f"; best constant {a['constant_mae']:,.2f}" + (
-                f", noise {a['floor_mae']:,.2f} and R² {a['floor_r2']:.3f}" if "floor_mae" in a else ""
-            )
-            lines.append([f"{name}, MAE{bounds}", *(f"{m['attributes'][name]['mae']:,.2f}" for m in found.values())])
+            noise = f", noise alone {rounded(a['floor_mae'])} and R² {a['floor_r2']:.3f}" if "floor_mae" in a else ""
+            bounds = f"MAE (best constant {rounded(a['constant_mae'])}{noise})"
+            lines.append([f"{name}, {bounds}", *(rounded(m["attributes"][name]["mae"]) for m in found.values())])
     lines.append(["path", *(f"{m['path_accuracy']:.3f}" for m in found.values())])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
