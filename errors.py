@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -63,7 +64,8 @@ def exits_cleanly(main):
         try:
             sys.exit(main(*args, **kwargs))
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            process = int(os.environ.get("RANK", 0))  # torchrun's; most errors are the same in all
+            print(f"error{f' in process {process}' if process else ''}: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -5,7 +5,9 @@
 `evaluate` is also what `train.py` uses after each epoch and at the end.
 """
 
+import argparse
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import distributed
 from calibration import TARGET_PRECISION, calibrate, calibration_scores
 from data import price
 from data.batches import epoch_batches, make_loader
@@ -47,10 +50,13 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(task: Task, split: str, device: torch.device, batch_size: int = 64, joint: bool = True) -> Evaluation:
-    """Score the model on one split, with LoRA merged away: the same answers, sooner."""
+    """Score the model on one split, with LoRA merged away: the same answers, sooner. Processes share the rows, and
+    each gets the whole result."""
     rows = task.store.rows(split)
-    loader = make_loader(task.store, task.known, epoch_batches(rows, batch_size), device)
+    padded = np.resize(rows, math.ceil(len(rows) / distributed.world()) * distributed.world())  # equally many for each
+    loader = make_loader(task.store, task.known, epoch_batches(distributed.share(padded), batch_size), device)
     logits = predict(merge_lora(task.model), loader, task.preprocess, device, split)
+    logits = {name: distributed.unshared(part, len(rows)) for name, part in logits.items()}  # and none counts twice
     return judge(task, split, logits, joint)
 
 
@@ -95,11 +101,43 @@ def predict(
     """The model's outputs {attribute: (N, ·)} of a loader's rows, in order, fp32 on the CPU."""
     model.eval()
     batches = []
-    for batch in tqdm(loader, desc=what, unit="batch", leave=False):
+    for batch in tqdm(loader, desc=what, unit="batch", leave=False, disable=not distributed.first()):
         batch = batch.to(device)
         outputs = model(preprocess(batch.pixels), batch.tokens)
         batches.append({name: tensor.float().cpu() for name, tensor in outputs.items()})
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device) -> None:
+    """What the command does, in each of the processes that share the rows."""
+    folder, joint = find_checkpoint(args.checkpoint), not args.independent
+    if args.report and not args.calibrate and "calibration" not in read_config(folder):
+        raise UserError(f"--report: {folder} is not calibrated; do so first with --calibrate, on validation rows")
+    if args.calibrate:
+        check_writable(folder / "config.json.new", "--calibrate")
+    task = distributed.in_turn(lambda: load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device))
+    print(f"checkpoint {folder}")
+    name, rows = task.catalogue.name, task.store.rows(split)
+    if not len(rows):
+        raise UserError(f"{args.data} has no readable row in the {split} split")
+    found = evaluate(task, split, device, args.batch_size, joint)
+    if args.calibrate:
+        target = args.target_precision or TARGET_PRECISION
+        fitted = calibrate(found.logits, task.labels[rows], task.config, target)
+        if distributed.first():
+            amend_config(folder, calibration=fitted)
+        print(f"calibrated on {len(rows):,} rows of {name}, {split}; kept in {folder / 'config.json'}")
+        task = task._replace(config=task.config | {"calibration": fitted})
+        found = judge(task, split, found.logits, joint)
+    print(f"{name}, {split}: {len(rows):,} rows; {len(task.store.skipped):,} of the catalogue skipped")
+    print(f"answers from {found.scores['inputs']}")
+    print(scores_table(found.scores))
+    print(trust_table(found.scores))
+    if args.json and distributed.first():
+        args.json.write_text(json.dumps(found.scores, indent=1) + "\n", encoding="utf-8")
+    if args.report and distributed.first():
+        write_report(args.report, str(folder), task, found)
+        print(f"report: {args.report / 'report.html'}")
 
 
 @exits_cleanly
@@ -137,34 +175,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
         make_folder(args.report, "--report")
 
-    folder = find_checkpoint(args.checkpoint)
-    if args.report and not args.calibrate and "calibration" not in read_config(folder):
-        raise UserError(f"--report: {folder} is not calibrated; do so first with --calibrate, on validation rows")
-    if args.calibrate:
-        check_writable(folder / "config.json.new", "--calibrate")
-    device, joint = torch.device("cuda" if torch.cuda.is_available() else "cpu"), not args.independent
-    task = load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device)
-    print(f"checkpoint {folder}")
-    name, rows = task.catalogue.name, task.store.rows(split)
-    if not len(rows):
-        raise UserError(f"{args.data} has no readable row in the {split} split")
-    found = evaluate(task, split, device, args.batch_size, joint)
-    if args.calibrate:
-        target = args.target_precision or TARGET_PRECISION
-        fitted = calibrate(found.logits, task.labels[rows], task.config, target)
-        amend_config(folder, calibration=fitted)
-        print(f"calibrated on {len(rows):,} rows of {name}, {split}; kept in {folder / 'config.json'}")
-        task = task._replace(config=task.config | {"calibration": fitted})
-        found = judge(task, split, found.logits, joint)
-    print(f"{name}, {split}: {len(rows):,} rows; {len(task.store.skipped):,} of the catalogue skipped")
-    print(f"answers from {found.scores['inputs']}")
-    print(scores_table(found.scores))
-    print(trust_table(found.scores))
-    if args.json:
-        args.json.write_text(json.dumps(found.scores, indent=1) + "\n", encoding="utf-8")
-    if args.report:
-        write_report(args.report, str(folder), task, found)
-        print(f"report: {args.report / 'report.html'}")
+    with distributed.joined() as device:
+        score_checkpoint(args, split, device)
     return 0
 
 

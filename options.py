@@ -83,7 +83,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="start with the adapters and heads of an earlier run's best",
     )
     p.add_argument("--epochs", type=positive_int, default=5, help="(default: %(default)s)")
-    p.add_argument("--batch-size", type=positive_int, default=16, help="images in a micro-batch (default: %(default)s)")
+    p.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=16,
+        help="images in a micro-batch of each process (default: %(default)s)",
+    )
     p.add_argument(
         "--accum", type=positive_int, default=1, help="micro-batches in an optimizer step (default: %(default)s)"
     )
@@ -128,6 +133,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="STEPS",
         help="save the whole state this often, and at each epoch's end (default: %(default)s)",
     )
+    p.set_defaults(processes=1)  # how many the run was started with
     p.add_argument("--resume", action="store_true", help="go on with --out (default: the newest run), with its options")
     p.add_argument(
         "--cache-dir", type=Path, default=default_cache_dir(), help="for decoded images (default: %(default)s)"

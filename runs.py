@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+import distributed
 from durable import replace_file
 from errors import UserError
 from models.checkpoint import newest_checkpoint, previous_of
@@ -21,9 +22,8 @@ def run_folder(args: argparse.Namespace) -> Path:
     """`--out`, by default runs/BACKBONE-DATE, made if it is not there; with `--resume`, by default the newest run's."""
     if args.resume:
         out = args.out or newest_checkpoint(Path("runs"), "last").parent
-        last = out / "last"
-        if not last.is_dir() and not previous_of(last).is_dir():
-            raise UserError(f"--resume: {out} holds no run to go on with (there is no {last})")
+        if not holds_run(out):
+            raise UserError(f"--resume: {out} holds no run to go on with (there is no {out / 'last'})")
         return out
     out = args.out or Path("runs") / f"{args.backbone}-{datetime.now():%Y%m%d-%H%M%S}"
     try:
@@ -31,6 +31,12 @@ def run_folder(args: argparse.Namespace) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
     return out
+
+
+def holds_run(out: Path) -> bool:
+    """Whether there is a run to go on with."""
+    last = out / "last"
+    return last.is_dir() or previous_of(last).is_dir()
 
 
 def open_run(args: argparse.Namespace) -> argparse.Namespace:
@@ -81,7 +87,8 @@ class StopRequest:
         if self.made:
             os._exit(128 + number)
         self.made = True
-        print("\nstopping after this micro-batch; a second signal stops at once", file=sys.stderr)
+        if distributed.first():
+            print("\nstopping after this micro-batch; a second signal stops at once", file=sys.stderr)
         if self.may_raise:
             raise Stopped
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+import distributed
 from errors import UserError
 from models.backbone import read_tensors
 from models.checkpoint import load_tensors, previous_of, read_config, save_checkpoint, trained_params
@@ -27,6 +28,7 @@ class TrainingState:
     """Weights, optimizer, loss scale and progress of the run in the folder `out`.
 
     Attributes:
+        parallel: the model as all processes train it together.
         progress: `step`, how many optimizer updates were taken; `epochs_scored`; the best epoch and its accuracy;
             `overflows`, how many updates fp16's loss scaler has skipped.
     """
@@ -35,18 +37,23 @@ class TrainingState:
         self.last, self.best = out / "last", out / "best"
         self.model, self.config, self.optimizer, self.scaler = model, config, optimizer, scaler
         self.params = trained_params(model)
+        self.parallel = distributed.in_step(model)
         self.progress = {"step": 0, "epochs_scored": 0, "best_accuracy": -1.0, "best_epoch": 0, "overflows": 0}
 
     @property
     def step(self) -> int:
         return self.progress["step"]
 
-    def save_last(self, board: Board) -> None:
+    def save_last(self, board: Board | None) -> None:
+        if not distributed.first():
+            return
         resume = {"scaler": self.scaler.state_dict(), "events": board.written()}
         config = self.config | {"progress": self.progress, "resume": resume}
         save_checkpoint(self.last, self.model, config, {"optimizer.safetensors": self.optimizer_tensors()})
 
     def save_best(self, **facts) -> None:
+        if not distributed.first():
+            return
         save_checkpoint(self.best, self.model, self.config | facts | {"progress": self.progress})
 
     def restore(self) -> dict[str, int]:

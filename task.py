@@ -11,6 +11,7 @@ import numpy as np
 import timm
 import torch
 
+import distributed
 from data.attributes import (
     LabelMap,
     Scale,
@@ -86,7 +87,8 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
         common_size(catalogue, max(size)), size, wants["interpolation"], wants["mean"], wants["std"]
     )
     store = open_store(catalogue, preprocess.canvas, args.cache_dir)
-    store.write_skipped(args.out / "skipped.csv")
+    if distributed.first():
+        store.write_skipped(args.out / "skipped.csv")
     counts = {split: len(store.rows(split)) for split in SPLITS}
     if not all(counts.values()):
         raise UserError(f"{catalogue.name} is too small: {counts} rows; every split needs some")

@@ -1,10 +1,11 @@
 """Train LoRA adapters and hierarchical heads on a frozen timm ViT.
 
     python train.py --amp --accum 2
+    torchrun --standalone --nproc-per-node 8 train.py --amp --out runs/NAME
 
-A *micro-batch* is one forward and backward; a *window* is `--accum` of them; a *step* is the optimizer update that ends
-a window. The order of the rows, the flips, the dropout masks and the learning rate are functions of the seed and the
-step alone, so a run that was stopped and resumed goes the way of one that never was.
+A *micro-batch* is one forward and backward, shared by all processes; a *window* is `--accum` of them; a *step* is the
+optimizer update that ends a window. The order of the rows, the flips, the dropout masks and the learning rate are
+functions of the seed and the step alone, so a run that was stopped and resumed goes the way of one that never was.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from itertools import count, islice
 
 import numpy as np
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import distributed
 from calibration import calibrate
 from data.batches import Batch, epoch_batches, make_loader
+from data.preprocess import CHANCES
 from durable import alone_in, replace_file
 from errors import UserError, exits_cleanly
 from evaluate import evaluate
@@ -30,7 +32,7 @@ from metrics import scores_table, trust_table
 from models.checkpoint import load_tensors, read_config, trained_params
 from models.classifier import attribute_losses, known_targets
 from options import choose_amp, choose_source, parse_args, warn_if_slow
-from runs import Board, Stopped, StopRequest, discard_run, open_run, run_folder
+from runs import Board, Stopped, StopRequest, discard_run, holds_run, open_run, run_folder
 from state import TrainingState, check_finite
 from task import AMP, Task, setup
 
@@ -66,8 +68,13 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+def micro_batch_size(args: argparse.Namespace) -> int:
+    """Pictures that one micro-batch has in all processes: those of the start, however many go on with the run."""
+    return args.batch_size * args.processes
+
+
 def steps_in_epoch(args: argparse.Namespace, task: Task) -> int:
-    return math.ceil(math.ceil(len(task.store.rows("train")) / args.batch_size) / args.accum)
+    return math.ceil(math.ceil(len(task.store.rows("train")) / micro_batch_size(args)) / args.accum)
 
 
 def windows(loader: Iterable, accum: int) -> Iterator[list[Batch]]:
@@ -89,9 +96,10 @@ def train_step(
     stop: StopRequest | None = None,
     weights: Tensor | None = None,
 ) -> Tensor | None:
-    """One optimizer update over a window of micro-batches.
+    """One optimizer update over a window of micro-batches, of which each process has its share.
 
     Args:
+        model: the classifier, or what `in_step` made of it.
         prepare: pixels -> images (B, 3, S, S), augmented, on the device.
         smoothing: of labels, see `attribute_losses`.
         weights: (A,) of each attribute's loss; default: all 1.
@@ -102,15 +110,18 @@ def train_step(
     """
     device = next(model.parameters()).device
     # The mean is over the labels present in the whole window: gradients equal those of one big batch.
-    known = sum(known_targets(batch.labels, batch.numbers) for batch in window).to(device)  # (A,)
+    known = distributed.total(sum(known_targets(batch.labels, batch.numbers) for batch in window).to(device))  # (A,)
     losses = torch.zeros(len(known), device=device)
     for number, batch in enumerate(window, 1):
         batch = batch.to(device)
         images = prepare(batch.pixels)  # not under autocast, which would place warped pixels in bf16
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            outputs = model(images, batch.tokens)
-        micro = attribute_losses(outputs, batch.labels, known, smoothing, batch.numbers)
-        scaler.scale((micro if weights is None else micro * weights).sum()).backward()
+        with distributed.exchange(model, now=number == len(window)):
+            with torch.autocast(device.type, amp, enabled=amp is not None):
+                outputs = model(images, batch.tokens)
+            micro = attribute_losses(outputs, batch.labels, known, smoothing, batch.numbers)
+            loss = (micro if weights is None else micro * weights).sum()
+            # The exchange gives the mean over processes, and the window's gradient is their sum.
+            scaler.scale(loss * distributed.world()).backward()
         losses += micro.detach()
         if stop and stop.made and number < len(window):  # resuming takes the whole window again
             return None
@@ -118,7 +129,7 @@ def train_step(
         group["lr"] = lr * group["lr_ratio"]
     scaler.unscale_(optimizer)  # before clipping: the norm is the true gradient's
     norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], MAX_GRAD_NORM)
-    figures = torch.cat([losses, norm[None]])
+    figures = torch.cat([distributed.total(losses), norm[None]])
     # Fused AdamW reads this on the device and leaves weights and state alone where it is 1: no wait to look at a loss.
     optimizer.found_inf = (~figures.isfinite().all()).float()
     scaler.step(optimizer)  # under fp16 with the scaler's own `found_inf`
@@ -128,44 +139,60 @@ def train_step(
 
 
 def train_epoch(
-    args: argparse.Namespace, task: Task, state: TrainingState, total: int, board: Board, stop: StopRequest
-) -> None:
-    """Train from the state's step to the end of its epoch, or until a stop is asked for."""
+    args: argparse.Namespace, task: Task, state: TrainingState, steps: int, board: Board | None, stop: StopRequest
+) -> bool:
+    """Train from the state's step to the end of its epoch, or until a stop is asked for: then False.
+
+    Args:
+        steps: of the whole run.
+        board: None in all processes but the first.
+    """
     rows = task.store.rows("train")
-    epoch, done = divmod(state.step, steps_in_epoch(args, task))
-    batches = epoch_batches(rows, args.batch_size, args.seed, epoch)[done * args.accum :]
+    epoch, taken = divmod(state.step, steps_in_epoch(args, task))
+    batches = epoch_batches(rows, micro_batch_size(args), args.seed, epoch)[taken * args.accum :]
     device = next(task.model.parameters()).device
-    loader = make_loader(task.store, task.known, batches, device)
+    loader = make_loader(task.store, task.known, [distributed.share(batch) for batch in batches], device)
     weights = torch.tensor([a["weight"] for a in task.config["attributes"]], device=device)
+    drawing = torch.Generator(device)
+
+    def prepare(pixels: Tensor) -> Tensor:
+        # For the micro-batch of all processes: what becomes of a picture does not depend on how many share it.
+        chance = torch.rand(micro_batch_size(args), CHANCES, generator=drawing, device=device)
+        return task.preprocess.augmented(pixels, distributed.share(chance)[: len(pixels)].T, args.warp)
+
     task.model.train()
     unread = []  # (step, rows, losses and norm still on the device) of the steps since the last look
-    with tqdm(total=len(rows), initial=len(rows) - sum(map(len, batches)), unit="img", smoothing=0.05) as bar:
+    done = len(rows) - sum(map(len, batches))
+    with tqdm(total=len(rows), initial=done, unit="img", smoothing=0.05, disable=not distributed.first()) as bar:
         bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
         for start, window in zip(count(0, args.accum), windows(loader, args.accum), strict=False):
             step = state.step
-            torch.manual_seed(args.seed * 1_000_003 + step)  # augmentation and dropout
-            lr = learning_rate(step, total, args.lr)
+            seed = args.seed * 1_000_003 + step
+            drawing.manual_seed(seed)
+            torch.manual_seed(seed * distributed.world() + distributed.rank())  # of dropout, in each process another
+            lr = learning_rate(step, steps, args.lr)
             figures = train_step(
-                task.model,
+                state.parallel,
                 window,
                 state.optimizer,
                 state.scaler,
                 lr,
                 AMP[args.amp],
-                partial(task.preprocess.augmented, warp=args.warp),
+                prepare,
                 args.label_smoothing,
-                stop,
+                stop if distributed.world() == 1 else None,  # several take their step together or not at all
                 weights,
             )
+            stopping = distributed.any_of(stop.made)
             if figures is not None:
                 unread.append((step, np.concatenate(batches[start : start + args.accum]), figures))
                 state.progress["step"] += 1
             saving = state.step % args.save_every == 0
-            if step % LOG_EVERY == 0 or saving or stop.made or start + args.accum >= len(batches):
+            if step % LOG_EVERY == 0 or saving or stopping or start + args.accum >= len(batches):
                 # Before a save, so that what is saved is good.
                 read = check_finite(unread, state, task.names, task.store.ids)
                 unread.clear()
-            if step % LOG_EVERY == 0 and figures is not None:
+            if step % LOG_EVERY == 0 and figures is not None and board:
                 *losses, norm = read[-1]
                 scalars = {
                     "learning_rate": lr,
@@ -177,51 +204,58 @@ def train_epoch(
                 board.train(step, losses, loss=sum(losses), **scalars)
                 skipped = {"overflows": overflows} if (overflows := state.progress["overflows"]) else {}
                 bar.set_postfix(loss=f"{sum(losses):.3f}", **skipped)
-            bar.update(sum(len(batch.pixels) for batch in window))
+            bar.update(sum(map(len, batches[start : start + args.accum])))
             if saving:
                 state.save_last(board)
-            if stop.made:
-                return
+            if stopping:
+                return False
+    return True
 
 
 def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
     """Train to the end, or until a stop is asked for (then False). Leaves `best/`, by mean validation accuracy."""
     epoch_steps = steps_in_epoch(args, task)
-    total = epoch_steps * args.epochs
+    steps = epoch_steps * args.epochs
     optimizer = torch.optim.AdamW(parameter_groups(trained_params(task.model), args.lora_plus), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = TrainingState(args.out, task.model, task.config, optimizer, scaler)
     written = {}
     if args.resume:
-        written = state.restore()
-        print(f"going on with {args.out} at step {state.step:,} of {total:,}")
-    board = Board(args.out, task.names, written, state.step)
+        written = distributed.in_turn(state.restore)
+        print(f"going on with {args.out} at step {state.step:,} of {steps:,}")
+    board = Board(args.out, task.names, written, state.step) if distributed.first() else None
     if not args.resume:
         state.save_last(board)  # from here on, whatever ends the run, it can be resumed
 
     with StopRequest() as stop, contextlib.suppress(Stopped):
         while (epoch := state.progress["epochs_scored"] + 1) <= args.epochs:
             if state.step < epoch * epoch_steps:
-                train_epoch(args, task, state, total, board, stop)
+                going = train_epoch(args, task, state, steps, board, stop)
                 state.save_last(board)
+                if not going:
+                    return False
             with stop.at_once():  # all is saved
-                scores, rows, logits, answers = evaluate(task, "val", device)
+                found = evaluate(task, "val", device)
+            scores, rows = found.scores, found.rows
             print(scores_table(scores))
-            shown, said = rows[:12], answers.labels[:12].numpy()
-            sheet = label_sheet(list(task.store.pixels[shown]), task.labels[shown], said, task.classes)
-            board.validation(state.step - 1, scores, sheet)  # the step that was just taken
+            if board:
+                shown, said = rows[:12], found.answers.labels[:12].numpy()
+                sheet = label_sheet(list(task.store.pixels[shown]), task.labels[shown], said, task.classes)
+                board.validation(state.step - 1, scores, sheet)  # the step that was just taken
             state.progress["epochs_scored"] = epoch
             if scores["mean_accuracy"] >= state.progress["best_accuracy"]:  # of equals, the one trained longer
                 state.progress |= {"best_accuracy": scores["mean_accuracy"], "best_epoch": epoch}
-                state.save_best(calibration=calibrate(logits, task.labels[rows], task.config))
+                state.save_best(calibration=calibrate(found.logits, task.labels[rows], task.config))
 
         # Only now the test rows, with the epoch that validation chose.
+        distributed.any_of(False)  # the first process has written it
         with stop.at_once():
             best = task._replace(config=read_config(state.best))  # with its calibration
             load_tensors(state.best, task.model)
             scores = evaluate(best, "test", device).scores
-        replace_file(args.out / "metrics.json", (json.dumps(scores, indent=1) + "\n").encode())
-        board.close(args, scores)
+        if board:
+            replace_file(args.out / "metrics.json", (json.dumps(scores, indent=1) + "\n").encode())
+            board.close(args, scores)
         chosen = f"epoch {state.progress['best_epoch']} of {args.epochs} (best on validation)"
         print(f"\ntest, {chosen}:\n{scores_table(scores)}")
         print(trust_table(scores))
@@ -231,27 +265,45 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
+    with distributed.joined() as device, contextlib.ExitStack() as held:
+        return run(distributed.decided(lambda: choose(argv, device, held)), device)
+
+
+def choose(argv: list[str] | None, device: torch.device, held: contextlib.ExitStack) -> argparse.Namespace:
+    """All that is chosen before there is data; the run's folder is held from here on."""
     args = parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if distributed.may_restart() and not args.out:
+        raise UserError("torchrun --max-restarts: name the run's folder with --out, or a restart could not find it")
+    args.resume = args.resume or (distributed.restarted() and holds_run(args.out))
     if not args.resume:
         choose_source(args)
         args.amp = choose_amp(device) if args.amp == "auto" else args.amp
+        args.processes = distributed.world()
     args.out = run_folder(args)
-    with alone_in(args.out):
-        return run(open_run(args), device)
+    held.enter_context(alone_in(args.out))
+    return open_run(args)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
     """Set up and train; the exit code."""
-    torch.manual_seed(args.seed)
+
+    def make() -> Task:
+        torch.manual_seed(args.seed)
+        return setup(args, device)
+
     try:
         warn_if_slow(args.backbone, device)
-        task = setup(args, device)
+        task = distributed.in_turn(make)
     except UserError:
-        if not args.resume:
+        if not args.resume and distributed.first():
             discard_run(args.out)
         raise
     print(f"run {args.out}, in {args.amp or 'fp32'}; watch it: tensorboard --logdir {args.out.parent}")
+    if args.processes > 1 or distributed.world() > 1:
+        print(
+            f"a step is {args.accum} x {micro_batch_size(args)} pictures ({args.processes} x --batch-size "
+            f"{args.batch_size}), shared by {distributed.world()} processes; peak learning rate {args.lr:g}, as given"
+        )
     again = f"python train.py --resume --out {args.out}"
     try:
         finished = fit(args, task, device)

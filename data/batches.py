@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.attributes import MISSING
 from data.store import ImageStore
 
 
@@ -28,6 +29,11 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
+    def unlabelled(self) -> "Batch":
+        return self._replace(
+            labels=torch.full_like(self.labels, MISSING), numbers=torch.full_like(self.numbers, torch.nan)
+        )
+
 
 class Rows(NamedTuple):
     """What is known of each row of a store besides its picture: arrays (N, ·) of what `Batch` calls by these names."""
@@ -38,12 +44,15 @@ class Rows(NamedTuple):
 
 
 class Batches(Dataset):
-    """Indexed by an array of rows, gives their `Batch`."""
+    """Indexed by an array of rows, gives their `Batch`; of no rows, a picture without labels: where several processes
+    share a batch too short for all, each must take the step, and this one adds nothing to its gradient."""
 
     def __init__(self, store: ImageStore, known: Rows):
         self.pixels, self.known = store.pixels, known
 
     def __getitem__(self, rows: np.ndarray) -> Batch:
+        if not len(rows):
+            return self[np.zeros(1, dtype=int)].unlabelled()
         arrays = (np.asarray(self.pixels[rows]), *(array[rows] for array in self.known))
         return Batch(*map(torch.from_numpy, arrays))
 

@@ -10,6 +10,8 @@ from PIL import Image
 
 from data.images import to_canvas
 
+CHANCES = 6  # numbers drawn for a picture: whether it is mirrored, and `affine_maps`
+
 
 @functools.cache
 def _affine(mean: tuple, std: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,25 +61,29 @@ class Preprocess:
         scale, shift = _affine(self.mean, self.std, x.device)
         return torch.addcmul(shift, x.float(), scale)
 
-    def augmented(self, pixels: torch.Tensor, warp: float = 0.0) -> torch.Tensor:
+    def augmented(self, pixels: torch.Tensor, chance: torch.Tensor, warp: float = 0.0) -> torch.Tensor:
         """pixels uint8 (B, H, W, 3) -> float32 (B, 3, *size) to train on: every other one mirrored, and all warped.
 
         Colours stay as they are, since they are a label.
 
         Args:
+            chance: (`CHANCES`, B), evenly drawn from [0, 1): what becomes of each picture.
             warp: by how much at most a picture's sides are stretched (a share), it is turned (radians) and moved (a
                 share of half its side).
         """
-        images = self(pixels, flip=torch.rand(len(pixels), device=pixels.device) < 0.5)
+        flip, *changes = chance
+        images = self(pixels, flip=flip < 0.5)
         if not warp:
             return images
-        grid = F.affine_grid(random_affine(len(images), warp, images.device), images.shape, align_corners=False)
+        maps = affine_maps(*(warp * (2 * change - 1) for change in changes))
+        grid = F.affine_grid(maps, images.shape, align_corners=False)
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def random_affine(count: int, most: float, device: torch.device) -> torch.Tensor:
-    """(count, 2, 3) maps as `F.affine_grid` takes them, drawn evenly from all within `most`."""
-    across, down, turn, x, y = most * (2 * torch.rand(5, count, device=device) - 1)
+def affine_maps(
+    across: torch.Tensor, down: torch.Tensor, turn: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    """Stretch of both sides, turn and shift, (B,) each, -> (B, 2, 3) maps as `F.affine_grid` takes them."""
     cos, sin = turn.cos(), turn.sin()
     rows = [(1 + across) * cos, -(1 + down) * sin, x], [(1 + across) * sin, (1 + down) * cos, y]
     return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=1)

@@ -77,8 +77,8 @@ def attribute_losses(
         numbers: (B, M) in standard deviations, NaN where the number is missing; default: there are none.
 
     Returns:
-        (A + M,) fp32 losses; their weighted sum is what training minimises. An attribute without a label gives 0, not
-        NaN.
+        (A + M,) losses, in fp32, or in fp64 where the outputs are; their weighted sum is what training minimises. An
+        attribute without a label gives 0, not NaN.
     """
     if numbers is None:
         numbers = torch.empty(len(labels), 0, device=labels.device)
@@ -87,10 +87,15 @@ def attribute_losses(
     classes = labels.shape[1]
     logits, guesses = list(outputs.values())[:classes], list(outputs.values())[classes:]
     sums = [
-        F.cross_entropy(scores.float(), target, ignore_index=-1, reduction="sum", label_smoothing=smoothing)
+        F.cross_entropy(at_least_float(scores), target, ignore_index=-1, reduction="sum", label_smoothing=smoothing)
         for scores, target in zip(logits, labels.clamp(min=-1).unbind(1), strict=True)
     ]
     for guess, target in zip(guesses, numbers.unbind(1), strict=True):
-        guess = guess.squeeze(1).float()
+        guess = at_least_float(guess.squeeze(1))
         sums.append(F.huber_loss(guess, target.where(target.isfinite(), guess.detach()), reduction="sum"))
     return torch.stack(sums) / known.clamp(min=1)
+
+
+def at_least_float(tensor: Tensor) -> Tensor:
+    """In fp32, or fp64 where it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -8,7 +8,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from data.images import decode
-from data.preprocess import Preprocess, random_affine
+from data.preprocess import CHANCES, Preprocess, affine_maps
 from tests.data.conftest import picture
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -52,7 +52,7 @@ def test_augmenting_without_a_warp_mirrors_half_and_no_more():
     preprocess = Preprocess((80, 60), (112, 112), "bicubic", MEAN, STD)
     pixels = torch.randint(0, 256, (64, 80, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    images, plain = preprocess.augmented(pixels), preprocess(pixels)
+    images, plain = preprocess.augmented(pixels, torch.rand(CHANCES, 64)), preprocess(pixels)
     mirrored = preprocess(pixels, torch.ones(64, dtype=torch.bool))
     same = [torch.equal(a, b) for a, b in zip(images, plain, strict=True)]
     assert 20 < sum(same) < 44
@@ -64,10 +64,10 @@ def test_a_warp_moves_a_dot_as_far_as_it_says_and_keeps_colours():
     preprocess = Preprocess((64, 64), (64, 64), "bicubic", (0.0,) * 3, (1.0,) * 3)
     pixels = torch.full((500, 64, 64, 3), 200, dtype=torch.uint8)
     torch.manual_seed(0)
-    flat = preprocess.augmented(pixels, 0.2)
+    flat = preprocess.augmented(pixels, torch.rand(CHANCES, 500), 0.2)
     assert torch.allclose(flat, torch.full_like(flat, 200 / 255), atol=1e-4)
     pixels[:, 30:34, 30:34] = 0
-    dark = 200 / 255 - preprocess.augmented(pixels, 0.2)[:, 0]  # (B, 64, 64)
+    dark = 200 / 255 - preprocess.augmented(pixels, torch.rand(CHANCES, 500), 0.2)[:, 0]  # (B, 64, 64)
     where = torch.stack([(dark.sum(axis) * torch.arange(64)).sum(1) / dark.sum((1, 2)) for axis in (1, 2)], dim=1)
     moved = (where - 31.5).abs()
     assert 6 < moved.max() < 0.2 * 32 * 1.3, "a fifth of half a side, seen through a picture up to a fifth smaller"
@@ -77,7 +77,7 @@ def test_a_warp_moves_a_dot_as_far_as_it_says_and_keeps_colours():
 
 def test_drawn_maps_stay_within_what_was_asked_for():
     torch.manual_seed(0)
-    maps = random_affine(2000, 0.1, torch.device("cpu"))
+    maps = affine_maps(*(0.1 * (2 * torch.rand(5, 2000) - 1)))
     stretch = maps[:, :, :2].norm(dim=1)  # (N, 2), of each side
     assert 0.9 <= stretch.min() < 0.905 and 1.095 < stretch.max() <= 1.1
     turn = torch.atan2(maps[:, 1, 0], maps[:, 0, 0])

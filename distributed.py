@@ -1,0 +1,161 @@
+"""One process among those that torchrun started, or the only one: who it is, and what all of them do together.
+
+Processes agree through PyTorch's own engine: NCCL between GPUs, gloo between CPUs. With one process every function here
+does what it says without any exchange.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from errors import UserError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # to wait while the first decodes a catalogue; one that died is noticed at once
+
+
+def rank() -> int:
+    """Which of the processes this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first() -> bool:
+    """Whether this is the process that writes, draws and speaks for all."""
+    return rank() == 0
+
+
+def local_rank() -> int:
+    """Which of this machine's processes this is, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this anew after a process failed (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def may_restart() -> bool:
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[torch.device]:
+    """While entered, this process is one of torchrun's, if that started it; gives the device to work on.
+
+    Only the first process's standard output is shown.
+
+    Raises:
+        UserError: the machine has GPUs, but fewer than processes.
+    """
+    gpus, alone = torch.cuda.device_count(), "RANK" not in os.environ
+    if local_rank() >= max(gpus, 1) and gpus:
+        raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes share {gpus} GPUs: --nproc-per-node {gpus}")
+    device = torch.device("cuda", local_rank()) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    if alone:
+        yield device
+        return
+    _start("cpu:gloo,cuda:nccl" if gpus else "gloo")  # gloo too beside NCCL, for what is on the CPU
+    try:
+        with contextlib.ExitStack() as quiet:
+            if not first():
+                quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
+            yield device
+    finally:
+        if sys.exc_info()[0] is None:  # otherwise the others are not waiting to say goodbye
+            dist.destroy_process_group()
+
+
+def _start(backend: str) -> None:
+    """Meet the other processes.
+
+    The addresses where they meet outlive a restart in torchrun's store, where they still name the processes that are
+    gone (pytorch/pytorch#135712). The count of restarts tells them apart, on one machine; on several it may differ.
+    """
+    if may_restart() and os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
+        raise UserError(
+            "torchrun --max-restarts on several machines needs the environment variable "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or processes started anew would look for those that are gone"
+        )
+    store, number, count = next(dist.rendezvous("env://"))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
+
+
+def decided(decide: Callable[[], T]) -> T:
+    """What `decide()` gives in the first process, in all of them. Where it raises there, torchrun ends the others."""
+    box = [decide() if first() else None]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def in_turn(make: Callable[[], T]) -> T:
+    """`make()` in the first process, then in the first of each other machine, then in all others.
+
+    So what the first leaves on a disk, such as decoded pictures, the others find there.
+    """
+    turn = 0 if first() else 1 if local_rank() == 0 else 2
+    for now in range(3):
+        if now == turn:
+            made = make()
+        any_of(False)  # here each waits for all
+    return made
+
+
+def any_of(flag: bool) -> bool:
+    """Whether any of the processes has the flag up."""
+    raised = torch.tensor(int(flag))
+    if world() > 1:
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return bool(raised)
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of each process's tensor, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def share(rows: T) -> T:
+    """This process's part of a sequence: every `world`-th item."""
+    return rows[rank() :: world()]
+
+
+def unshared(part: Tensor, count: int) -> Tensor:
+    """The inverse of `share`: `count` rows in their order, of parts that padding has made equally long."""
+    if world() == 1:
+        return part[:count]
+    parts = [torch.empty_like(part) for _ in range(world())]
+    dist.all_gather(parts, part.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+
+
+def in_step(model: nn.Module) -> nn.Module:
+    """The model as `exchange` takes it. Only what trains has gradients, so adapters and heads alone are exchanged."""
+    return DistributedDataParallel(model) if world() > 1 else model
+
+
+def exchange(model: nn.Module, now: bool) -> contextlib.AbstractContextManager:
+    """A backward pass in it exchanges gradients, those of earlier passes too, or keeps them for a later one.
+
+    Args:
+        model: from `in_step`.
+    """
+    return contextlib.nullcontext() if now or world() == 1 else model.no_sync()

@@ -1,0 +1,186 @@
+"""Several processes train as one: the same steps, the same scores, and nothing lost when one of them dies."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.faults.conftest import assert_same
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "0.1")
+
+
+def torchrun(processes: int, *words, restarts: int = 0) -> subprocess.Popen:
+    """Start a script of the project in so many processes, whose output comes together."""
+    command = (*TORCHRUN, "--nproc-per-node", processes, "--max-restarts", restarts, *words)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    said, _ = process.communicate(timeout=300)
+    return process.returncode, said
+
+
+def run(processes: int, *words, **how) -> str:
+    code, said = finish(torchrun(processes, *words, **how))
+    assert code == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """What trains, after 20 steps in fp64 of the same micro-batches, shared by 1, 2 and 3 processes; step by step."""
+    folder = tmp_path_factory.mktemp("steps")
+    for processes in (1, 2, 3):
+        run(processes, ROOT / "tests" / "twenty_steps.py", folder / f"{processes}.safetensors")
+    return {processes: load_file(folder / f"{processes}.safetensors") for processes in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_that_share_a_batch_step_as_one_with_all_of_it(steps, processes):
+    """Windows of two micro-batches with missing labels, clipping and AdamW; the last micro-batch has a single row, so
+    that some processes have none."""
+    alone, shared = steps[1], steps[processes]
+    assert alone.keys() == shared.keys()
+    for name, tensor in alone.items():
+        assert (tensor - shared[name]).abs().max() < 1e-9, name
+    assert (alone["19/heads.levels.0.weight"] - alone["0/heads.levels.0.weight"]).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def words(cache_dir):
+    """A run of 42 steps on drawings, saved every second step. Dropout would depend on who shares a batch."""
+    return (
+        "--data",
+        "demo",
+        "--limit",
+        400,
+        "--epochs",
+        2,
+        "--save-every",
+        2,
+        "--dropout",
+        0,
+        "--cache-dir",
+        cache_dir,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(command, words, tmp_path_factory):
+    """The folder of such a run, in one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    done = command("train.py", *words, "--batch-size", 16, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair(words, tmp_path_factory):
+    """The folder of the same run, shared by two processes; and what they said."""
+    out = tmp_path_factory.mktemp("pair") / "run"
+    return out, run(2, "train.py", *words, "--batch-size", 8, "--out", out)
+
+
+def assert_close(run: Path, other: Path) -> None:
+    """In all that was trained; sums are taken in another order, so not to the bit."""
+    a, b = (load_file(folder / "last" / "adapter.safetensors") for folder in (run, other))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        torch.testing.assert_close(tensor, b[name], rtol=0, atol=1e-4)
+
+
+def test_two_processes_train_what_one_trains_with_batches_of_both(alone, pair):
+    out, said = pair
+    assert_close(out, alone)
+    assert said.count("trained: ") == 1, "one speaks for all"
+    assert "a step is 1 x 16 pictures (2 x --batch-size 8), shared by 2 processes; peak learning rate 0.001" in said
+    logged = EventAccumulator(str(out), purge_orphaned_data=False).Reload().Scalars("train/loss")
+    assert [event.step for event in logged] == [0, 10, 20, 30, 40]
+    scores = [json.loads((folder / "metrics.json").read_text()) for folder in (alone, out)]
+    assert scores[0]["rows"] == scores[1]["rows"]
+    assert {n: a["rows"] for n, a in scores[0]["attributes"].items()} == {
+        n: a["rows"] for n, a in scores[1]["attributes"].items()
+    }
+
+
+def test_scores_of_three_processes_are_those_of_one(command, alone, cache_dir, tmp_path):
+    """Of 400 rows one process has a row more than the others: none is left out, none counts twice."""
+    options = ("--checkpoint", alone / "best", "--data", "demo", "--limit", 400, "--cache-dir", cache_dir)
+    options = (*options, "--split", "all", "--json")
+    assert command("evaluate.py", *options, tmp_path / "1.json").returncode == 0
+    said = run(3, "evaluate.py", *options, tmp_path / "3.json")
+    assert said.count("path_accuracy") == 3, "one speaks for all"
+    one, three = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 3))
+    assert one["rows"] == three["rows"] == 400
+    assert one["attributes"] == three["attributes"]
+    assert one["joint"] == three["joint"]
+
+
+def progress(out: Path) -> int:
+    """How many steps the newest checkpoint has."""
+    try:
+        return json.loads((out / "last" / "config.json").read_text())["progress"]["step"]
+    except FileNotFoundError:  # between the two renames of a save, or before the first
+        return 0
+
+
+def wait_for(process: subprocess.Popen, out: Path, step: int) -> None:
+    while progress(out) < step:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """The ids of torchrun's processes, in the order of their ranks."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    environment = {int(pid): Path(f"/proc/{pid}/environ").read_text() for pid in children}
+    return sorted(environment, key=lambda pid: int(re.search(r"\0RANK=(\d+)", environment[pid]).group(1)))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_worker_is_started_again_and_goes_on_from_the_last_checkpoint(words, pair, tmp_path, victim):
+    out = tmp_path / "run"
+    process = torchrun(2, "train.py", *words, "--batch-size", 8, "--out", out, restarts=1)
+    wait_for(process, out, 8)
+    os.kill(workers(process)[victim], signal.SIGKILL)
+    code, said = finish(process)
+    assert code == 0, said
+    step = int(re.search(r"going on with .* at step (\d+) of 42", said).group(1))
+    assert 8 <= step < 42
+    assert_same(out, pair[0])
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_run_goes_on_with_another_number_of_processes(words, alone, tmp_path, processes):
+    out = tmp_path / "run"
+    process = torchrun(2, "train.py", *words, "--batch-size", 8, "--out", out)
+    wait_for(process, out, 8)
+    process.send_signal(signal.SIGTERM)  # which torchrun passes on: all stop after the same step
+    _, said = finish(process)
+    assert "stopped and saved" in said
+    step = progress(out)
+    assert 8 <= step < 42
+    said = run(processes, "train.py", "--resume", "--out", out)
+    assert f"at step {step} of 42" in said
+    assert f"(2 x --batch-size 8), shared by {processes} processes" in said
+    assert_close(out, alone)
+
+
+def test_restarts_need_a_folder_to_find_again(words):
+    code, said = finish(torchrun(2, "train.py", *words, restarts=1))
+    assert code != 0
+    assert "error: torchrun --max-restarts: name the run's folder with --out" in said

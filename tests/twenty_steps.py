@@ -1,0 +1,38 @@
+"""What each process of `test_distributed.py` runs: 20 steps of `train_step` in fp64 on its share of every micro-batch.
+
+Argument: where the first process writes what trains after each step.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import distributed
+from models.checkpoint import trained_params
+from tests.test_train import batch, in_double, tiny_model
+from train import parameter_groups, train_step
+
+
+def main(out: str) -> None:
+    with distributed.joined():
+        model, after = tiny_model(), {}
+        parallel = distributed.in_step(model)
+        params = trained_params(model)
+        optimizer = torch.optim.AdamW(parameter_groups(params), fused=True)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        for step in range(20):
+            whole = [batch(rows, 2 * step + number) for number, rows in enumerate((6, 1))]
+            shares = [type(micro)(*map(distributed.share, micro)) for micro in whole]
+            window = [mine if len(mine.labels) else all.unlabelled() for mine, all in zip(shares, whole, strict=True)]
+            train_step(parallel, window, optimizer, scaler, 1e-3, None, in_double)
+            after |= {f"{step}/{name}": p.detach().clone() for name, p in params.items()}
+        if distributed.first():
+            save_file(after, out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
