@@ -8,22 +8,22 @@
 import argparse
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
 from calibration import TARGET_PRECISION, calibrate, calibration_scores
 from data import price
-from data.batches import epoch_batches, make_loader
+from data.batches import Batch, epoch_batches, make_loader
 from data.preprocess import Preprocess
 from data.split import SPLITS
-from data.store import default_cache_dir
+from data.store import STORE_GB, default_cache_dir
 from errors import Parser, UserError, check_writable, exits_cleanly, make_folder, positive_int, share
 from lora import merge_lora
 from metrics import score, score_number, scores_table, trust_table
@@ -96,7 +96,7 @@ def score_numbers(task: Task, rows: np.ndarray, outputs: dict[str, Tensor]) -> d
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, loader: DataLoader, preprocess: Preprocess, device: torch.device, what: str
+    model: nn.Module, loader: Iterable[Batch], preprocess: Preprocess, device: torch.device, what: str
 ) -> dict[str, Tensor]:
     """The model's outputs {attribute: (N, ·)} of a loader's rows, in order, fp32 on the CPU."""
     model.eval()
@@ -115,7 +115,10 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
         raise UserError(f"--report: {folder} is not calibrated; do so first with --calibrate, on validation rows")
     if args.calibrate:
         check_writable(folder / "config.json.new", "--calibrate")
-    task = distributed.in_turn(lambda: load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device))
+    store_gb = 0.0 if args.no_store else STORE_GB
+    task = distributed.in_turn(
+        lambda: load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device, store_gb)
+    )
     print(f"checkpoint {folder}")
     name, rows = task.catalogue.name, task.store.rows(split)
     if not len(rows):
@@ -162,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=positive_int, default=64)
     parser.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
     parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where decoded images are kept")
+    parser.add_argument("--no-store", action="store_true", help="keep no decoded images: decode at every use")
     parser.add_argument("--json", type=Path, help="also write the scores here")
     parser.add_argument("--report", type=Path, metavar="DIR", help="also make DIR/report.html and DIR/suspects.csv")
     args = parser.parse_args(argv)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import hub
-from data.store import default_cache_dir
+from data.store import STORE_GB, default_cache_dir
 from errors import Parser, UserError, positive_int
 from models.backbone import DEMO, bare_backbone
 
@@ -121,6 +121,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     for switch, names in EXTRA.items():
         p.add_argument(f"--{switch.replace('_', '-')}", action="store_true", help=f"also predict {' and '.join(names)}")
+    p.add_argument(
+        "--store-gb",
+        type=float,
+        default=STORE_GB,
+        metavar="GB",
+        help="keep decoded pictures where they need no more than this (default: %(default)s)",
+    )
+    p.add_argument(
+        "--no-store", action="store_const", const=0.0, dest="store_gb", help="keep none: decode at every use"
+    )
     p.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
     p.add_argument(
         "--min-brand-count", type=positive_int, default=10, help="rarer brands become Other (default: %(default)s)"

@@ -24,11 +24,12 @@ from data.attributes import (
     of_config,
 )
 from data.batches import Rows
+from data.columns import chosen
 from data.preprocess import Preprocess
 from data.schema import FASHION_FILE, Attribute, read_schema
 from data.sources import Catalogue, load_source
 from data.split import SPLITS
-from data.store import ImageStore, common_size, open_store
+from data.store import STORE_GB, ImageStore, common_size, open_store
 from data.titles import SPECIAL, TitleReader, choose_vocabulary
 from errors import UserError
 from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_base
@@ -86,7 +87,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     preprocess = Preprocess(
         common_size(catalogue, max(size)), size, wants["interpolation"], wants["mean"], wants["std"]
     )
-    store = open_store(catalogue, preprocess.canvas, args.cache_dir)
+    store = open_store(catalogue, preprocess.canvas, args.cache_dir, args.store_gb * 1e9)
     if distributed.first():
         store.write_skipped(args.out / "skipped.csv")
     counts = {split: len(store.rows(split)) for split in SPLITS}
@@ -95,7 +96,8 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     train_rows = store.rows("train")
     sizes = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     print(f"{catalogue.name}: {sizes} rows, {len(store.skipped):,} skipped")
-    print(f"decoded images: {store.path} ({store.nbytes / 1e6:,.0f} MB, {'new' if store.built else 'reused'})")
+    kept = f"decoded images: {store.path} ({store.nbytes / 1e6:,.0f} MB, " if store.nbytes else "images are not kept ("
+    print(f"{kept}{'new' if store.built else 'reused'})")
     entries, known = fit_targets(catalogue, train_rows, attributes, args.min_brand_count)
     config = {
         "backbone": {"name": args.backbone}
@@ -112,7 +114,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__},
     }
     if reads:
-        config["text"] = fit_text(args, config, [catalogue.columns[schema.title][row] for row in train_rows])
+        config["text"] = fit_text(args, config, list(chosen(catalogue.columns[schema.title], train_rows)))
         known = known._replace(tokens=read_titles(config, catalogue))
     model = attach(backbone, config)
     if args.init_from and not args.resume:
@@ -152,7 +154,13 @@ def place(model: AttributeClassifier, args: argparse.Namespace, device: torch.de
 
 
 def load_task(
-    folder: Path, weights: Path | None, data: str, cache_dir: Path, limit: int | None, device: torch.device
+    folder: Path,
+    weights: Path | None,
+    data: str,
+    cache_dir: Path,
+    limit: int | None,
+    device: torch.device,
+    store_gb: float = STORE_GB,
 ) -> Task:
     """A checkpoint's model on its device, and a catalogue labelled in the classes it knows."""
     model, config = load_checkpoint(folder, weights)
@@ -160,7 +168,7 @@ def load_task(
     preprocess = Preprocess(**config["preprocess"])
     title = config["title"] if config["text"] else None
     catalogue = load_source(data, cache_dir, limit, columns_of(attributes.values(), title))
-    store = open_store(catalogue, preprocess.canvas, cache_dir)
+    store = open_store(catalogue, preprocess.canvas, cache_dir, store_gb * 1e9)
     known = encode(catalogue, list(attributes.values()), maps, scales)
     if title:
         known = known._replace(tokens=read_titles(config, catalogue))

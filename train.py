@@ -149,7 +149,7 @@ def train_epoch(
     """
     rows = task.store.rows("train")
     epoch, taken = divmod(state.step, steps_in_epoch(args, task))
-    batches = epoch_batches(rows, micro_batch_size(args), args.seed, epoch)[taken * args.accum :]
+    batches = epoch_batches(rows, micro_batch_size(args), args.seed, epoch, task.store.run)[taken * args.accum :]
     device = next(task.model.parameters()).device
     loader = make_loader(task.store, task.known, [distributed.share(batch) for batch in batches], device)
     weights = torch.tensor([a["weight"] for a in task.config["attributes"]], device=device)

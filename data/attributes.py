@@ -9,13 +9,14 @@ import numpy as np
 
 from data import brand, price
 from data.cells import number
+from data.columns import chosen
 from data.schema import FASHION, Attribute
 from errors import UserError
 
 MISSING = -1  # the catalogue has no value here
 UNSEEN = -2  # it has one that no train row had
 
-Columns = dict[str, list[str | None]]
+Columns = dict[str, Sequence[str | None]]
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,13 @@ def fit_label_maps(
     """
     maps = {}
     for a in (a for a in attributes if a.kind == "class"):
-        texts = [text for row in train_rows if (text := columns[a.column][row]) is not None]
-        aliases = brand.fit(texts, min_brand_count) if a.derive == "brand" else None
-        said = texts if aliases is None else (brand.find(text, aliases) or brand.OTHER for text in texts)
-        maps[a.name] = LabelMap(sorted(set(said)), aliases)
+        said = {text for text in chosen(columns[a.column], train_rows) if text is not None}
+        aliases = None
+        if a.derive == "brand":
+            texts = (text for text in chosen(columns[a.column], train_rows) if text is not None)
+            aliases = brand.fit(texts, min_brand_count)
+            said = {brand.find(text, aliases) or brand.OTHER for text in said}
+        maps[a.name] = LabelMap(sorted(said), aliases)
         rarer = ", or lower --min-brand-count" if aliases is not None else ""
         _check_varied(a, maps[a.name].labels, f"leave it out{rarer}")
     return maps
@@ -102,13 +106,16 @@ def numbers(columns: Columns, attribute: Attribute) -> np.ndarray:
     if attribute.derive == "price":
         return price.simulate(columns)
     cells = zip(columns[attribute.column], columns["id"], strict=True)
-    return np.array([number(text, attribute.column, id) for text, id in cells])
+    return np.fromiter((number(text, attribute.column, id) for text, id in cells), float, len(columns["id"]))
 
 
 def encode_labels(columns: Columns, maps: dict[str, LabelMap], attributes: Sequence[Attribute] = FASHION) -> np.ndarray:
-    """All rows -> int64 (N, A), one column a class attribute: class index, `MISSING` or `UNSEEN`."""
-    codes = [[maps[a.name].encode(text) for text in columns[a.column]] for a in attributes if a.kind == "class"]
-    return np.array(codes, dtype=np.int64).T
+    """All rows -> int32 (N, A), one column a class attribute: class index, `MISSING` or `UNSEEN`."""
+    count = len(columns[attributes[0].column])
+    labels = np.empty((count, len(maps)), dtype=np.int32)
+    for column, a in enumerate(a for a in attributes if a.kind == "class"):
+        labels[:, column] = np.fromiter(map(maps[a.name].encode, columns[a.column]), np.int32, count)
+    return labels
 
 
 def encode_numbers(columns: Columns, scales: dict[str, Scale], attributes: Sequence[Attribute]) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Batches of stored pixels and targets. A batch is one gather from the store, so no worker processes are needed."""
 
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.attributes import MISSING
+from data.parquet import WINDOW
 from data.store import ImageStore
 
 
@@ -53,19 +56,45 @@ class Batches(Dataset):
     def __getitem__(self, rows: np.ndarray) -> Batch:
         if not len(rows):
             return self[np.zeros(1, dtype=int)].unlabelled()
-        arrays = (np.asarray(self.pixels[rows]), *(array[rows] for array in self.known))
+        labels, numbers, tokens = (array[rows] for array in self.known)
+        arrays = np.asarray(self.pixels[rows]), labels.astype(np.int64), numbers, tokens
         return Batch(*map(torch.from_numpy, arrays))
 
 
-def epoch_batches(rows: np.ndarray, batch_size: int, seed: int | None = None, epoch: int = 0) -> list[np.ndarray]:
+def epoch_batches(
+    rows: np.ndarray, batch_size: int, seed: int | None = None, epoch: int = 0, run: int | None = None
+) -> list[np.ndarray]:
     """Cut `rows` into batches, the last one short where it must be. Without a seed in order; else shuffled by a
-    permutation that is a function of (seed, epoch) alone, so that a resumed run sees the batches it would have seen."""
+    permutation that is a function of (seed, epoch) alone, so that a resumed run sees the batches it would have seen.
+
+    Args:
+        run: how many neighbouring rows are read together, if they are: then runs are shuffled, and rows within
+            `WINDOW` runs.
+    """
     if seed is not None:
-        rows = np.random.default_rng((seed, epoch)).permutation(rows)
+        rng = np.random.default_rng((seed, epoch))
+        if run:
+            runs = np.split(rows, np.flatnonzero(np.diff(rows // run)) + 1)
+            order = rng.permutation(len(runs))
+            windows = [order[start : start + WINDOW] for start in range(0, len(runs), WINDOW)]
+            rows = np.concatenate([rng.permutation(np.concatenate([runs[i] for i in some])) for some in windows])
+        else:
+            rows = rng.permutation(rows)
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
-def make_loader(store: ImageStore, known: Rows, batches: list[np.ndarray], device: torch.device) -> DataLoader:
-    """A loader that gives the named batches in their order, from pinned memory where `device` is a GPU."""
+def make_loader(store: ImageStore, known: Rows, batches: list[np.ndarray], device: torch.device) -> Iterable[Batch]:
+    """Gives the named batches in their order, from pinned memory where `device` is a GPU."""
     pin = device.type == "cuda"
-    return DataLoader(Batches(store, known), sampler=batches, batch_size=None, pin_memory=pin)
+    loader = DataLoader(Batches(store, known), sampler=batches, batch_size=None, pin_memory=pin)
+    return loader if store.nbytes else ahead(loader)  # from a store they come at once
+
+
+def ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same, each made while the one before it is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        source = iter(batches)
+        coming = pool.submit(next, source, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, source, None)
+            yield batch

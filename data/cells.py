@@ -1,8 +1,18 @@
-"""Cells of a table: text that a spreadsheet will show and not run, and text that is a number."""
+"""Cells of a table: as text, as text that a spreadsheet will show and not run, and as a number."""
 
 import math
 
 from errors import UserError
+
+NULLS = {"", "na", "nan", "none", "null"}
+
+
+def text(value) -> str | None:
+    """A cell as text; None for the many ways to write a missing one. 2012.0 is '2012': a null made the column float."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    stripped = str(value).strip()
+    return None if stripped.casefold() in NULLS else stripped
 
 
 def inert(cell):

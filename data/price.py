@@ -42,13 +42,14 @@ OTHER_MASTER, OTHER_SUB = (10, 100), (0, 0)
 
 def ranges(columns: dict[str, list[str | None]]) -> np.ndarray:
     """Lowest and highest price of each row, in VND: (N, 2)."""
-    found = []
-    for master, sub, article, text, id in zip(*(columns[name] for name in (*COLUMNS, "id")), strict=True):
+    found = np.empty((len(columns["id"]), 2))
+    rows = zip(*(columns[name] for name in (*COLUMNS, "id")), strict=True)
+    for row, (master, sub, article, text, id) in enumerate(rows):
         both = np.add(MASTER_CATEGORY.get(master, OTHER_MASTER), SUB_CATEGORY.get(sub, OTHER_SUB))
         year = number(text, "year", id)
         worth = 0.7 if year < 2015 else 0.85 if year < 2018 else 1.0
-        found.append(worth * VND * np.array(ARTICLE_TYPE.get(article, both)))
-    return np.array(found)
+        found[row] = worth * VND * np.array(ARTICLE_TYPE.get(article, both))
+    return found
 
 
 def simulate(columns: dict[str, list[str | None]]) -> np.ndarray:

@@ -6,7 +6,6 @@ and what the caller asks for; all others come along.
 
 import codecs
 import csv
-import glob
 import hashlib
 import io
 import logging
@@ -22,11 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 import hub
+from data.cells import text
+from data.columns import Column
 from data.images import ImageError
+from data.parquet import open_parquet
 from data.schema import nearest
 from errors import UserError
 
-NULLS = {"", "na", "nan", "none", "null"}
 UNQUOTED = "productDisplayName"  # of Kaggle's columns the one whose commas are not quoted
 
 
@@ -47,14 +48,16 @@ class Catalogue:
     read: row -> the picture's encoded bytes; raises `ImageError` where there are none.
     fingerprint: changes when any row or picture may have changed.
     skipped: rows left out because their picture does not exist.
+    run: how many neighbouring rows are read together; None where any row is read by itself.
     """
 
     name: str
-    ids: list[str]
-    columns: dict[str, list[str | None]]
+    ids: Sequence[str]
+    columns: dict[str, Sequence[str | None]]
     read: Callable[[int], bytes]
     fingerprint: str
     skipped: list[Skipped] = field(default_factory=list)
+    run: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -104,14 +107,6 @@ def _take(catalogue: Catalogue, limit: int) -> Catalogue:
         read=lambda i: catalogue.read(rows[i]),
         fingerprint=f"{catalogue.fingerprint}-{limit}",
     )
-
-
-def _text(value) -> str | None:
-    """A cell as text; None for the many ways to write a missing one. 2012.0 is '2012': a null made the column float."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = str(value).strip()
-    return None if text.casefold() in NULLS else text
 
 
 def _check_columns(found, required: Sequence[str], spec) -> None:
@@ -192,7 +187,7 @@ def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int
                 title = header.index(UNQUOTED)  # whose own commas these are
                 cells[title : title + surplus + 1] = [",".join(cells[title : title + surplus + 1])]
             if cells:
-                yield number, dict(zip_longest(header, map(_text, cells)))
+                yield number, dict(zip_longest(header, map(text, cells)))
 
 
 def _cells(line: bytes) -> list[str] | None:
@@ -211,25 +206,15 @@ def _read_file(path: Path) -> bytes:
 
 
 def _parquet(path: Path, cache_dir: Path) -> Catalogue:
-    """Parquet as the hub keeps it: text columns and `image`, a struct of bytes and path."""
-    import pyarrow
-
-    datasets = _quiet_datasets()
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files or files[0].suffix != ".parquet":
         raise UserError(f"{path} holds neither a CSV file with images/ nor *.parquet")
-    try:
-        table = datasets.load_dataset(
-            "parquet",
-            data_files=[glob.escape(str(file)) for file in files],
-            split="train",
-            cache_dir=str(cache_dir / "parquet"),
-        )
-    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
-        raise UserError(f"{path} cannot be read as parquet: {error.__cause__ or error}".splitlines()[0]) from error
     root = path if path.is_dir() else path.parent
     fingerprint = _stat_fingerprint({str(file.relative_to(root)): file.stat() for file in files})
-    return _from_table(path.resolve().stem if path.is_file() else path.resolve().name, table, fingerprint)
+    name = path.resolve().stem if path.is_file() else path.resolve().name
+    opened = open_parquet(files, cache_dir / "columns" / f"{name}-{fingerprint}.arrow")
+    _check_columns(opened.columns, ("id",), name)
+    return Catalogue(name, opened.columns["id"], opened.columns, opened.read, fingerprint, run=opened.run)
 
 
 def _hub(repo_id: str) -> Catalogue:
@@ -255,11 +240,7 @@ def _from_table(name: str, table, fingerprint: str) -> Catalogue:
 
     _check_columns(table.column_names, ("id", "image"), name)
     images = table.cast_column("image", Image(decode=False)).data.column("image")
-    columns = {
-        column: [_text(value) for value in table.data.column(column).to_pylist()]
-        for column in table.column_names
-        if column != "image"
-    }
+    columns = {name: Column(table.data.column(name)) for name in table.column_names if name != "image"}
 
     def read(i: int) -> bytes:
         image = images[int(i)].as_py()
@@ -267,7 +248,7 @@ def _from_table(name: str, table, fingerprint: str) -> Catalogue:
             raise ImageError("no image in this row")
         return image["bytes"]
 
-    return Catalogue(name, [str(value) for value in columns["id"]], columns, read, fingerprint)
+    return Catalogue(name, columns["id"], columns, read, fingerprint)
 
 
 def _demo(cache_dir: Path) -> Catalogue:

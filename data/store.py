@@ -1,12 +1,18 @@
-"""Every picture decoded once, into one memory-mapped uint8 file that all later runs open at once."""
+"""Every picture decoded once, into one memory-mapped uint8 file that all later runs open at once.
+
+A catalogue too large for that is decoded once for its hashes, by which it is split, and then whenever a picture is
+asked for.
+"""
 
 import csv
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +23,13 @@ from tqdm import tqdm
 from data.cells import inert
 from data.images import ImageError, decode, native_size, pixel_hash, to_canvas
 from data.sources import Catalogue, Skipped
-from data.split import assign_splits
+from data.split import in_split
 from errors import UserError
 
+STORE_GB = 100.0  # decoded pictures that need more are not kept
 STORE_VERSION = 1  # raise it when decoding, hashing or the layout changes: older stores are then built anew
 SIZE_SAMPLE = 500  # pictures whose headers choose the canvas
-CHUNK = 64  # rows a thread decodes before it reports
+CHUNK, CHUNKS = 64, 64  # rows a thread decodes before it reports; chunks in the pool at a time
 
 
 def default_cache_dir() -> Path:
@@ -36,30 +43,33 @@ class ImageStore:
 
     Attributes:
         ids: the product id of each row.
-        pixels: uint8 (N, H, W, 3), read-only and memory-mapped; black where the picture could not be read.
+        pixels: uint8 (N, H, W, 3), indexed by rows: read-only and memory-mapped, black where the picture could not be
+            read; or `OnDemand` where none are kept.
         hashes: uint64 (N,), of the pixels at native size; 0 where there are none.
         ok: bool (N,), whether the picture could be read.
         skipped: all rows without a usable picture, with the reason: those the source left out, then those not `ok`.
         path: the folder.
         built: whether this call decoded, rather than found, the store.
+        run: how many neighbouring rows are best read together; None where any row is at hand.
     """
 
-    ids: list[str]
-    pixels: np.ndarray
+    ids: Sequence[str]
+    pixels: "np.ndarray | OnDemand"
     hashes: np.ndarray
     ok: np.ndarray
     skipped: list[Skipped]
     path: Path
     built: bool
+    run: int | None
 
     @property
     def nbytes(self) -> int:
+        """Of pictures that are kept."""
         return self.pixels.nbytes
 
     def rows(self, split: str) -> np.ndarray:
         """The readable rows of a split, or of "all"; int64, ascending."""
-        chosen = self.ok if split == "all" else self.ok & (assign_splits(self.hashes) == split)
-        return np.flatnonzero(chosen)
+        return np.flatnonzero(self.ok if split == "all" else self.ok & in_split(self.hashes, split))
 
     def write_skipped(self, path: Path) -> None:
         """List the skipped rows in a CSV file."""
@@ -90,23 +100,48 @@ def common_size(catalogue: Catalogue, cap: int) -> tuple[int, int]:
     return min(height, cap), min(width, cap)
 
 
-def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path) -> ImageStore:
+class OnDemand:
+    """Stands for an array of pictures that are kept nowhere: they are decoded, by threads, as they are asked for."""
+
+    nbytes = 0
+
+    def __init__(self, catalogue: Catalogue, canvas: tuple[int, int]):
+        self.catalogue, self.canvas, self.pool = catalogue, canvas, ThreadPoolExecutor()
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) rows -> uint8 (n, H, W, 3)"""
+        return np.stack(list(self.pool.map(self.picture, rows)))
+
+    def picture(self, row: int) -> np.ndarray:
+        try:
+            return to_canvas(decode(self.catalogue.read(row)), self.canvas)
+        except ImageError as error:
+            which = f"{self.catalogue.name}, id {self.catalogue.ids[row]}"
+            raise UserError(f"{which}: this picture could be read before, and not now: {error}") from None
+
+
+def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, most: float = math.inf) -> ImageStore:
     """Open the catalogue's store under `cache_dir`; decode the pictures first if this was not done before.
 
     Args:
         canvas: (height, width) to store pictures at: `common_size` for training, the checkpoint's for evaluating.
+        most: bytes that decoded pictures may take; where they would take more, they are not kept.
 
     Raises:
         UserError: no picture can be read, or the folder cannot be written or has too little room.
     """
     canvas = tuple(canvas)
-    key = hashlib.blake2b(repr((catalogue.fingerprint, canvas, STORE_VERSION)).encode(), digest_size=8).hexdigest()
-    path = Path(cache_dir) / f"{catalogue.name.replace('/', '--')}-{canvas[0]}x{canvas[1]}-{key}"
+    keep = len(catalogue) * math.prod(canvas) * 3 <= most
+    facts = (catalogue.fingerprint, canvas if keep else None, STORE_VERSION)
+    key = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+    size = f"{canvas[0]}x{canvas[1]}" if keep else "hashes"
+    path = Path(cache_dir) / f"{catalogue.name.replace('/', '--')}-{size}-{key}"
     if built := not path.exists():
-        _build(catalogue, canvas, path)
+        _build(catalogue, canvas if keep else (0, 0), path)
     try:
         failures = {int(row): reason for row, reason in json.loads((path / "skipped.json").read_text()).items()}
-        pixels, hashes = np.load(path / "pixels.npy", mmap_mode="r"), np.load(path / "hashes.npy")
+        pixels = np.load(path / "pixels.npy", mmap_mode="r") if keep else OnDemand(catalogue, canvas)
+        hashes = np.load(path / "hashes.npy")
     except (OSError, ValueError, EOFError, AttributeError) as error:
         raise UserError(f"the decoded images in {path} are damaged ({error}); delete that folder") from None
     ok = np.ones(len(catalogue), dtype=bool)
@@ -119,12 +154,13 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path) -
         skipped=catalogue.skipped + [Skipped(catalogue.ids[row], reason) for row, reason in failures.items()],
         path=path,
         built=built,
+        run=None if keep else catalogue.run,
     )
 
 
 def _build(catalogue: Catalogue, canvas: tuple[int, int], path: Path) -> None:
     """Decode into a folder of its own, then rename it: whoever looks at `path` sees a whole store or none."""
-    shape = (len(catalogue), *canvas, 3)
+    shape = (len(catalogue), *canvas, 3)  # (N, 0, 0, 3) where pictures are not kept
     need = f"decoded pictures need {np.prod(shape) / 1e6:,.0f} MB there; name another folder with --cache-dir"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,12 +184,17 @@ def _build(catalogue: Catalogue, canvas: tuple[int, int], path: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _decode_all(catalogue: Catalogue, shape: tuple[int, int, int, int], folder: Path) -> None:
-    """Write pixels.npy, hashes.npy and skipped.json ({row: reason}) into `folder`."""
-    pixels = np.lib.format.open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
+def _pixels(path: Path, shape: tuple[int, int, int, int]) -> np.ndarray:
+    pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     if hasattr(os, "posix_fallocate"):  # or a disk that fills up later would end us by SIGBUS, without a word
-        with open(folder / "pixels.npy", "r+b") as file:
+        with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return pixels
+
+
+def _decode_all(catalogue: Catalogue, shape: tuple[int, int, int, int], folder: Path) -> None:
+    """Write pixels.npy, unless it would be empty, hashes.npy and skipped.json ({row: reason}) into `folder`."""
+    pixels = _pixels(folder / "pixels.npy", shape) if math.prod(shape) else None
     hashes = np.zeros(len(catalogue), dtype=np.uint64)
 
     def decode_rows(rows: range) -> dict[int, str]:
@@ -164,23 +205,28 @@ def _decode_all(catalogue: Catalogue, shape: tuple[int, int, int, int], folder: 
             except ImageError as error:
                 failures[row] = str(error)
                 continue
-            pixels[row], hashes[row] = to_canvas(image, shape[1:3]), pixel_hash(image)
+            hashes[row] = pixel_hash(image)
+            if pixels is not None:
+                pixels[row] = to_canvas(image, shape[1:3])
         return failures
 
-    chunks = [range(start, min(start + CHUNK, len(catalogue))) for start in range(0, len(catalogue), CHUNK)]
     failures: dict[int, str] = {}
     # Threads do: decoders release the GIL. They write their rows themselves, so nothing piles up.
     with ThreadPoolExecutor() as pool, tqdm(total=len(catalogue), desc="decoding images", unit="img") as bar:
         try:
-            for chunk, failed in zip(chunks, pool.map(decode_rows, chunks), strict=True):
-                failures |= failed
-                bar.update(len(chunk))
+            for begin in range(0, len(catalogue), CHUNKS * CHUNK):
+                end = min(begin + CHUNKS * CHUNK, len(catalogue))
+                chunks = [range(start, min(start + CHUNK, end)) for start in range(begin, end, CHUNK)]
+                for chunk, failed in zip(chunks, pool.map(decode_rows, chunks), strict=True):
+                    failures |= failed
+                    bar.update(len(chunk))
         except BaseException:  # Ctrl-C too: do not decode the rest first
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if len(failures) == len(catalogue):
         reasons = Counter(failures.values()).most_common(1)[0][0]
         raise UserError(f"{catalogue.name}: none of its {len(catalogue)} images can be read ({reasons})")
-    pixels.flush()
+    if pixels is not None:
+        pixels.flush()
     np.save(folder / "hashes.npy", hashes)
     (folder / "skipped.json").write_text(json.dumps(failures))

@@ -379,3 +379,15 @@ def test_an_out_folder_that_holds_a_run_is_not_overwritten(command, demo_run, ca
     assert done.returncode == 2
     assert "already holds a run" in done.stderr
     assert (demo_run / "metrics.json").read_text() == before
+
+
+def test_without_a_store_a_run_ends_with_the_same_bits(command, demo_run, cache_dir, tmp_path):
+    done = command(
+        *("train.py", "--data", "demo", "--limit", 1000, "--epochs", 3, "--amp", "--accum", 2, "--no-store"),
+        *("--out", tmp_path / "run", "--cache-dir", cache_dir),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "images are not kept" in done.stdout
+    stored, loose = (load_file(run / "best" / "adapter.safetensors") for run in (demo_run, tmp_path / "run"))
+    assert all(torch.equal(stored[name], tensor) for name, tensor in loose.items())
+    assert (tmp_path / "run" / "metrics.json").read_text() == (demo_run / "metrics.json").read_text()

@@ -97,14 +97,14 @@ def test_parquet_at_any_depth_in_the_order_of_names(tmp_path):
     write_parquet(tmp_path / "shop" / "data" / "b.parquet", [3], baseColour=[None])
     write_parquet(tmp_path / "shop" / "data" / "a.parquet", [1, 2], image=[{"bytes": picture(1), "path": None}, None])
     catalogue = load_source(str(tmp_path / "shop"), tmp_path / "cache")
-    assert (catalogue.name, catalogue.ids, len(catalogue)) == ("shop", ["1", "2", "3"], 3)
-    assert catalogue.columns["baseColour"] == ["Blue", "Blue", None]
-    assert catalogue.columns["year"] == ["2012"] * 3  # a float only for its nulls
+    assert (catalogue.name, list(catalogue.ids), len(catalogue)) == ("shop", ["1", "2", "3"], 3)
+    assert list(catalogue.columns["baseColour"]) == ["Blue", "Blue", None]
+    assert list(catalogue.columns["year"]) == ["2012"] * 3  # a float only for its nulls
     assert "image" not in catalogue.columns
     assert (catalogue.read(0), catalogue.read(2)) == (picture(1), picture(3))
     with pytest.raises(ImageError, match="no image in this row"):
         catalogue.read(1)
-    assert load_source(str(tmp_path / "shop" / "data" / "b.parquet"), tmp_path / "cache").ids == ["3"]
+    assert list(load_source(str(tmp_path / "shop" / "data" / "b.parquet"), tmp_path / "cache").ids) == ["3"]
 
 
 def test_limit_is_spread_and_stable(tmp_path):
@@ -163,7 +163,7 @@ from data.sources import load_source
 from errors import UserError
 try:
     catalogue = load_source("owner/name", Path(sys.argv[1]))
-    print(catalogue.name, catalogue.ids, len(catalogue.read(0)))
+    print(catalogue.name, list(catalogue.ids), len(catalogue.read(0)))
 except UserError as error:
     print("error:", error)
 """

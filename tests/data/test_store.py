@@ -8,7 +8,7 @@ import pytest
 from data.images import decode, pixel_hash
 from data.preprocess import Preprocess
 from data.sources import Skipped, load_source
-from data.split import SPLITS, assign_splits
+from data.split import SPLITS, in_split
 from data.store import common_size, default_cache_dir, open_store
 from errors import UserError
 from tests.data.conftest import picture, write_kaggle
@@ -125,12 +125,13 @@ def test_default_cache_dir(monkeypatch):
 
 def test_splits_are_a_function_of_the_picture_alone():
     hashes = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
-    splits = assign_splits(hashes)
-    shares = [np.mean(splits == name) for name in SPLITS]
-    assert np.allclose(shares, [0.8, 0.1, 0.1], atol=0.01)
+    splits = np.stack([in_split(hashes, name) for name in SPLITS])
+    assert (splits.sum(0) == 1).all()
+    assert np.allclose(splits.mean(1), [0.8, 0.1, 0.1], atol=0.01)
     order = np.random.default_rng(1).permutation(len(hashes))
-    assert (assign_splits(hashes[order]) == splits[order]).all()  # row order does not matter
-    assert (assign_splits(hashes[:50]) == splits[:50]).all()  # nor do rows added or removed
+    for name, inside in zip(SPLITS, splits, strict=True):
+        assert (in_split(hashes[order], name) == inside[order]).all()  # row order does not matter
+        assert (in_split(hashes[:50], name) == inside[:50]).all()  # nor do rows added or removed
 
 
 def test_the_real_catalogue_decodes_whole_and_splits_without_a_leak(real):
@@ -140,11 +141,11 @@ def test_the_real_catalogue_decodes_whole_and_splits_without_a_leak(real):
     assert not store.skipped
     for row in (0, 12345, 39923):
         assert (store.pixels[row] == np.asarray(decode(catalogue.read(row)))).all()
-    splits = assign_splits(store.hashes)
-    assert np.allclose([np.mean(splits == name) for name in SPLITS], [0.8, 0.1, 0.1], atol=0.01)
+    splits = {name: in_split(store.hashes, name) for name in SPLITS}
+    assert np.allclose([inside.mean() for inside in splits.values()], [0.8, 0.1, 0.1], atol=0.01)
     _, group = np.unique(store.pixels.reshape(39924, -1)[:, ::7], axis=0, return_inverse=True)
     assert 600 < 39924 - group.max() - 1 < 800  # pictures that are copies of another
-    sides = {name: set(group[splits == name].tolist()) for name in SPLITS}
+    sides = {name: set(group[inside].tolist()) for name, inside in splits.items()}
     assert not sides["train"] & sides["test"]
     assert not sides["train"] & sides["val"]
     assert not sides["val"] & sides["test"]

@@ -1,0 +1,56 @@
+"""Text columns that stay on disk: read in order, so that the number of rows does not show in memory."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from data.cells import text
+
+READ = 8192  # rows at a time
+
+
+class Column(Sequence):
+    """The cells of a column of Arrow's, as text, None where missing: `cells` may lie in a mapped file."""
+
+    def __init__(self, cells: pa.ChunkedArray):
+        self.cells = cells
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __getitem__(self, row: int) -> str | None:
+        return text(self.cells[int(row)].as_py())
+
+    def __iter__(self) -> Iterator[str | None]:
+        for start in range(0, len(self), READ):
+            yield from map(text, self.cells.slice(start, READ).to_pylist())
+
+
+def columns_of(table: pa.Table) -> dict[str, Column]:
+    return {name: Column(table.column(name)) for name in table.column_names}
+
+
+def kept(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Table:
+    """A table whose rows lie in the file `path`, mapped; written first, as they come, if it is not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def chosen(cells: Sequence[str | None], rows: Sequence[int]) -> Iterator[str | None]:
+    """The cells of some rows, in the order of the column."""
+    wanted = np.zeros(len(cells), dtype=bool)
+    wanted[rows] = True
+    return compress(cells, wanted)

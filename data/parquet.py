@@ -1,0 +1,145 @@
+"""Parquet as the hub keeps it, text columns and `image`, a struct of bytes and path: read where it lies.
+
+Text columns are copied once into a file that is mapped; pictures are not. Parquet has no way to read a single row, so
+pictures are read in runs of neighbouring rows, of which the last few are kept: whoever reads rows in order, or shuffled
+within a few runs, reads each run once.
+"""
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.cells import text
+from data.columns import Column, columns_of, kept
+from data.images import ImageError
+from errors import UserError
+
+READ = 64  # rows at a time: of pictures of 5 MB that is 320 MB
+BUFFER = 1 << 20  # bytes; without it pyarrow reads a row group's column in one piece
+RUN_ROWS, RUN_BYTES = 4096, 32 << 20  # a run, at most
+WINDOW = 8  # runs that are shuffled together
+
+
+class File(NamedTuple):
+    path: Path
+    rows: int
+    nbytes: int
+    schema: pa.Schema
+
+
+class Parquet(NamedTuple):
+    """Attributes:
+    columns: all but `image`.
+    read: row -> the picture's encoded bytes; raises `ImageError` where there are none.
+    run: how many neighbouring rows are read together.
+    """
+
+    columns: dict[str, Column]
+    read: Callable[[int], bytes]
+    run: int
+
+
+def open_file(path: Path) -> File:
+    """What a file's footer says.
+
+    Raises:
+        UserError: it is no parquet, or has no such column `image`.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, groups = file.schema_arrow, [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            sizes = File(path, file.metadata.num_rows, sum(group.total_byte_size for group in groups), schema)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as parquet: {error}".splitlines()[0]) from None
+    if "image" not in schema.names:
+        raise UserError(f"{path} lacks the column image; it has {', '.join(schema.names)}")
+    image = schema.field("image").type
+    if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+        raise UserError(f"{path}: its column image holds {image}, and should hold bytes and path")
+    return sizes
+
+
+def open_parquet(paths: list[Path], texts: Path) -> Parquet:
+    """Files of one catalogue, in order.
+
+    Args:
+        texts: where the text columns are copied to; a file that is there holds them.
+
+    Raises:
+        UserError: a file is no parquet, has no pictures, or other columns than the first.
+    """
+    files = [open_file(path) for path in paths]
+    names = [name for name in files[0].schema.names if name != "image"]
+    for file in files[1:]:
+        if odd := set(names) ^ {name for name in file.schema.names if name != "image"}:
+            raise UserError(f"{file.path} and {files[0].path} differ in the column {min(odd)}")
+    schema = pa.schema([(name, pa.string()) for name in names])
+    table = kept(texts, schema, _texts(files, schema))
+    per_row = sum(file.nbytes for file in files) / max(1, sum(file.rows for file in files))
+    run = max(1, min(RUN_ROWS, int(RUN_BYTES / max(1, per_row))))
+    return Parquet(columns_of(table), Pictures(files, run), run)
+
+
+def _texts(files: list[File], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    for file in files:
+        try:
+            with pq.ParquetFile(file.path) as opened:
+                for batch in opened.iter_batches(RUN_ROWS, columns=schema.names):
+                    cells = [[text(cell) for cell in batch.column(name).to_pylist()] for name in schema.names]
+                    yield pa.record_batch([pa.array(some, pa.string()) for some in cells], schema)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file.path} cannot be read as parquet: {error}".splitlines()[0]) from None
+
+
+class Pictures:
+    """row -> encoded bytes, for any thread."""
+
+    def __init__(self, files: list[File], run: int):
+        self.files, self.run = files, run
+        self.begins = [0, *itertools.accumulate(file.rows for file in files)]
+        self.kept: OrderedDict[int, list[bytes | None]] = OrderedDict()
+        self.lock = Lock()
+
+    def __call__(self, row: int) -> bytes:
+        number, place = divmod(int(row), self.run)
+        with self.lock:
+            if number not in self.kept:
+                if len(self.kept) > WINDOW:
+                    self.kept.popitem(last=False)
+                self.kept[number] = list(self._read(number * self.run, (number + 1) * self.run))
+            self.kept.move_to_end(number)
+            picture = self.kept[number][place]
+        if not picture:
+            raise ImageError("no image in this row")
+        return picture
+
+    def _read(self, start: int, stop: int) -> Iterator[bytes | None]:
+        for file, begin in zip(self.files, self.begins, strict=False):
+            low, high = max(start - begin, 0), min(stop - begin, file.rows)
+            if low < high:
+                try:
+                    with pq.ParquetFile(file.path, buffer_size=BUFFER) as opened:
+                        yield from (cells["image"] and cells["image"]["bytes"] for cells in rows(opened, low, high))
+                except (pa.ArrowException, OSError) as error:
+                    raise ImageError(f"damaged parquet: {error}".splitlines()[0]) from None
+
+
+def rows(file: pq.ParquetFile, start: int, stop: int, columns: tuple[str, ...] = ("image.bytes",)) -> Iterator[dict]:
+    """Rows `start` to `stop`, from the row groups that hold any of them: those before `start` are read past."""
+    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    begins = [0, *itertools.accumulate(sizes)]
+    groups = [i for i, size in enumerate(sizes) if begins[i] < stop and begins[i] + size > start]
+    at = begins[groups[0]]
+    for batch in file.iter_batches(READ, row_groups=groups, columns=list(columns)):
+        low, high = max(start - at, 0), min(stop - at, len(batch))
+        if low < high:
+            yield from batch.slice(low, high - low).to_pylist()
+        at += len(batch)
+        if at >= stop:
+            return

@@ -1,0 +1,118 @@
+"""Parquet read where it lies, in runs of rows; pictures decoded as they are asked for."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from data.batches import Rows, epoch_batches, make_loader
+from data.images import ImageError
+from data.parquet import WINDOW, Pictures, open_file
+from data.sources import load_source
+from data.store import OnDemand, open_store
+from errors import UserError
+from tests.data.conftest import picture, write_kaggle
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """300 rows in two files, in row groups of 40 rows; the bytes of row i say so."""
+    (tmp_path / "shop").mkdir()
+    for name, rows in (("a", range(110)), ("b", range(110, 300))):
+        images = [{"bytes": b"%d" % i, "path": None} if i % 50 else None for i in rows]
+        table = pa.table({"id": list(rows), "gender": ["Men", "Women"] * (len(rows) // 2), "image": images})
+        pq.write_table(table, tmp_path / "shop" / f"{name}.parquet", row_group_size=40)
+    return tmp_path / "shop"
+
+
+@pytest.mark.parametrize("run", [1, 7, 40, 64, 1000])
+def test_any_row_is_read_from_runs_that_cross_row_groups_and_files(shop, run):
+    pictures = Pictures([open_file(shop / "a.parquet"), open_file(shop / "b.parquet")], run)
+    for row in np.random.default_rng(0).permutation(300):
+        if row % 50:
+            assert pictures(row) == b"%d" % row
+        else:
+            with pytest.raises(ImageError, match="no image in this row"):
+                pictures(row)
+        assert len(pictures.kept) <= WINDOW + 1
+
+
+def test_rows_shuffled_within_a_window_read_each_run_once(shop, monkeypatch):
+    pictures, read = Pictures([open_file(shop / "a.parquet"), open_file(shop / "b.parquet")], 10), []
+    real = pictures._read
+    monkeypatch.setattr(pictures, "_read", lambda start, stop: read.append(start) or real(start, stop))
+    rows = np.array([row for row in range(300) if row % 50])
+    for batch in epoch_batches(rows, 16, seed=0, epoch=0, run=10):
+        for row in batch:
+            pictures(row)
+    assert sorted(read) == list(range(0, 300, 10))
+
+
+def test_a_shuffle_in_windows_has_each_row_once_and_is_another_one_each_epoch():
+    rows = np.flatnonzero(np.random.default_rng(0).random(10_000) < 0.8)
+    first, again, second = (np.concatenate(epoch_batches(rows, 32, 3, epoch, run=100)) for epoch in (0, 0, 1))
+    assert (first == again).all()
+    assert (first != second).mean() > 0.9
+    for order in (first, second):
+        assert (np.sort(order) == rows).all()
+        for start in range(0, len(rows), 640):
+            assert len(set((order[start : start + 640] // 100).tolist())) <= 2 * WINDOW + 1
+
+
+def test_texts_are_copied_once(shop, tmp_path):
+    first = load_source(str(shop), tmp_path / "cache")
+    assert (len(first), first.ids[7], list(first.columns["gender"])[:3]) == (300, "7", ["Men", "Women", "Men"])
+    (kept,) = (tmp_path / "cache" / "columns").iterdir()
+    written = kept.stat().st_mtime_ns
+    assert list(load_source(str(shop), tmp_path / "cache").ids) == list(first.ids)
+    assert kept.stat().st_mtime_ns == written
+    assert kept.stat().st_size < 20_000, "no pictures"
+
+
+def test_files_of_other_columns_and_damaged_ones_are_named(shop, tmp_path):
+    table = pq.read_table(shop / "b.parquet").rename_columns(["id", "sex", "image"])
+    pq.write_table(table, shop / "b.parquet")
+    with pytest.raises(UserError, match=r"b.parquet and .*a.parquet differ in the column gender"):
+        load_source(str(shop), tmp_path / "cache")
+    (shop / "b.parquet").write_bytes((shop / "b.parquet").read_bytes()[:500])
+    with pytest.raises(UserError, match=r"b.parquet cannot be read as parquet"):
+        load_source(str(shop), tmp_path / "cache")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    pictures = [picture(i) for i in range(30)]
+    pictures[4] = b"<html>"
+    return load_source(str(write_kaggle(tmp_path / "photos", pictures)), tmp_path)
+
+
+def test_a_store_that_would_be_too_large_keeps_hashes_and_gives_the_same_pictures(photos, tmp_path):
+    kept = open_store(photos, (80, 60), tmp_path / "cache")
+    loose = open_store(photos, (80, 60), tmp_path / "cache", most=30 * 80 * 60 * 3 - 1)
+    assert open_store(photos, (80, 60), tmp_path / "cache", most=30 * 80 * 60 * 3).path == kept.path
+    assert isinstance(loose.pixels, OnDemand)
+    assert {file.name for file in loose.path.iterdir()} == {"hashes.npy", "skipped.json"}
+    assert (loose.hashes == kept.hashes).all()
+    assert loose.skipped == kept.skipped != []
+    known = Rows(np.zeros((30, 2), np.int32), np.zeros((30, 0), np.float32), np.zeros((30, 0), np.int64))
+    batches = [np.array([3, 1]), np.array([29, 0, 7])]
+    for a, b in zip(*(make_loader(store, known, batches, torch.device("cpu")) for store in (kept, loose)), strict=True):
+        assert torch.equal(a.pixels, b.pixels)
+        assert a.labels.dtype == b.labels.dtype == torch.int64
+
+
+def test_a_picture_that_is_gone_since_is_named(photos, tmp_path):
+    loose = open_store(photos, (80, 60), tmp_path / "cache", most=0)
+    (tmp_path / "photos" / "images" / "107.jpg").unlink()
+    with pytest.raises(UserError, match="photos, id 107: this picture could be read before, and not now: No such file"):
+        loose.pixels[np.array([5, 7])]
+
+
+def test_an_empty_share_of_a_batch_is_a_picture_without_labels(photos, tmp_path):
+    store = open_store(photos, (80, 60), tmp_path / "cache")
+    known = Rows(np.ones((30, 2), np.int32), np.ones((30, 1), np.float32), np.zeros((30, 0), np.int64))
+    (batch,) = make_loader(store, known, [np.empty(0, dtype=int)], torch.device("cpu"))
+    assert batch.pixels.shape == (1, 80, 60, 3)
+    assert (batch.labels < 0).all()
+    assert batch.numbers.isnan().all()
