@@ -102,18 +102,20 @@ def training(words: list[str]) -> Iterator[Training]:
         yield Training(args, device, task, state, Board(args.out, task.names, {}, 0))
 
 
-def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each way in each round; the order turns so that none is always first."""
+def in_turn(
+    ways: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each way in each round, after one that does not count; the order turns: none is always first."""
     seconds = {name: [] for name in ways}
     order = list(ways)
-    for round_ in tqdm(range(rounds + 1), desc="rounds"):
+    for round_ in tqdm(range(-warm_up, rounds), desc="rounds"):
         order = order[1:] + order[:1]
         for name in order:
             gc.collect()
             start = time.perf_counter()
             ways[name]()
             wait_for(device)
-            if round_:  # the first warms up
+            if round_ >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
