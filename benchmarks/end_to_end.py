@@ -11,13 +11,10 @@ They take turns; a turn is `STEPS` optimizer steps. Trainer's clock starts after
 
 import copy
 import io
-import platform
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import peft
 import torch
@@ -30,17 +27,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common import machine, training
 from lora_step import HF_TARGETS, hf_vit
 
-import train
-from errors import UserError, exits_cleanly
-from evaluate import Task
+from errors import exits_cleanly
 from lora import merge_lora
-from models.checkpoint import trained_params
 from models.classifier import AttributeClassifier, attribute_losses
-from options import choose_amp, choose_source, parse_args
-from runs import Board
-from state import TrainingState
+from task import Task
 
 ROUNDS, STEPS = 7, 4
 
@@ -132,35 +125,19 @@ def make_trainer(task: Task, args, folder: Path, clock: Clock) -> transformers.T
 
 @exits_cleanly
 def main() -> None:
-    args = parse_args(sys.argv[1:])
-    choose_source(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args.amp = choose_amp(device) if args.amp == "auto" else args.amp
-    with tempfile.TemporaryDirectory() as folder:
-        args.out = Path(folder)
-        task = train.setup(args, device)
-        optimizer = torch.optim.AdamW(train.parameter_groups(trained_params(task.model)), lr=args.lr, fused=True)
-        scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        state = TrainingState(args.out, task.model, task.config, optimizer, scaler)
-        board, stop = Board(args.out, list(task.classes), {}, 0), SimpleNamespace(made=False)
-        args.epochs, steps = 1, train.steps_in_epoch(args, task)
-        if steps <= STEPS:
-            raise UserError(f"{steps} steps an epoch are too few; give more rows")
-        clock = Clock()
-        trainer = make_trainer(task, args, Path(folder, "trainer"), clock)
-        tail = len(task.store.rows("train")) - (steps - STEPS) * args.batch_size * args.accum
+    with training(sys.argv[1:]) as run:
+        args, task, clock = run.args, run.task, Clock()
+        trainer = make_trainer(task, args, args.out / "trainer", clock)
+        tail = run.in_last_steps(STEPS)
 
         def ours() -> float:
-            state.progress["step"] = steps - STEPS
             start = time.perf_counter()
-            train.train_epoch(args, task, state, steps, board, stop)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            run.last_steps(STEPS)
             return tail / (time.perf_counter() - start)
 
         def theirs() -> float:
             trainer.train()
-            return STEPS * args.batch_size * args.accum / (clock.ends[-1] - clock.ends[0])
+            return STEPS * run.window_size / (clock.ends[-1] - clock.ends[0])
 
         speed = {ours: [], theirs: []}
         for round_ in tqdm(range(ROUNDS + 1), desc="rounds"):
@@ -172,10 +149,7 @@ def main() -> None:
     print(
         f"{args.backbone}, {task.preprocess.size[0]} px, {args.amp or 'fp32'}, batch {args.batch_size} x {args.accum}"
     )
-    print(
-        f"{device.type} ({platform.machine()}), {torch.get_num_threads()} threads, torch {torch.__version__}", end=", "
-    )
-    print(f"peft {peft.__version__}, transformers {transformers.__version__}")
+    print(machine(run.device, peft, transformers))
     print(f"Trainer + PEFT  {statistics.median(speed[theirs]):8.1f} images/s")
     print(f"train.py        {statistics.median(speed[ours]):8.1f} images/s")
     print(f"ratio           {statistics.median(ratios):8.2f}  (rounds: {', '.join(f'{r:.2f}' for r in ratios)})")

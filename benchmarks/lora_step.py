@@ -10,11 +10,9 @@ plus 5 % for the low-rank products. *kept* is what is in memory between forward 
 """
 
 import argparse
-import gc
-import platform
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -24,9 +22,10 @@ import torch.nn.functional as F
 import transformers
 from matplotlib.figure import Figure
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import in_turn, machine, ratios
 
 from lora import LoRALayer, apply_lora, keep_base_in
 from models.attention import use_packed_attention
@@ -139,23 +138,6 @@ class Step:
             self.loss(images, labels)
 
 
-def measure(steps: dict, batch, device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round; the order turns so that none is always first."""
-    seconds = {name: [] for name in steps}
-    order = list(steps)
-    for round_ in tqdm(range(rounds + 1), desc="rounds", file=sys.stderr):
-        order = order[1:] + order[:1]
-        for name in order:
-            gc.collect()
-            start = time.perf_counter()
-            steps[name](*batch)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def draw(speeds: dict[str, float], kept: dict[str, int], title: str, path: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     names = list(reversed(speeds))
@@ -192,18 +174,18 @@ def main() -> None:
         torch.randint(CLASSES, (args.batch_size,), device=device),
     )
     kept = {name: step.kept(*batch) for name, step in steps.items()}
-    seconds = measure(steps | {FLOOR: steps["linear probe"].twice_forward}, batch, device, args.rounds)
+    ways = steps | {FLOOR: steps["linear probe"].twice_forward}
+    seconds = in_turn({name: partial(way, *batch) for name, way in ways.items()}, args.rounds, device)
     seconds[FLOOR] = [1.05 * s for s in seconds[FLOOR]]
-    ratios = {name: [b / s for s, b in zip(times, seconds[FIRST], strict=True)] for name, times in seconds.items()}
+    times_first = {name: ratios(seconds[FIRST], times) for name, times in seconds.items()}
 
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    title = f"{args.backbone}, {args.amp}, batch {args.batch_size}, {where}, torch {torch.__version__}"
-    title += f", peft {peft.__version__}, transformers {transformers.__version__}" + ", compiled" * args.compile
-    print(f"{title}, {platform.machine()}")
+    title = f"{args.backbone}, {args.amp}, batch {args.batch_size}" + ", compiled" * args.compile
+    title += f"\n{machine(device, peft, transformers)}"
+    print(title)
     print(f"{'':<28}{'images/s':>9}{'ratio':>7}{'rounds':>15}{'kept, GB':>10}{'ratio':>7}")
     for name, times in seconds.items():
-        speed, ratio = args.batch_size / statistics.median(times), statistics.median(ratios[name])
-        spread = f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}"
+        speed, ratio = args.batch_size / statistics.median(times), statistics.median(times_first[name])
+        spread = f"{min(times_first[name]):.2f} to {max(times_first[name]):.2f}"
         memory = f"{kept[name] / 1e9:>10.2f}{kept[name] / kept[FIRST]:>7.2f}" if name in kept else ""
         print(f"{name:<28}{speed:>9.2f}{ratio:>7.2f}{spread:>15}{memory}")
     if args.profile:
@@ -213,7 +195,7 @@ def main() -> None:
             key = f"self_{device.type}_time_total"
             print(f"\n{name}\n{profile.key_averages().table(sort_by=key, row_limit=14, max_name_column_width=44)}")
     if args.plot:
-        draw({name: statistics.median(r) for name, r in ratios.items()}, kept, title, args.plot)
+        draw({name: statistics.median(r) for name, r in times_first.items()}, kept, title, args.plot)
 
 
 if __name__ == "__main__":

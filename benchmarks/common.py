@@ -1,0 +1,141 @@
+"""What benchmarks share: a training run set up as `train.py` does it, ways that take turns, tables."""
+
+import argparse
+import contextlib
+import gc
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train
+from data.batches import epoch_batches, make_loader
+from errors import UserError
+from models.checkpoint import trained_params
+from models.classifier import attribute_losses
+from options import choose_amp, choose_source, parse_args
+from runs import Board
+from state import TrainingState
+from task import AMP, Task, setup
+
+
+class Training(NamedTuple):
+    """A run of one epoch, set up in a folder of its own."""
+
+    args: argparse.Namespace
+    device: torch.device
+    task: Task
+    state: TrainingState
+    board: Board
+
+    @property
+    def window_size(self) -> int:
+        """Pictures of an optimizer step."""
+        return self.args.batch_size * self.args.accum
+
+    def last_steps(self, count: int) -> None:
+        """`train_epoch` over the last so many steps, since it goes on to the end of its epoch."""
+        steps = self.steps(count)
+        self.state.progress["step"] = steps - count
+        train.train_epoch(self.args, self.task, self.state, steps, self.board, SimpleNamespace(made=False))
+        wait_for(self.device)
+
+    def in_last_steps(self, count: int) -> int:
+        """The pictures that `last_steps(count)` trains on: the last step may be short."""
+        return len(self.task.store.rows("train")) - (self.steps(count) - count) * self.window_size
+
+    def steps(self, more_than: int) -> int:
+        """Steps of the epoch. Raises `UserError` where there are no more than that."""
+        steps = train.steps_in_epoch(self.args, self.task)
+        if steps <= more_than:
+            raise UserError(f"{steps} steps an epoch are too few; give more rows")
+        return steps
+
+    def in_memory(self, steps: int) -> list[list[tuple[Tensor, Tensor]]]:
+        """Windows of (normalised images, labels) on the device."""
+        rows = self.task.store.rows("train")[: steps * self.window_size]
+        loader = make_loader(self.task.store, self.task.known, epoch_batches(rows, self.args.batch_size), self.device)
+        batches = [(self.task.preprocess(b.pixels.to(self.device)), b.labels.to(self.device)) for b in loader]
+        return list(train.windows(batches, self.args.accum))
+
+    def bare_step(self, window: list[tuple[Tensor, Tensor]]) -> None:
+        """What a training step cannot do without: forward, backward and optimizer."""
+        optimizer, scaler, amp = self.state.optimizer, self.state.scaler, AMP[self.args.amp]
+        known = sum((labels >= 0).sum(0) for _, labels in window)
+        for images, labels in window:
+            with torch.autocast(images.device.type, amp, enabled=amp is not None):
+                logits = self.task.model(images)
+            scaler.scale(attribute_losses(logits, labels, known).sum()).backward()
+        scaler.unscale_(optimizer)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(params, train.MAX_GRAD_NORM)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def training(words: list[str]) -> Iterator[Training]:
+    """A run with these options of `train.py`; what it writes is removed at the end."""
+    args = parse_args(words)
+    choose_source(args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.amp = choose_amp(device) if args.amp == "auto" else args.amp
+    args.epochs = 1
+    with tempfile.TemporaryDirectory() as folder:
+        args.out = Path(folder)
+        task = setup(args, device)
+        task.model.train()
+        optimizer = torch.optim.AdamW(train.parameter_groups(trained_params(task.model)), lr=args.lr, fused=True)
+        scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        state = TrainingState(args.out, task.model, task.config, optimizer, scaler)
+        yield Training(args, device, task, state, Board(args.out, task.names, {}, 0))
+
+
+def in_turn(
+    ways: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each way in each round, after one that does not count; the order turns: none is always first."""
+    seconds = {name: [] for name in ways}
+    order = list(ways)
+    for round_ in tqdm(range(-warm_up, rounds), desc="rounds"):
+        order = order[1:] + order[:1]
+        for name in order:
+            gc.collect()
+            start = time.perf_counter()
+            ways[name]()
+            wait_for(device)
+            if round_ >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(above: list[float], below: list[float]) -> list[float]:
+    """Round by round."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def machine(device: torch.device, *modules: ModuleType) -> str:
+    """Where and with which versions figures were measured."""
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, *modules))
+    return f"{where} ({platform.machine()}), {versions}, Python {platform.python_version()}"
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))

@@ -1,0 +1,300 @@
+"""Speed of a trained checkpoint: merged or not, other precisions and runtimes, beside plain timm and Hugging Face.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/inference.py --weights FILE --data FOLDER [--checkpoint FOLDER] [--rounds 15] [--compile]
+
+*Model*: normalised images in memory to logits. Plain timm is `timm.create_model` with the exported weights, and copies
+of this project's heads on top, so that both do the same work; that they say the same is checked. Hugging Face's ViT is
+of equal size, with random weights (speed does not depend on them) and one linear layer for `articleType` alone.
+*Pictures*: decoded pictures in memory to labels with their confidence, beside `transformers.pipeline`.
+*Folder*: `infer.py` on a folder of the catalogue's JPEG files, started anew each time, beside `hf_pipeline.py` there.
+Without start-up means: what all pictures take more than one picture takes. Ways take turns, ratios are within rounds.
+"""
+
+import copy
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import safetensors.torch
+import timm
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import in_turn, machine, markdown, ratios
+
+import export
+from data.images import ImageError, decode
+from data.preprocess import Preprocess
+from data.sources import load_source
+from data.store import default_cache_dir
+from errors import Parser, UserError, exits_cleanly, positive_int
+from lora import merge_lora, quantize_base
+from models.backbone import bare_backbone
+from models.checkpoint import load_checkpoint
+from models.classifier import AttributeClassifier
+from models.decode import Decoder
+
+ROOT = Path(__file__).parents[1]
+BATCHES = {1: 20, 64: 2}  # pictures at a time, and how many times in a turn
+TIMM, FIRST, OURS = "plain timm", "HF pipeline, fp32", "infer.py"
+CPU = torch.device("cpu")
+
+
+def save_hf_vit(backbone: nn.Module, config: dict, folder: Path) -> None:
+    """Hugging Face's ViT of the size of a timm ViT, and its image processor, as `pipeline` loads them."""
+    labels = next(a["labels"] for a in config["attributes"] if a["name"] == "articleType")
+    size, preprocess = backbone.patch_embed.img_size[0], config["preprocess"]
+    vit = transformers.ViTConfig(
+        hidden_size=backbone.embed_dim,
+        num_hidden_layers=len(backbone.blocks),
+        num_attention_heads=backbone.blocks[0].attn.num_heads,
+        intermediate_size=backbone.blocks[0].mlp.fc1.out_features,
+        image_size=size,
+        patch_size=backbone.patch_embed.patch_size[0],
+        id2label=dict(enumerate(labels)),
+    )
+    transformers.ViTForImageClassification(vit).save_pretrained(folder)
+    transformers.ViTImageProcessor(
+        size={"height": size, "width": size},
+        resample=getattr(Image.Resampling, preprocess["interpolation"].upper()),
+        image_mean=preprocess["mean"],
+        image_std=preprocess["std"],
+    ).save_pretrained(folder)
+
+
+def plain_timm(model: AttributeClassifier, config: dict, folder: Path) -> nn.Module:
+    """timm's own model with the weights that `export.py --to timm` writes, and copies of the heads."""
+    export.export_timm(model, config, folder / "timm.safetensors")
+    base, backbone = config["backbone"], bare_backbone(config["backbone"]["name"])
+    backbone.set_input_size(base["img_size"], base["patch_size"])
+    backbone.load_state_dict(safetensors.torch.load_file(folder / "timm.safetensors"))
+    return AttributeClassifier(backbone, copy.deepcopy(model.heads), model.keep_patches).eval()
+
+
+def onnx_runtime(model: AttributeClassifier, config: dict, folder: Path) -> Callable[[Tensor], list[np.ndarray]]:
+    """The file that `export.py --to onnx` writes, on as many threads as torch has."""
+    export.export_onnx(model, config, folder / "model.onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images.numpy()})
+
+
+def in_bf16(model: nn.Module, compiled: bool = False) -> Callable[[Tensor], object]:
+    """The model with its weights in bf16, for fp32 images."""
+    narrow = copy.deepcopy(model).bfloat16()
+    narrow = torch.compile(narrow, dynamic=False) if compiled else narrow
+    return lambda images: narrow(images.bfloat16())
+
+
+def in_autocast(model: nn.Module, device: torch.device) -> Callable[[Tensor], object]:
+    def run(images):
+        with torch.autocast(device.type, torch.bfloat16):
+            return model(images)
+
+    return run
+
+
+def model_ways(
+    model: AttributeClassifier, config: dict, device: torch.device, folder: Path, compiled: bool
+) -> dict[str, Callable[[Tensor], object]]:
+    """Images (B, 3, S, S) -> logits, each way."""
+    merged, vanilla = merge_lora(model).requires_grad_(False), plain_timm(model, config, folder)
+    hf = transformers.ViTForImageClassification.from_pretrained(folder / "hf").eval()
+    onnx = onnx_runtime(model, config, folder) if device == CPU else None
+    for module in (model, merged, vanilla, hf):
+        module.to(device)
+    ways = {
+        f"{TIMM}, fp32": vanilla,
+        f"{TIMM}, bf16": in_bf16(vanilla),
+        "LoRA in place, fp32": model,
+        "LoRA in place, bf16 by autocast": in_autocast(model, device),
+        "merged, fp32": merged,
+        "merged, bf16": in_bf16(merged),
+        "merged, bf16 by autocast": in_autocast(merged, device),
+        "merged, int8 weights, fp32": quantize_base(copy.deepcopy(merged)),
+        "HF ViT, fp32": hf,
+        "HF ViT, bf16": in_bf16(hf),
+    }
+    if onnx:
+        ways["ONNX Runtime, fp32"] = onnx
+    if compiled:
+        ways["merged, compiled, fp32"] = torch.compile(merged, dynamic=False)
+        ways["merged, compiled, bf16"] = in_bf16(merged, compiled=True)
+    return ways
+
+
+def check_same(ways: dict[str, Callable], images: Tensor) -> None:
+    """Plain timm, ONNX Runtime and the LoRA layers in place answer as the merged model does."""
+    wanted = ways["merged, fp32"](images)
+    for name in ways.keys() & {f"{TIMM}, fp32", "LoRA in place, fp32", "ONNX Runtime, fp32"}:
+        found = ways[name](images)
+        found = dict(zip(wanted, map(torch.from_numpy, found), strict=True)) if isinstance(found, list) else found
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def label_ways(
+    model: AttributeClassifier, config: dict, device: torch.device, folder: Path
+) -> dict[str, Callable[[list[Image.Image]], object]]:
+    """Decoded pictures -> labels with their confidence, each way."""
+    merged, preprocess, decoder = merge_lora(model).to(device), Preprocess(**config["preprocess"]), Decoder(config)
+
+    def label(pictures: list[Image.Image], run: Callable[[Tensor], dict[str, Tensor]]) -> list[list[tuple[str, float]]]:
+        pixels = torch.from_numpy(np.stack([preprocess.to_canvas(picture) for picture in pictures])).to(device)
+        found = decoder(run(preprocess(pixels)))
+        return [
+            [(a["labels"][c], p) for a, c, p in zip(config["attributes"], *said, strict=True)]
+            for said in zip(found.labels.tolist(), found.confidence.tolist(), strict=True)
+        ]
+
+    pipeline = partial(transformers.pipeline, "image-classification", str(folder / "hf"), device=device, batch_size=64)
+    return {
+        FIRST: pipeline(dtype=torch.float32),
+        "HF pipeline, bf16": pipeline(dtype=torch.bfloat16),
+        "this project, fp32": partial(label, run=merged),
+        "this project, bf16": partial(label, run=in_bf16(merged)),
+    }
+
+
+def times(ways: dict[str, Callable], inputs, device: torch.device, rounds: int) -> dict[int, dict[str, list[float]]]:
+    """Seconds of a call of each way with the first so many of the inputs, for each size of `BATCHES`."""
+
+    def repeat(way: Callable, some, calls: int) -> None:
+        for _ in range(calls):
+            way(some)
+
+    found = {}
+    for size, calls in BATCHES.items():
+        turns = {name: partial(repeat, way, inputs[:size], calls) for name, way in ways.items()}
+        seconds = in_turn(turns, rounds, device)
+        found[size] = {name: [s / calls for s in taken] for name, taken in seconds.items()}
+    return found
+
+
+def batch_table(found: dict[int, dict[str, list[float]]], first: str) -> str:
+    """Markdown: milliseconds a call, pictures a second, and both as multiples of the first way's speed."""
+    head, names = [""], list(next(iter(found.values())))
+    for size in found:
+        head += [f"batch {size}: ms", "images/s", f"times {first}"]
+    rows = []
+    for name in names:
+        row = [name]
+        for size, seconds in found.items():
+            middle = statistics.median(seconds[name])
+            row += [f"{1e3 * middle:.2f}", f"{size / middle:,.0f}", spread(ratios(seconds[first], seconds[name]))]
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def write_pictures(data: str, count: int, folder: Path) -> tuple[list[Image.Image], int]:
+    """The catalogue's JPEG files into `all/`, one of them into `one/`; 64 of them decoded, and how many there are."""
+    catalogue, pictures = load_source(data, default_cache_dir(), count), []
+    (folder / "all").mkdir()
+    (folder / "one").mkdir()
+    for row, name in enumerate(catalogue.ids):
+        try:
+            source = catalogue.read(row)
+            pictures += [decode(source)] if len(pictures) < max(BATCHES) else []
+        except ImageError:
+            continue
+        (folder / "all" / f"{name}.jpg").write_bytes(source)
+        if len(pictures) == 1:
+            (folder / "one" / f"{name}.jpg").write_bytes(source)
+    if len(pictures) < max(BATCHES):
+        raise UserError(f"{data} has {len(pictures)} readable pictures; {max(BATCHES)} are needed")
+    return pictures, len(list((folder / "all").iterdir()))
+
+
+def program_ways(checkpoint: Path, weights: Path | None, folder: Path) -> dict[str, list[str]]:
+    """The command lines before the folder of pictures and the file to write."""
+    hf = [sys.executable, ROOT / "benchmarks" / "hf_pipeline.py", "--model", folder / "hf"]
+    ours = [sys.executable, ROOT / "infer.py", "--checkpoint", checkpoint]
+    commands = {
+        FIRST: hf,
+        "HF pipeline, bf16": [*hf, "--dtype", "bfloat16"],
+        "HF pipeline, bf16, a worker": [*hf, "--dtype", "bfloat16", "--workers", "1"],
+        OURS: [*ours, "--weights", weights] if weights else ours,
+    }
+    return {name: list(map(str, words)) for name, words in commands.items()}
+
+
+def run_program(words: list[str], pictures: Path, out: Path) -> None:
+    done = subprocess.run([*words, str(pictures), "--out", str(out)], capture_output=True)
+    if done.returncode:
+        raise SystemExit(f"{words} ended with code {done.returncode}:\n{done.stderr.decode()[-2000:]}")
+
+
+def folder_table(programs: dict[str, list[str]], count: int, folder: Path, rounds: int) -> str:
+    """Markdown, all of a program's time and what is left without its start; then `infer.py` beside the best rival."""
+    turns = {
+        (name, part): partial(run_program, words, folder / part, folder / "labels.csv")
+        for name, words in programs.items()
+        for part in ("all", "one")
+    }
+    seconds = in_turn(turns, rounds, CPU, warm_up=False)  # each starts anew
+    more = {name: [a - o for a, o in zip(seconds[name, "all"], seconds[name, "one"], strict=True)] for name in programs}
+    rows = []
+    for name in programs:
+        whole, start, rest = (statistics.median(s) for s in (seconds[name, "all"], seconds[name, "one"], more[name]))
+        row = [name, f"{whole:.1f}", spread(ratios(seconds[FIRST, "all"], seconds[name, "all"])), f"{start:.1f}"]
+        rows.append([*row, f"{(count - 1) / rest:,.0f}", spread(ratios(more[FIRST], more[name]))])
+    best = min(programs.keys() - {OURS}, key=lambda name: statistics.median(seconds[name, "all"]))
+    said = spread(ratios(seconds[best, "all"], seconds[OURS, "all"])), spread(ratios(more[best], more[OURS]))
+    first = f"times {FIRST}"
+    table = markdown(["", "all, s", first, "one picture, s", "images/s without start-up", first], rows)
+    return f"{table}\n{OURS}, times {best}, the fastest pipeline: {said[0]}, without start-up {said[1]}"
+
+
+@exits_cleanly
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "adapters" / "vit_tiny_fashion")
+    parser.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file")
+    parser.add_argument("--data", required=True, help="catalogue whose pictures are labelled")
+    parser.add_argument("--pictures", type=positive_int, default=2000, help="in the folder (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive_int, default=15, help="of programs a fifth (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile the merged model")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model, config = load_checkpoint(args.checkpoint, args.weights)
+        pictures, count = write_pictures(args.data, args.pictures, folder)
+        save_hf_vit(merge_lora(model.backbone), config, folder / "hf")
+        preprocess = Preprocess(**config["preprocess"])
+        images = preprocess(torch.from_numpy(np.stack([preprocess.to_canvas(p) for p in pictures]))).to(device)
+        ways = model_ways(model, config, device, folder, args.compile)
+        with torch.inference_mode():
+            check_same(ways, images[:8])
+            models = times(ways, images, device, args.rounds)
+            labels = times(label_ways(model, config, device, folder), pictures, device, args.rounds)
+        programs, rounds = program_ways(args.checkpoint, args.weights, folder), max(1, args.rounds // 5)
+        folders = folder_table(programs, count, folder, rounds)
+    print(machine(device, timm, transformers, onnxruntime))
+    print(f"{config['backbone']['name']}, {preprocess.size[0]} px, {args.rounds} rounds\n")
+    print(batch_table(models, f"{TIMM}, fp32"))
+    for precision in ("fp32", "bf16"):
+        sides = (f"{TIMM}, {precision}", f"merged, {precision}")
+        said = (f"batch {size} {spread(ratios(*map(seconds.get, sides)))}" for size, seconds in models.items())
+        print(f"merged, times plain timm in {precision}: {', '.join(said)}")
+    print(f"\n{batch_table(labels, FIRST)}\n\n{count:,} JPEG files, {rounds} rounds\n\n{folders}")
+
+
+if __name__ == "__main__":
+    main()
