@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from .recompute import source_of
 
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
 
 class Frozen(NamedTuple):
     """The weight (out, in) and bias (out,) of a frozen linear layer; an int8 weight has a scale (out,) for its rows."""
@@ -79,7 +81,7 @@ class _LoRALinearFunction(torch.autograd.Function):
         cast = x.to(lora_A.dtype)
         y = frozen_linear(cast, Frozen(weight, bias, scale))  # (n, out)
         own = cast if cast is not x or dropped is None else x.clone()
-        h = _zero_(own, dropped) @ lora_A.T  # (n, sum of ranks)
+        h = linear(_zero_(own, dropped), lora_A)  # (n, sum of ranks)
         for block, h_k, B_k in zip(rows, h.split([B.shape[1] for B in lora_B], dim=1), lora_B, strict=True):
             y[:, block].addmm_(h_k, B_k.T)  # into y: the update never exists as a tensor of its own
         ctx.rows, ctx.x_dtype = rows, x.dtype
@@ -96,13 +98,13 @@ class _LoRALinearFunction(torch.autograd.Function):
         needs_x, needs_A, needs_B = ctx.needs_input_grad[0], ctx.needs_input_grad[6], ctx.needs_input_grad[8:]
         dx = dA = None
         if needs_x or needs_A:
-            dh = torch.cat([dy[:, block] @ B_k for block, B_k in zip(ctx.rows, lora_B, strict=True)], dim=1)
+            dh = torch.cat([linear(dy[:, block], B_k.T) for block, B_k in zip(ctx.rows, lora_B, strict=True)], dim=1)
         if needs_A:
             x = ctx.make(*kept).to(dh.dtype).view(-1, lora_A.shape[1])
             dA = dh.T @ _zero_(x, dropped)
         if needs_x:
-            dx = _zero_(dh @ lora_A, dropped)
-            dx.addmm_(dy, weight) if scale is None else dx.addmm_(dy * scale, weight.to(dy.dtype))
+            dx = _zero_(linear(dh, lora_A.T), dropped)
+            dx = linear(dy, weight.T, onto=dx) if scale is None else linear(dy * scale, weight.to(dy.dtype).T, onto=dx)
             dx = dx.to(ctx.x_dtype)
         h_parts = h.split([B.shape[1] for B in lora_B], dim=1)
         dB = [
@@ -116,9 +118,28 @@ def frozen_linear(x: Tensor, base: Frozen) -> Tensor:
     """x Wᵀ + b. An int8 weight is widened for this product alone; its rows' scales multiply the outputs, not W."""
     weight, bias, scale = base
     if scale is None:
-        return F.linear(x, weight, bias)
-    y = F.linear(x, weight.to(x.dtype)).mul_(scale)
+        return linear(x, weight, bias)
+    y = linear(x, weight.to(x.dtype)).mul_(scale)
     return y if bias is None else y.add_(bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, or where `onto` (n, out) is given, its sum with x Wᵀ, perhaps in place.
+
+    In fp32 on a CPU, where no gradient is asked for, by oneDNN, which torch itself takes in bf16 and when it compiles:
+    the MKL that it takes otherwise uses half of what an AMD processor can do.
+    """
+    if _fits_onednn(x, weight):
+        if onto is None:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, onto, weight, None, "add")
+    return F.linear(x, weight, bias) if onto is None else onto.addmm_(x, weight.T)
+
+
+def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
+    asked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    fp32 = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return ONEDNN and fp32 and not asked and not torch.compiler.is_compiling()
 
 
 def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:

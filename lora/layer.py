@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import Frozen, lora_linear
+from .functional import Frozen, linear, lora_linear
 from .quantize import Int8Linear
 
 
@@ -101,13 +101,13 @@ class LoRALayer:
         return base(x) + update if scale is None else _rescale(F.linear(x, base.weight) + update, scale, base.bias)
 
     @torch.no_grad()
-    def merge(self) -> nn.Linear:
+    def merge(self) -> "FrozenLinear":
         """A new linear layer of weight W₀ + ΔW, added in the adapter's precision and rounded once. Changes nothing."""
         base, scale = self.base_layer, self._row_scale()
         weight = base.weight + self.delta_weight()
         if scale is not None:
             weight *= scale[:, None]
-        merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        merged = FrozenLinear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         merged.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
         if base.bias is not None:
             merged.bias = nn.Parameter(base.bias.clone(), requires_grad=False)
@@ -144,6 +144,14 @@ class LoRALayer:
         for rows, pair in updates:
             scale[rows] = pair.row_scale(weight[rows])
         return scale
+
+
+class FrozenLinear(nn.Linear):
+    """`nn.Linear` where nothing trains: the same numbers, in fp32 on some CPUs twice as fast (see `linear`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)"""
+        return linear(x, self.weight, self.bias)
 
 
 def choose(setting: float | Mapping[str, float], name: str) -> float:

@@ -44,6 +44,6 @@ class Int8Linear(nn.Module):
 def quantize_base(model: nn.Module) -> nn.Module:
     """Quantise every frozen linear layer of `model`, in place, LoRA on it or not; returns `model`."""
     for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters()):
+        if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters()):
             model.set_submodule(path, Int8Linear(module))
     return model

@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from lora import LoRAFusedLinear, LoRALinear, draw_dropped
+from lora import LoRAFusedLinear, LoRALinear, draw_dropped, functional
 from lora.functional import _LoRALinearFunction
 
 CPU = torch.device("cpu")
@@ -168,3 +169,23 @@ def test_no_dropout_in_eval_mode():
     state = torch.get_rng_state()
     assert torch.equal(layer(x), layer(x))
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+def test_products_by_onednn_are_those_of_torch(rows):
+    """The tests above are in fp64, which it does not compute."""
+    torch.manual_seed(0)
+    x, weight, bias, onto = torch.randn(rows, 24), torch.randn(40, 24), torch.randn(40), torch.randn(rows, 40)
+    assert functional._fits_onednn(x, weight)
+    torch.testing.assert_close(functional.linear(x, weight, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(functional.linear(x, weight.T.contiguous().T), F.linear(x, weight))
+    torch.testing.assert_close(functional.linear(x, weight, onto=onto.clone()), onto + F.linear(x, weight))
+
+
+def test_products_with_a_gradient_or_of_another_dtype_stay_with_torch():
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    assert not functional._fits_onednn(x, weight)
+    assert functional.linear(x, weight).requires_grad
+    assert not functional._fits_onednn(x.detach().double(), weight.double())
+    with torch.no_grad():
+        assert functional._fits_onednn(x, weight)
