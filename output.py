@@ -3,13 +3,13 @@
 import csv
 import itertools
 import json
-import os
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.cells import inert
+from durable import give_name
 
 
 class Output:
@@ -25,7 +25,8 @@ class Output:
     KINDS = (".csv", ".jsonl", ".parquet")
 
     def __init__(self, path: Path, attributes: list[dict]):
-        self.path, self.kind, self.part = path, path.suffix.lower(), path.with_name(path.name + ".part")
+        self.path, self.kind = path, path.suffix.lower()
+        self.part = path.with_name(f".{path.name}.part")  # hidden: readers of a folder of parquet pass over it
         classes = [a["name"] for a in attributes if a["kind"] == "class"]
         numbers = [a["name"] for a in attributes if a["kind"] == "number"]
         said = ((name, f"{name}_confidence", f"{name}_decision") for name in classes)
@@ -43,11 +44,12 @@ class Output:
         return self
 
     def __exit__(self, failed, *_):
-        self.file.close()
-        if failed:
-            self.part.unlink()
-        else:
-            os.replace(self.part, self.path)
+        try:
+            self.file.close()
+            if not failed:
+                give_name(self.part, self.path)
+        finally:
+            self.part.unlink(missing_ok=True)
 
     def write(self, answers: list[dict]) -> None:
         if self.kind == ".jsonl":
