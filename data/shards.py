@@ -3,15 +3,15 @@
 Nothing is read as a whole first, so the number of rows does not show in memory:
 
     picture files   a slice of the sorted listing is a shard; a picture is read when it is its turn
-    parquet         a range of rows is a shard, and only the columns that are needed are read. A range that begins inside
-                    a row group reads past the rows before it, so row groups of many shards cost time
+    parquet         a range of rows is a shard, and only the columns that are needed are read. A range that begins
+                    inside a row group reads past the rows before it, so row groups of many shards cost time
     tar             one shard each, as WebDataset writes them: members whose names agree up to the first dot are one
                     product; each of its pictures is a row, its title is in a `.txt`, or in a `.json` under the column
     hub:OWNER/NAME  each of its files is a shard, streamed by `datasets`
 
-A picture that cannot be had is a row with the reason. A parquet file that does not open is a `UserError`; where it turns
-out damaged later, every row from there to the end of the shard says so. A tar that is damaged or cut short has, after the
-pictures before that place, a row by the tar's own name that says so.
+A picture that cannot be had is a row with the reason. A parquet file that does not open is a `UserError`; where it
+turns out damaged later, every row from there to the end of the shard says so. A tar that is damaged or cut short has,
+after the pictures before that place, a row by the tar's own name that says so.
 """
 
 import contextlib
@@ -308,7 +308,8 @@ def stream_shards(name: str, splits: dict, title: str | None = None) -> list[Sha
 def _stream_rows(part, name: str, title: str | None) -> Iterator[Row]:
     number = 0
     try:
-        for number, cells in enumerate(part):
+        for cells in part:
             yield _row(cells, f"{name}#{number}", title)
+            number += 1
     except Exception as error:  # of several libraries; a network that fails is no property of the rows
-        raise UserError(f"{name} broke off after row {number:,}: {error}; start again".splitlines()[0]) from error
+        raise UserError(f"{name} broke off after {number:,} rows: {error}; start again".splitlines()[0]) from error
