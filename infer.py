@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         notes.append("not calibrated, so all is for review: evaluate.py --calibrate does it")
     if crew.rank == 0:
         print(*notes, sep="\n", file=sys.stderr)
+    job = Job(args.out, facts(args, config, source), source.shards, config["attributes"], crew) if args.job else None
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", crew.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     labeller = Labeller(folder, args.weights, device, not args.independent, args.top_k, args.batch_size)
@@ -128,27 +129,27 @@ def main(argv: list[str] | None = None) -> int:
             rows = (row._replace(title=title_of(row)) for row in rows)
         return ((batch, labeller(batch)) for batch in labeller.batches(rows))
 
-    return share(args, config, source, crew, answered) if args.job else alone(args, config, source, answered)
-
-
-def share(args, config: dict, source: Source, crew: Crew, answered) -> int:
-    """Answer into the folder --out, together with whoever else does; the exit code."""
-    titles = repr((args.title, args.titles and args.titles.read_bytes())).encode()
-    facts = {
-        "checkpoint": config["sha256"]["config.json"],  # which covers the adapters and the weights below them
-        "inputs": source.fingerprint,
-        "titles": hashlib.sha256(titles).hexdigest(),
-        "independent": args.independent,
-        "shard_rows": args.shard_rows,
-    }
-    job = Job(args.out, facts, source.shards, config["attributes"], crew)
+    if job is None:
+        return alone(args, source, answered(source.shards), config["attributes"])
     job.run(lambda shard: (answers for _, answers in answered([shard])))
     if crew.rank:
         return 0
     rows, unreadable = job.tally()
     print(f"{rows:,} rows in {job.labels}", file=sys.stderr)
     code = report(unreadable, rows)
-    return code if crew.size == 1 else 0  # torchrun takes any other for a crash, and tells of one
+    return code if crew.size == 1 else 0  # torchrun takes any other for a crash, and ends the others
+
+
+def facts(args, config: dict, source: Source) -> dict:
+    """What the answers of a job follow from."""
+    titles = repr((args.title, args.titles and args.titles.read_bytes())).encode()
+    return {
+        "checkpoint": config["sha256"]["config.json"],  # which covers the adapters and the weights below them
+        "inputs": source.fingerprint,
+        "titles": hashlib.sha256(titles).hexdigest(),
+        "independent": args.independent,
+        "shard_rows": args.shard_rows,
+    }
 
 
 def report(unreadable: int, rows: int) -> int:
@@ -158,14 +159,14 @@ def report(unreadable: int, rows: int) -> int:
     return 1 if unreadable else 0
 
 
-def alone(args, config: dict, source: Source, answered) -> int:
+def alone(args, source: Source, answered: Iterator[tuple[list[Row], list[dict]]], attributes: list[dict]) -> int:
     """Answer to the screen or a file; the exit code."""
     rows, unreadable, sheet = 0, 0, []
     with ExitStack() as stack:
-        output = stack.enter_context(Output(args.out, config["attributes"])) if args.out else None
+        output = stack.enter_context(Output(args.out, attributes)) if args.out else None
         few = source.rows is not None and source.rows <= args.batch_size
         bar = stack.enter_context(tqdm(total=source.rows, unit="img", disable=few))
-        for batch, answers in answered(source.shards):
+        for batch, answers in answered:
             for row, answer in zip(batch, answers, strict=True):
                 unreadable += "error" in answer
                 if "error" not in answer and len(sheet) < PLOT_AT_MOST:

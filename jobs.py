@@ -132,8 +132,9 @@ class Job:
                             self._show(bar, rows)
                             looked = time.monotonic()
         except OSError as error:  # of writing; inputs that cannot be read are answers
+            reason = os.strerror(error.errno) if error.errno else error
             raise UserError(
-                f"cannot write to --out {self.folder}: {error}; then start the same command again"
+                f"cannot write to --out {self.folder}: {reason}; start the command again to go on"
             ) from None
         return True
 

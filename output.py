@@ -11,6 +11,10 @@ import pyarrow.parquet as pq
 from data.cells import inert
 from durable import give_name
 
+GROUP_ROWS = (
+    4096  # of Parquet: a row group for each batch would need more room for its columns' places than for answers
+)
+
 
 class Output:
     """A file of answers, written as they come; it takes its name only when all is done.
@@ -31,6 +35,7 @@ class Output:
         numbers = [a["name"] for a in attributes if a["kind"] == "number"]
         said = ((name, f"{name}_confidence", f"{name}_decision") for name in classes)
         self.columns = ["image", *itertools.chain(*said), *numbers, "error"]
+        self.held: list[pa.RecordBatch] = []  # rows of Parquet that are not written yet
         self.floats = {*numbers, *(f"{name}_confidence" for name in classes)}
 
     def __enter__(self):
@@ -45,6 +50,8 @@ class Output:
 
     def __exit__(self, failed, *_):
         try:
+            if self.kind == ".parquet" and not failed:
+                self._write_held()
             self.file.close()
             if not failed:
                 give_name(self.part, self.path)
@@ -63,7 +70,13 @@ class Output:
         if self.kind == ".csv":
             csv.writer(self.file).writerows(map(inert, row.values()) for row in rows)
         else:
-            self.file.write_batch(pa.RecordBatch.from_pylist(rows, schema=self.file.schema))
+            self.held.append(pa.RecordBatch.from_pylist(rows, schema=self.file.schema))
+            if sum(map(len, self.held)) >= GROUP_ROWS:
+                self._write_held()
+
+    def _write_held(self) -> None:
+        self.file.write_table(pa.Table.from_batches(self.held, self.file.schema))
+        self.held = []
 
 
 def table(answer: dict) -> str:
