@@ -53,13 +53,10 @@ def claim(path: Path, wait: bool = False) -> Iterator[bool]:
     delete one that others hold.
     """
     lock = FileLock(path)
-    try:
+    with contextlib.suppress(Timeout):
         lock.acquire(blocking=wait)
-    except Timeout:
-        yield False
-        return
     try:
-        yield True
+        yield lock.is_locked
     finally:
         lock.release()
 

@@ -74,7 +74,10 @@ def parse_args(argv: list[str] | None, crew: Crew):
         "and that goes on where it was when it is started again",
     )
     parser.add_argument(
-        "--shard-rows", type=positive_int, default=SHARD_ROWS, help="rows of a file in that folder (%(default)s)"
+        "--shard-rows",
+        type=positive_int,
+        default=SHARD_ROWS,
+        help="rows of a file in that folder (default: %(default)s)",
     )
     parser.add_argument(
         "--plot", type=Path, help=f"draw the first {PLOT_AT_MOST} pictures with their labels to FILE.png"
@@ -88,7 +91,8 @@ def parse_args(argv: list[str] | None, crew: Crew):
     file = None if args.job else args.out
     for option, path, kinds in (("--out", file, Output.KINDS), ("--plot", args.plot, PLOT_KINDS)):
         if path and path.suffix.lower() not in kinds:
-            raise UserError(f"{option} {path}: the name must end in {', '.join(kinds)}")
+            folder = "; a folder's, in none of the kind" if option == "--out" else ""
+            raise UserError(f"{option} {path}: the name must end in {', '.join(kinds)}{folder}")
         if path:
             check_writable(path, option)
     return args

@@ -61,7 +61,8 @@ class Job:
     def __init__(self, folder: Path, facts: dict, shards: list[Shard], attributes: list[dict], crew: Crew):
         self.folder, self.shards, self.attributes, self.crew = folder, shards, attributes, crew
         self.labels, self.locks = folder / "labels", folder / "locks"
-        self.tallies: dict[int, Tally] = {}  # of shards that are done
+        self.files = [f"{number:05}.parquet" for number in range(len(shards))]  # of results, one for each shard
+        self.tallies: dict[str, Tally] = {}  # of the files that are there
         for place in (folder, self.labels, self.locks):
             make_folder(place, "--out")
         self._agree({"format": FORMAT} | facts)
@@ -82,9 +83,6 @@ class Job:
             raise UserError(
                 f"--out {self.folder} holds another job (its {', '.join(differing)} {verb}); name another folder"
             )
-
-    def path(self, number: int) -> Path:
-        return self.labels / f"{number:05}.parquet"
 
     def run(self, answer: Callable[[Shard], Iterable[list[dict]]]) -> None:
         """Return when all shards are done, by whomever.
@@ -113,11 +111,11 @@ class Job:
 
     def _left(self, order: Iterable[int]) -> list[int]:
         done = set(os.listdir(self.labels))
-        return [number for number in order if self.path(number).name not in done]
+        return [number for number in order if self.files[number] not in done]
 
     def _take(self, number: int, answer: Callable[[Shard], Iterable[list[dict]]], bar: tqdm) -> bool:
         """Do a shard, unless it is done, or held by another."""
-        path, rows, looked = self.path(number), 0, time.monotonic()
+        path, rows, looked = self.labels / self.files[number], 0, time.monotonic()
         if path.exists():
             return False
         try:
@@ -140,16 +138,13 @@ class Job:
 
     def _count(self) -> None:
         """Look into the results that are new."""
-        done = set(os.listdir(self.labels))
-        for number in range(len(self.shards)):
-            path = self.path(number)
-            if number in self.tallies or path.name not in done:
-                continue
+        for name in set(os.listdir(self.labels)).intersection(self.files) - self.tallies.keys():
+            path = self.labels / name
             try:
                 errors = pq.read_table(path, columns=["error"])["error"]
             except (pa.ArrowException, OSError) as error:
                 raise UserError(f"{path} is damaged; delete it and start again ({error})".splitlines()[0]) from None
-            self.tallies[number] = Tally(len(errors), len(errors) - errors.null_count)
+            self.tallies[name] = Tally(len(errors), len(errors) - errors.null_count)
 
     def _show(self, bar: tqdm, here: int = 0) -> None:
         """Put the bar at the rows that all have finished, and the `here` of a shard in work.
@@ -159,10 +154,10 @@ class Job:
         if bar.disable:
             return
         self._count()
-        known = [shard.rows for shard in self.shards]
-        done = [tally.rows for number, tally in self.tallies.items() if known[number] is None]
-        unknown = known.count(None)
-        if done or not unknown:
-            bar.total = sum(rows or 0 for rows in known) + (round(unknown * sum(done) / len(done)) if unknown else 0)
+        unknown = [name for name, shard in zip(self.files, self.shards, strict=True) if shard.rows is None]
+        found = [self.tallies[name].rows for name in unknown if name in self.tallies]
+        if found or not unknown:
+            bar.total = sum(shard.rows or 0 for shard in self.shards)
+            bar.total += round(len(unknown) * sum(found) / max(len(found), 1))
         bar.n = sum(tally.rows for tally in self.tallies.values()) + here
         bar.refresh()

@@ -190,7 +190,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(words, whole, tmp_path)
     assert finish(start("infer", *words, tmp_path / "job", log=tmp_path / "log", fault=small_disk)) == 2
     said = (tmp_path / "log").read_text().splitlines()[-1]
     assert said.startswith(f"error: cannot write to --out {tmp_path / 'job'}: ")
-    assert said.endswith("File too large; start it again to go on")
+    assert said.endswith("File too large; start the command again to go on")
     assert results(tmp_path / "job") == {}
     assert finish(start("infer", *words, tmp_path / "job", log=tmp_path / "log")) == 1
     assert results(tmp_path / "job") == whole
