@@ -39,7 +39,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 KINDS = {"image": IMAGE_SUFFIXES, "parquet": {".parquet"}, "tar": {".tar"}}
 SHARD_ROWS = 4096
 READ_ROWS = 64  # of parquet at a time: of pictures of 5 MB that is 320 MB
-BUFFER = 1 << 20  # bytes; without it pyarrow reads a row group's column in one piece
+BUFFER = 1 << 20  # bytes of a parquet column that are read ahead
 TITLE_BYTES = 1 << 20  # more in a tar's .txt or .json is no title
 
 
@@ -185,7 +185,8 @@ def _parquet_rows(path: Path, start: int, stop: int, title: str | None) -> Itera
     """Rows `start` to `stop` of a file; from where it turns out damaged, each with that as its reason."""
     number = start
     try:
-        with pq.ParquetFile(path, buffer_size=BUFFER) as file:
+        # Without the two options pyarrow has a row group's columns in memory whole.
+        with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
             for cells in _slice(file, start, stop, ["id", "image.bytes", "image.path", *([title] if title else [])]):
                 yield _row(cells, f"{path}#{number}", title)
                 number += 1

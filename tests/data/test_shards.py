@@ -22,13 +22,13 @@ def rows_of(source) -> list[Row]:
     return [row for shard in source.shards for row in shard.read()]
 
 
-def write_parquet(path, images, group=7, **columns):
+def write_parquet(path, images, group=7, dictionary=True, **columns):
     """`images`: bytes, (bytes, path), or None."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cells = [image and dict(zip(("bytes", "path"), image if isinstance(image, tuple) else (image, None), strict=True))
              for image in images]  # fmt: skip
     table = pa.table({"image": pa.array(cells, IMAGE)} | columns)
-    pq.write_table(table, path, row_group_size=group)
+    pq.write_table(table, path, row_group_size=group, use_dictionary=dictionary)
     return path
 
 
@@ -96,6 +96,16 @@ def test_only_the_columns_that_are_needed_are_read(tmp_path, shop):
     assert all(row.picture.startswith("damaged parquet: ") for row in damaged[:10])
     assert [row.name for row in damaged[:2]] == [f"{path}#0", f"{path}#1"]
     assert [row.picture for row in damaged[20:]] == pictures[20:30], "other shards do not touch it"
+
+
+def test_of_a_large_row_group_little_is_in_memory(tmp_path):
+    images = [os.urandom(100_000) for _ in range(300)]
+    path = write_parquet(tmp_path / "a.parquet", images, group=300, dictionary=False)
+    before = pa.total_allocated_bytes()
+    for start in (0, 4):
+        rows = open_source([str(path)], rows=60).shards[start].read()
+        assert next(rows).picture == images[60 * start]
+        assert pa.total_allocated_bytes() - before < 15e6, "of 30 MB"
 
 
 @pytest.mark.parametrize(
