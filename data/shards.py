@@ -1,7 +1,7 @@
 """What `infer.py` reads, cut into shards that are read one row at a time: picture files, parquet, tar, a hub dataset.
 
-Nothing is read as a whole first, so the number of rows does not show in memory (of parquet a page has to be there whole,
-which pyarrow fills with 1,024 rows):
+Nothing is read as a whole first, so the number of rows does not show in memory. (A page of parquet has to be there
+whole, and pyarrow fills it with 1,024 rows.)
 
     picture files   a slice of the sorted listing is a shard; a picture is read when it is its turn
     parquet         a range of rows is a shard, and only the columns that are needed are read. A range that begins
