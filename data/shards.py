@@ -15,18 +15,16 @@ turns out damaged later, every row from there to the end of the shard says so. A
 after the pictures before that place, a row by the tar's own name that says so.
 """
 
-import contextlib
 import functools
 import glob
 import hashlib
 import itertools
-import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -34,6 +32,7 @@ import pyarrow.parquet as pq
 
 import hub
 from data.sources import _text
+from data.tars import members, product, read_titles
 from errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -41,7 +40,6 @@ KINDS = {"image": IMAGE_SUFFIXES, "parquet": {".parquet"}, "tar": {".tar"}}
 SHARD_ROWS = 4096
 READ_ROWS = 64  # of parquet at a time: of pictures of 5 MB that is 320 MB
 BUFFER = 1 << 20  # bytes of a parquet column that are read ahead
-TITLE_BYTES = 1 << 20  # more in a tar's .txt or .json is no title
 
 
 class Row(NamedTuple):
@@ -219,55 +217,15 @@ def _row(cells: dict, otherwise: str, title: str | None) -> Row:
 
 
 def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
-    titles, count = _tar_titles(path, title) if title else {}, 0
+    titles, count = read_titles(path, title) if title else {}, 0
     try:
-        for tar, member in _members(path, IMAGE_SUFFIXES):
+        for tar, member in members(path, IMAGE_SUFFIXES):
             plain = member.isreg() and not member.issparse()  # a sparse one may claim any size
             picture = tar.extractfile(member).read() if plain else "not a plain file"
-            yield Row(os.fsencode(member.name).decode("utf-8", "replace"), picture, titles.get(_product(member.name)))
+            yield Row(os.fsencode(member.name).decode("utf-8", "replace"), picture, titles.get(product(member.name)))
             count += 1
     except (tarfile.TarError, OSError) as error:
         yield Row(str(path), f"damaged or cut short after {count:,} pictures: {error}")
-
-
-def _tar_titles(path: Path, column: str) -> dict[str, str | None]:
-    """{product: title} of a tar. A pass of its own, so that no picture has to wait in memory for its title."""
-    plain, listed = {}, {}
-    with contextlib.suppress(tarfile.TarError, OSError):  # `_tar_rows` comes to the same place and says so
-        for tar, member in _members(path, {".txt", ".json"}):
-            data = tar.extractfile(member).read(TITLE_BYTES) if member.isreg() and not member.issparse() else b""
-            if member.name.lower().endswith(".txt"):
-                plain[_product(member.name)] = _text(data.decode("utf-8", "replace"))
-                continue
-            with contextlib.suppress(ValueError, RecursionError):
-                if isinstance(facts := json.loads(data), dict):
-                    listed[_product(member.name)] = _text(facts.get(column))
-    return listed | plain
-
-
-def _product(name: str) -> str:
-    """What the members of one product have in common: the folder, and the name up to the first dot."""
-    path = PurePosixPath(name)
-    return str(path.with_name(path.name.split(".")[0] or path.name))
-
-
-def _members(path: Path, suffixes: Iterable[str]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """The members of some kinds, in order, read as they come.
-
-    Raises:
-        tarfile.TarError, OSError: the tar is damaged, or ends without the mark that ends a tar.
-    """
-    size = path.stat().st_size
-    with tarfile.open(path, "r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # it would keep them all
-            if member.offset_data + member.size > size and member.isreg():
-                raise tarfile.ReadError(f"{member.name} is not whole")
-            if not member.isdir() and PurePosixPath(member.name).suffix.lower() in suffixes:
-                yield tar, member
-        tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header, or none, for the end
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("no end mark")
 
 
 def _load_hub(name: str) -> tuple[dict, str]:
