@@ -14,9 +14,7 @@ TITLE_BYTES = 1 << 20  # more in a .txt or .json is no title
 def read_titles(path: Path, column: str) -> dict[str, str | None]:
     """{product: title} of a tar. A pass of its own, so that no picture has to wait in memory for its title."""
     plain, listed = {}, {}
-    with contextlib.suppress(
-        tarfile.TarError, OSError
-    ):  # whoever reads the pictures comes to the same place and says so
+    with contextlib.suppress(tarfile.TarError, OSError):  # reading the pictures comes to the same place and says so
         for tar, member in members(path, {".txt", ".json"}):
             data = tar.extractfile(member).read(TITLE_BYTES) if member.isreg() and not member.issparse() else b""
             if member.name.lower().endswith(".txt"):
