@@ -37,6 +37,30 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def give_name(part: Path, path: Path) -> None:
+    """Rename a finished file, once the disk has it: there is never half a file of that name."""
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def claim(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock file for this process, unless another does; gives whether it is ours.
+
+    The system lets go of it when the process ends, however it ends. The file itself stays: whoever deleted it could
+    delete one that others hold.
+    """
+    lock = FileLock(path)
+    with contextlib.suppress(Timeout):
+        lock.acquire(blocking=wait)
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold a folder for this process. The system lets go of it when the process ends, however it ends.
@@ -44,14 +68,11 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"--out {folder} is in use by a run that has not ended; name another folder") from None
-    except OSError as error:
-        raise UserError(f"cannot write to --out {folder}: {error.strerror}") from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            ours = stack.enter_context(claim(folder / ".lock"))
+        except OSError as error:
+            raise UserError(f"cannot write to --out {folder}: {error.strerror}") from None
+        if not ours:
+            raise UserError(f"--out {folder} is in use by a run that has not ended; name another folder")
         yield
-    finally:
-        lock.release()

@@ -3,13 +3,17 @@
 import csv
 import itertools
 import json
-import os
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.cells import inert
+from durable import give_name
+
+GROUP_ROWS = (
+    4096  # of Parquet: a row group for each batch would need more room for its columns' places than for answers
+)
 
 
 class Output:
@@ -25,11 +29,13 @@ class Output:
     KINDS = (".csv", ".jsonl", ".parquet")
 
     def __init__(self, path: Path, attributes: list[dict]):
-        self.path, self.kind, self.part = path, path.suffix.lower(), path.with_name(path.name + ".part")
+        self.path, self.kind = path, path.suffix.lower()
+        self.part = path.with_name(f".{path.name}.part")  # hidden: readers of a folder of parquet pass over it
         classes = [a["name"] for a in attributes if a["kind"] == "class"]
         numbers = [a["name"] for a in attributes if a["kind"] == "number"]
         said = ((name, f"{name}_confidence", f"{name}_decision") for name in classes)
         self.columns = ["image", *itertools.chain(*said), *numbers, "error"]
+        self.held: list[pa.RecordBatch] = []  # rows of Parquet that are not written yet
         self.floats = {*numbers, *(f"{name}_confidence" for name in classes)}
 
     def __enter__(self):
@@ -43,11 +49,14 @@ class Output:
         return self
 
     def __exit__(self, failed, *_):
-        self.file.close()
-        if failed:
-            self.part.unlink()
-        else:
-            os.replace(self.part, self.path)
+        try:
+            if self.kind == ".parquet" and not failed:
+                self._write_held()
+            self.file.close()
+            if not failed:
+                give_name(self.part, self.path)
+        finally:
+            self.part.unlink(missing_ok=True)
 
     def write(self, answers: list[dict]) -> None:
         if self.kind == ".jsonl":
@@ -61,7 +70,13 @@ class Output:
         if self.kind == ".csv":
             csv.writer(self.file).writerows(map(inert, row.values()) for row in rows)
         else:
-            self.file.write_batch(pa.RecordBatch.from_pylist(rows, schema=self.file.schema))
+            self.held.append(pa.RecordBatch.from_pylist(rows, schema=self.file.schema))
+            if sum(map(len, self.held)) >= GROUP_ROWS:
+                self._write_held()
+
+    def _write_held(self) -> None:
+        self.file.write_table(pa.Table.from_batches(self.held, self.file.schema))
+        self.held = []
 
 
 def table(answer: dict) -> str:

@@ -36,6 +36,10 @@ def test_rooms_import_one_way(room):
         assert imported(path) <= MAY_IMPORT[room] | {room}, path.name
 
 
+def test_sharing_a_job_needs_no_model():
+    assert not imported(ROOT / "jobs.py") & {"torch", "models", "lora", "labeller"}
+
+
 def test_what_the_product_imports_is_listed():
     listed = {line.split(">")[0].lower() for line in (ROOT / "requirements.txt").read_text().split()}
     package = {"PIL": "pillow"}

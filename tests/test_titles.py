@@ -1,12 +1,16 @@
 """Runs that read titles, as a user has them: trained, scored, asked with and without a title."""
 
 import csv
+import io
 import json
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
@@ -76,6 +80,35 @@ def test_a_title_changes_the_answer_and_the_column_for_batches_does_the_same(com
         assert one[name]["confidence"] == pytest.approx(said["confidence"], abs=2e-4)
     assert without != one, "a row without a title has an answer too, another one"
     assert without.keys() == one.keys()
+
+
+def test_titles_in_parquet_and_in_tar_do_the_same(command, both, drawings, tmp_path):
+    with open(drawings / "styles.csv", newline="") as file:
+        titles = {row["id"]: row["productDisplayName"] or None for row in csv.DictReader(file)}
+    pictures = {id: (drawings / "images" / f"{id}.jpg").read_bytes() for id in sorted(titles)}
+    images = [{"bytes": data, "path": None} for data in pictures.values()]
+    columns = {"id": list(pictures), "image": images, "productDisplayName": [titles[id] for id in pictures]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for id, data in pictures.items():
+            told = json.dumps({"productDisplayName": titles[id]}).encode()
+            for name, content in ((f"{id}.jpg", data), (f"{id}.json", told)):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    words = ("--checkpoint", both[0] / "best", "--json")
+    plain, parquet, tar = (
+        [json.loads(line)["attributes"] for line in command("infer.py", *inputs, *words).stdout.splitlines()]
+        for inputs in (
+            (drawings / "images", "--titles", drawings / "styles.csv"),
+            (tmp_path / "a.parquet",),
+            (tmp_path / "a.tar",),
+        )
+    )
+    assert len(plain) == len(titles) == 40
+    assert plain == parquet == tar
+    untitled = command("infer.py", drawings / "images", *words).stdout.splitlines()
+    assert plain != [json.loads(line)["attributes"] for line in untitled]
 
 
 def test_scored_from_the_checkpoint_as_at_the_end_of_training(command, both, cache_dir, tmp_path):

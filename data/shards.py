@@ -1,0 +1,275 @@
+"""What `infer.py` reads, cut into shards that are read one row at a time: picture files, parquet, tar, a hub dataset.
+
+Nothing is read as a whole first, so the number of rows does not show in memory. (A page of parquet has to be there
+whole, and pyarrow fills it with 1,024 rows.)
+
+    picture files   a slice of the sorted listing is a shard; a picture is read when it is its turn
+    parquet         a range of rows is a shard, and only the columns that are needed are read. A range that begins
+                    inside a row group reads past the rows before it, so row groups of many shards cost time
+    tar             one shard each, as WebDataset writes them: members whose names agree up to the first dot are one
+                    product; each of its pictures is a row, its title is in a `.txt`, or in a `.json` under the column
+    hub:OWNER/NAME  each of its files is a shard, streamed by `datasets`
+
+A picture that cannot be had is a row with the reason. A parquet file that does not open is a `UserError`; where it
+turns out damaged later, every row from there to the end of the shard says so. A tar that is damaged or cut short has,
+after the pictures before that place, a row by the tar's own name that says so.
+"""
+
+import functools
+import glob
+import hashlib
+import itertools
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import hub
+from data.sources import _text
+from data.tars import members, product, read_titles
+from errors import UserError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+KINDS = {"image": IMAGE_SUFFIXES, "parquet": {".parquet"}, "tar": {".tar"}}
+SHARD_ROWS = 4096
+READ_ROWS = 64  # of parquet at a time: of pictures of 5 MB that is 320 MB
+BUFFER = 1 << 20  # bytes of a parquet column that are read ahead
+
+
+class Row(NamedTuple):
+    """A picture to look at.
+
+    Attributes:
+        name: what an answer calls it: the file; of parquet and the hub its `id`, else image.path, else FILE#ROW; of a
+            tar the member's name.
+        picture: encoded, or the file it lies in, or the reason why there is none.
+        title: None where none is given, or nobody asked for titles.
+    """
+
+    name: str
+    picture: bytes | Path | str
+    title: str | None = None
+
+
+class Shard(NamedTuple):
+    """Rows that are read in one go, the same ones each time; how many is not known of a tar or the hub."""
+
+    rows: int | None
+    read: Callable[[], Iterator[Row]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Attributes:
+    shards: in order; their rows are all that was asked for.
+    fingerprint: changes with the name or the size of any input.
+    files: the picture files among the inputs.
+    notes: what the user should know about how the inputs were understood.
+    """
+
+    shards: list[Shard]
+    fingerprint: str
+    files: list[Path]
+    notes: list[str]
+
+    @property
+    def rows(self) -> int | None:
+        """None where some shard does not know."""
+        counts = [shard.rows for shard in self.shards]
+        return None if None in counts else sum(counts)
+
+
+def open_source(
+    asked: list[str], title: str | None = None, rows: int = SHARD_ROWS, without: Path | None = None
+) -> Source:
+    """Files, folders (searched to any depth), globs and `hub:OWNER/NAME`, in order, each once.
+
+    A folder or glob is taken for what it holds: pictures, else parquet, else tar.
+
+    Args:
+        title: the column of titles, where they are asked for.
+        rows: of a shard, at most, where a shard can be cut.
+        without: a folder of results, which are no input.
+
+    Raises:
+        UserError: there is no such input, or none of its rows; a parquet file that is none, or lacks `image`.
+    """
+    notes: list[str] = []
+    found = {name: None for item in asked for name in _find(item, without, notes)}  # each once
+    shards, facts, files = [], [], []
+    for kind, some in itertools.groupby(found, _kind):
+        some = list(some)
+        if kind == "hub":
+            for name in some:
+                splits, revision = _load_hub(name)
+                facts.append((name, revision))
+                shards += stream_shards(name, splits, title)
+            continue
+        facts += [(os.fsencode(path), path.stat().st_size) for path in some]
+        if kind == "image":
+            files += some
+            cuts = [some[start : start + rows] for start in range(0, len(some), rows)]
+            shards += [Shard(len(cut), functools.partial(_file_rows, cut)) for cut in cuts]
+        elif kind == "parquet":
+            for path in some:
+                shards += _parquet_shards(path, rows, title, notes)
+        else:
+            shards += [Shard(None, functools.partial(_tar_rows, path, title)) for path in some]
+    if not shards:
+        raise UserError(f"{', '.join(asked)} has no rows")
+    fingerprint = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+    return Source(shards, fingerprint, files, notes)
+
+
+def _kind(name: str | Path) -> str:
+    """Of an input: "hub", "parquet", "tar", or "image", which is any file that a user named."""
+    if isinstance(name, str):
+        return "hub"
+    return next((kind for kind, suffixes in KINDS.items() if name.suffix.lower() in suffixes), "image")
+
+
+def _find(item: str, without: Path | None, notes: list[str]) -> list[str | Path]:
+    """The files that a word of the command line means, or the word itself where it names a dataset on the hub."""
+    if item.startswith("hub:"):
+        return [item]
+    path = Path(item)
+    if path.is_file():
+        return [path]
+    matches = path.rglob("*") if path.is_dir() else map(Path, glob.glob(item, recursive=True))
+    every = set().union(*KINDS.values())
+    files = sorted(p for p in matches if p.suffix.lower() in every and p.is_file())
+    by_kind = {kind: [p for p in files if _kind(p) == kind] for kind in KINDS}
+    if without:  # results of an earlier run are parquet too
+        by_kind["parquet"] = [p for p in by_kind["parquet"] if without.resolve() not in p.resolve().parents]
+    chosen, *others = [kind for kind, some in by_kind.items() if some] or [None]
+    if chosen is None:
+        where = f"no image in folder {item}" if path.is_dir() else f"no image file, folder or match for {item!r}"
+        raise UserError(f"{where} (looked for {', '.join(sorted(every))})")
+    for kind in others:
+        count = f"{len(by_kind[kind]):,} {kind} file{'s' * (len(by_kind[kind]) > 1)}"
+        notes.append(f"{item}: took the {chosen} files; {count} left out, name them to have them read")
+    return by_kind[chosen]
+
+
+def _file_rows(paths: list[Path]) -> Iterator[Row]:
+    for path in paths:
+        # A file name need not be text; what no text can hold is replaced, or no format could write it.
+        yield Row(os.fsencode(path).decode("utf-8", "replace"), path)
+
+
+def _parquet_shards(path: Path, rows: int, title: str | None, notes: list[str]) -> list[Shard]:
+    try:
+        with pq.ParquetFile(path) as file:
+            count, schema = file.metadata.num_rows, file.schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as parquet: {error}".splitlines()[0]) from None
+    image = schema.field("image").type if "image" in schema.names else None
+    if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+        raise UserError(f"{path} has no column image of bytes and path; it has {', '.join(schema.names)}")
+    if title and title not in schema.names:
+        notes.append(f"{path} lacks the column of titles, {title}: its pictures are read without")
+    return [
+        Shard(min(rows, count - start), functools.partial(_parquet_rows, path, start, min(start + rows, count), title))
+        for start in range(0, count, rows)
+    ]
+
+
+def _parquet_rows(path: Path, start: int, stop: int, title: str | None) -> Iterator[Row]:
+    """Rows `start` to `stop` of a file; from where it turns out damaged, each with that as its reason."""
+    number = start
+    try:
+        # Without the two options pyarrow has a row group's columns in memory whole.
+        with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
+            for cells in _slice(file, start, stop, ["id", "image.bytes", "image.path", *([title] if title else [])]):
+                yield _row(cells, f"{path}#{number}", title)
+                number += 1
+    except (pa.ArrowException, OSError) as error:
+        reason = f"damaged parquet: {error}".splitlines()[0]
+        yield from (Row(f"{path}#{n}", reason) for n in range(number, stop))
+
+
+def _slice(file: pq.ParquetFile, start: int, stop: int, columns: list[str]) -> Iterator[dict]:
+    """Rows `start` to `stop`, from the row groups that hold any of them."""
+    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    begins = [0, *itertools.accumulate(sizes)]
+    groups = [i for i, size in enumerate(sizes) if begins[i] < stop and begins[i] + size > start]
+    at = begins[groups[0]]
+    for batch in file.iter_batches(READ_ROWS, row_groups=groups, columns=columns):
+        low, high = max(start - at, 0), min(stop - at, len(batch))
+        if low < high:
+            yield from batch.slice(low, high - low).to_pylist()
+        at += len(batch)
+        if at >= stop:
+            return
+
+
+def _row(cells: dict, otherwise: str, title: str | None) -> Row:
+    """A row in the hub's schema, with the name it has where it gives none."""
+    image = cells["image"] or {}
+    name = _text(cells.get("id")) or image.get("path") or otherwise
+    return Row(name, image.get("bytes") or "no image in this row", _text(cells.get(title)) if title else None)
+
+
+def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
+    titles, count = read_titles(path, title) if title else {}, 0
+    try:
+        for tar, member in members(path, IMAGE_SUFFIXES):
+            plain = member.isreg() and not member.issparse()  # a sparse one may claim any size
+            picture = tar.extractfile(member).read() if plain else "not a plain file"
+            yield Row(os.fsencode(member.name).decode("utf-8", "replace"), picture, titles.get(product(member.name)))
+            count += 1
+    except (tarfile.TarError, OSError) as error:
+        yield Row(str(path), f"damaged or cut short after {count:,} pictures: {error}")
+
+
+def _load_hub(name: str) -> tuple[dict, str]:
+    """The streamed splits of a dataset on the hub, and the commit they are of, which is the same in every process."""
+    repo = name.removeprefix("hub:")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
+        raise UserError(f"{name}: a dataset on the hub is written hub:OWNER/NAME")
+    if not hub.reachable():
+        raise UserError(f"{name}: the hub cannot be reached; name files or folders instead")
+    import datasets
+    from huggingface_hub import HfApi
+
+    try:
+        revision = HfApi().dataset_info(repo).sha
+        return dict(datasets.load_dataset(repo, streaming=True, revision=revision)), revision
+    except Exception as error:  # of several libraries; whatever it is, there is no dataset
+        raise UserError(f"cannot stream {name}: {str(error).splitlines()[0]}") from error
+
+
+def stream_shards(name: str, splits: dict, title: str | None = None) -> list[Shard]:
+    """The files of streamed splits, {split: `datasets.IterableDataset`}, a shard each.
+
+    Raises:
+        UserError: a split has no column of images.
+    """
+    from datasets import Image
+
+    shards = []
+    for split, rows in splits.items():
+        if "image" not in (columns := rows.column_names or []):
+            raise UserError(f"{name}, split {split}, has no column image; it has {', '.join(columns) or 'none'}")
+        rows = rows.select_columns([column for column in ("id", "image", title) if column in columns])
+        rows = rows.cast_column("image", Image(decode=False))
+        for i in range(rows.num_shards):
+            part = rows.shard(rows.num_shards, i)
+            shards.append(Shard(None, functools.partial(_stream_rows, part, f"{name}/{split}-{i}", title)))
+    return shards
+
+
+def _stream_rows(part, name: str, title: str | None) -> Iterator[Row]:
+    number = 0
+    try:
+        for cells in part:
+            yield _row(cells, f"{name}#{number}", title)
+            number += 1
+    except Exception as error:  # of several libraries; a network that fails is no property of the rows
+        raise UserError(f"{name} broke off after {number:,} rows: {error}; start again".splitlines()[0]) from error

@@ -1,0 +1,163 @@
+"""One job shared by any number of processes, on one machine or many, through the files of a folder alone.
+
+    DIR/job.json              what the job is: another one on the same folder is refused
+    DIR/labels/00012.parquet  the answers of shard 12, there only when whole and on the disk
+    DIR/locks/00012           held by whoever works on shard 12, until it is done or its process ends, however it ends
+
+A process walks over the shards and takes what is neither done nor held. What it takes it looks up once more, as another
+may just have finished it; so nothing is done twice, and a killed job is gone on with by starting it again.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from data.shards import Shard
+from durable import claim, replace_file
+from errors import UserError, make_folder
+from output import Output
+
+FORMAT = 1  # of a job's folder
+PAUSE = 1.0  # seconds between looks at what others do
+FROM_TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # its variables, and what holds without it
+
+
+class Crew(NamedTuple):
+    """Which of how many processes this is: over all machines, and on this one."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @classmethod
+    def of_torchrun(cls) -> "Crew":
+        """As torchrun tells it; the first of one where it was not used."""
+        return cls(*(int(os.environ.get(name, default)) for name, default in FROM_TORCHRUN.items()))
+
+
+class Tally(NamedTuple):
+    rows: int
+    errors: int
+
+
+class Job:
+    """Args:
+        folder: of the job; made where it is not there.
+        facts: all that answers follow from. It has to be what the folder's other processes say.
+        shards: the work; the same list in each process.
+        attributes: a checkpoint's.
+
+    Raises:
+        UserError: the folder is another job's, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, facts: dict, shards: list[Shard], attributes: list[dict], crew: Crew):
+        self.folder, self.shards, self.attributes, self.crew = folder, shards, attributes, crew
+        self.labels, self.locks = folder / "labels", folder / "locks"
+        self.files = [f"{number:05}.parquet" for number in range(len(shards))]  # of results, one for each shard
+        self.tallies: dict[str, Tally] = {}  # of the files that are there
+        for place in (folder, self.labels, self.locks):
+            make_folder(place, "--out")
+        self._agree({"format": FORMAT} | facts)
+
+    def _agree(self, facts: dict) -> None:
+        path = self.folder / "job.json"
+        with claim(self.locks / "job", wait=True):  # of several that start at once the first one writes it
+            if not path.exists():
+                replace_file(path, json.dumps(facts, indent=1).encode())
+                return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            differing = [name for name in facts | found if facts.get(name) != found.get(name)]
+        except (ValueError, TypeError):
+            raise UserError(f"{path} is damaged; name another --out, or delete {self.folder}") from None
+        if differing:
+            verb = "differ" if len(differing) > 1 else "differs"
+            raise UserError(
+                f"--out {self.folder} holds another job (its {', '.join(differing)} {verb}); name another folder"
+            )
+
+    def run(self, answer: Callable[[Shard], Iterable[list[dict]]]) -> None:
+        """Return when all shards are done, by whomever.
+
+        Args:
+            answer: a shard -> batches of answers.
+
+        Raises:
+            UserError: the disk is full, or the like.
+        """
+        first = self.crew.rank * len(self.shards) // self.crew.size  # apart, so that processes rarely meet
+        order = [*range(first, len(self.shards)), *range(first)]
+        with tqdm(unit="img", smoothing=0, disable=self.crew.rank > 0) as bar:
+            self._show(bar)
+            bar.initial = bar.n  # done before: it says nothing about the speed
+            while left := self._left(order):
+                if not any(self._take(number, answer, bar) for number in left):
+                    time.sleep(PAUSE)  # others hold the rest; if they die it is ours
+                    self._show(bar)
+            self._show(bar)
+
+    def tally(self) -> Tally:
+        """Rows of all that is done, and how many of them are errors."""
+        self._count()
+        return Tally(*map(sum, zip(*self.tallies.values(), strict=True)))
+
+    def _left(self, order: Iterable[int]) -> list[int]:
+        done = set(os.listdir(self.labels))
+        return [number for number in order if self.files[number] not in done]
+
+    def _take(self, number: int, answer: Callable[[Shard], Iterable[list[dict]]], bar: tqdm) -> bool:
+        """Do a shard, unless it is done, or held by another."""
+        path, rows, looked = self.labels / self.files[number], 0, time.monotonic()
+        if path.exists():
+            return False
+        try:
+            with claim(self.locks / f"{number:05}") as ours:
+                if not ours or path.exists():
+                    return False
+                with Output(path, self.attributes) as output:
+                    for answers in answer(self.shards[number]):
+                        output.write(answers)
+                        rows += len(answers)
+                        if time.monotonic() > looked + PAUSE:
+                            self._show(bar, rows)
+                            looked = time.monotonic()
+        except OSError as error:  # of writing; inputs that cannot be read are answers
+            reason = os.strerror(error.errno) if error.errno else error
+            raise UserError(
+                f"cannot write to --out {self.folder}: {reason}; start the command again to go on"
+            ) from None
+        return True
+
+    def _count(self) -> None:
+        """Look into the results that are new."""
+        for name in set(os.listdir(self.labels)).intersection(self.files) - self.tallies.keys():
+            path = self.labels / name
+            try:
+                errors = pq.read_table(path, columns=["error"])["error"]
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{path} is damaged; delete it and start again ({error})".splitlines()[0]) from None
+            self.tallies[name] = Tally(len(errors), len(errors) - errors.null_count)
+
+    def _show(self, bar: tqdm, here: int = 0) -> None:
+        """Put the bar at the rows that all have finished, and the `here` of a shard in work.
+
+        Where shards do not know their rows, the total is a guess from the ones that are done.
+        """
+        if bar.disable:
+            return
+        self._count()
+        unknown = [name for name, shard in zip(self.files, self.shards, strict=True) if shard.rows is None]
+        found = [self.tallies[name].rows for name in unknown if name in self.tallies]
+        if found or not unknown:
+            bar.total = sum(shard.rows or 0 for shard in self.shards)
+            bar.total += round(len(unknown) * sum(found) / max(len(found), 1))
+        bar.n = sum(tally.rows for tally in self.tallies.values()) + here
+        bar.refresh()

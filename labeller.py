@@ -1,0 +1,125 @@
+"""A checkpoint ready to answer: pictures and titles in, an object for each out, as `infer.py --json` prints it."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.images import ImageError, decode
+from data.preprocess import Preprocess
+from data.shards import Row
+from data.titles import TitleReader
+from errors import UserError
+from lora import merge_lora
+from models.checkpoint import load_checkpoint
+from models.decode import Decoder
+
+
+class Labeller:
+    """Rows whose pictures are on the canvas, from `batches` -> {"image", "attributes": {name: {"label", "confidence",
+    "decision", "top"}}}, of a number {name: {"value"}}; or {"image", "error"}.
+
+    `top` begins with the label; the next guesses follow, most probable first. One of them may be more probable than the
+    label: then the label is what fits the other attributes of the path.
+
+    Args:
+        folder: the checkpoint's.
+        weights: the backbone's base weights, as `load_checkpoint` takes them.
+        joint: let the attributes of a path fit together.
+        top_k: guesses for each attribute.
+        batch_size: pictures at a time; halved as often as the GPU's memory runs out.
+    """
+
+    def __init__(
+        self, folder: Path, weights: Path | None, device: torch.device, joint: bool, top_k: int, batch_size: int
+    ):
+        model, config = load_checkpoint(folder, weights)
+        self.model, self.device = merge_lora(model).to(device), device
+        self.preprocess, self.decoder = Preprocess(**config["preprocess"]), Decoder(config, joint)
+        self.attributes = config["attributes"]
+        self.read_titles = TitleReader(config) if config["text"] else None
+        self.top_k, self.batch_size, self.most = top_k, batch_size, batch_size
+
+    def batches(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
+        """Batches of rows, each picture as uint8 (H, W, 3), or the reason in its place where it cannot be read.
+
+        Threads decode one batch ahead, so at most two batches are in memory.
+        """
+
+        def read(row: Row) -> Row:
+            if isinstance(row.picture, str):
+                return row
+            try:
+                return row._replace(picture=self.preprocess.to_canvas(decode(row.picture)))
+            except (ImageError, OSError) as error:
+                return row._replace(picture=str(error))
+
+        rows, ahead = iter(rows), []
+        with ThreadPoolExecutor() as pool:
+            while True:
+                now, ahead = ahead, [pool.submit(read, row) for row in islice(rows, self.batch_size)]
+                if now:
+                    yield [future.result() for future in now]
+                if not ahead:
+                    return
+
+    def __call__(self, batch: list[Row]) -> list[dict]:
+        answers: list[dict] = []
+        while len(answers) < len(batch):
+            try:
+                answers += self._answer(batch[len(answers) : len(answers) + self.most])
+            except torch.OutOfMemoryError:
+                if self.most == 1:
+                    raise UserError(
+                        "out of memory at a single image; free the GPU or hide it: CUDA_VISIBLE_DEVICES="
+                    ) from None
+                self.most //= 2
+                print(f"out of memory: going on with batches of {self.most}", file=sys.stderr)
+        return answers
+
+    @torch.inference_mode()
+    def _answer(self, batch: list[Row]) -> list[dict]:
+        bad = [isinstance(row.picture, str) for row in batch]
+        answers = [
+            {"image": row.name, "error": row.picture} if unread else {"image": row.name, "attributes": {}}
+            for row, unread in zip(batch, bad, strict=True)
+        ]
+        if all(bad):
+            return answers
+        readable = [row for row, unread in zip(batch, bad, strict=True) if not unread]
+        said = [answer["attributes"] for answer in answers if "attributes" in answer]  # of each readable one
+        pixels = torch.from_numpy(np.stack([row.picture for row in readable]))
+        tokens = None
+        if self.read_titles:
+            tokens = torch.from_numpy(self.read_titles([row.title for row in readable])[0]).to(self.device)
+        outputs = self.model(self.preprocess(pixels.to(self.device)), tokens)
+        self._say_classes(said, outputs)
+        for a in (a for a in self.attributes if a["kind"] == "number"):
+            values = a["mean"] + a["std"] * outputs[a["name"]][:, 0].double()
+            for one, value in zip(said, values.tolist(), strict=True):
+                one[a["name"]] = {"value": float(f"{value:.6g}")}
+        return answers
+
+    def _say_classes(self, said: list[dict], outputs: dict[str, torch.Tensor]) -> None:
+        """Put into each picture's `said` what the outputs, {attribute: (B, classes)}, say of its classes."""
+        found = self.decoder(outputs)
+        classes = [a for a in self.attributes if a["kind"] == "class"]
+        for column, (attribute, p) in enumerate(zip(classes, found.probabilities.values(), strict=True)):
+            labels, chosen = attribute["labels"], found.labels[:, [column]]  # (B, 1)
+            ranked = p.scatter(1, chosen, 2.0)  # the label first: 2 is above any p
+            order = ranked.topk(min(self.top_k, len(labels))).indices
+            rows = zip(
+                said, order.tolist(), p.gather(1, order).tolist(), found.accepted[:, column].tolist(), strict=True
+            )
+            for one, guesses, row_p, accepted in rows:
+                top = [[labels[c], round(q, 4)] for c, q in zip(guesses, row_p, strict=True)]
+                one[attribute["name"]] = {
+                    "label": top[0][0],
+                    "confidence": top[0][1],
+                    "decision": "accept" if accepted else "review",
+                    "top": top,
+                }

@@ -1,0 +1,267 @@
+"""Every kind of input as shards: each row once, with its name and title, whatever is damaged."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data import shards
+from data.shards import Row, open_source, stream_shards
+from errors import UserError
+from tests.data.conftest import picture
+
+IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+def rows_of(source) -> list[Row]:
+    return [row for shard in source.shards for row in shard.read()]
+
+
+def write_parquet(path, images, group=7, page=1024, **columns):
+    """`images`: bytes, (bytes, path), or None."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells = [image and dict(zip(("bytes", "path"), image if isinstance(image, tuple) else (image, None), strict=True))
+             for image in images]  # fmt: skip
+    table = pa.table({"image": pa.array(cells, IMAGE)} | columns)
+    pq.write_table(table, path, row_group_size=group, use_dictionary=page == 1024, write_batch_size=page)
+    return path
+
+
+def write_tar(path, members: dict[str, bytes]):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """Two parquet files of 30 and 5 rows, ids 0 to 34."""
+    pictures = [picture(i, (6, 8)) for i in range(35)]
+    for name, some in (("b.parquet", range(30)), ("c/a.parquet", range(30, 35))):
+        titles = [None if i % 5 == 0 else f"Title {i}" for i in some]
+        write_parquet(tmp_path / "shop" / name, [pictures[i] for i in some], id=list(some), name=titles)
+    return tmp_path / "shop", pictures
+
+
+@pytest.mark.parametrize("rows", [4, 7, 10, 4096])
+def test_parquet_is_cut_at_any_row_wherever_its_row_groups_end(shop, rows):
+    folder, pictures = shop
+    source = open_source([str(folder)], rows=rows)
+    assert [shard.rows for shard in source.shards] == [
+        min(rows, count - start) for count in (30, 5) for start in range(0, count, rows)
+    ]
+    assert all(len(list(shard.read())) == shard.rows for shard in source.shards)
+    assert rows_of(source) == [Row(str(i), pictures[i]) for i in range(35)]
+    assert source.rows == 35
+
+
+def test_titles_of_parquet_are_read_only_where_they_are_asked_for(shop):
+    folder, _ = shop
+    titled = rows_of(open_source([str(folder)], title="name"))
+    assert [row.title for row in titled] == [None if i % 5 == 0 else f"Title {i}" for i in range(35)]
+    source = open_source([str(folder / "b.parquet")], title="productDisplayName")
+    assert source.notes == [f"{folder / 'b.parquet'} lacks the column of titles, productDisplayName: its pictures are "
+                            "read without"]  # fmt: skip
+    assert {row.title for row in rows_of(source)} == {None}
+
+
+def test_names_of_rows_without_an_id(tmp_path):
+    images = [(picture(0), "a/shirt.jpg"), (picture(1), None), None, (b"", "gone.jpg")]
+    path = write_parquet(tmp_path / "a.parquet", images, id=pa.array([None, None, None, 7.0]))
+    rows = rows_of(open_source([str(path)]))
+    assert [row.name for row in rows] == ["a/shirt.jpg", f"{path}#1", f"{path}#2", "7"]
+    assert [row.picture for row in rows[2:]] == ["no image in this row"] * 2
+
+
+def test_only_the_columns_that_are_needed_are_read(tmp_path, shop):
+    """A column that cannot be decoded stands in the way of nobody who does not ask for it."""
+    folder, pictures = shop
+    path = folder / "b.parquet"
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(3)
+    assert chunk.path_in_schema == "name"
+    data = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset
+    data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(data)
+    assert [row.picture for row in rows_of(open_source([str(path)]))] == pictures[:30]
+    damaged = rows_of(open_source([str(path)], title="name", rows=10))
+    assert all(row.picture.startswith("damaged parquet: ") for row in damaged[:10])
+    assert [row.name for row in damaged[:2]] == [f"{path}#0", f"{path}#1"]
+    assert [row.picture for row in damaged[20:]] == pictures[20:30], "other shards do not touch it"
+
+
+def test_of_a_large_row_group_little_is_in_memory(tmp_path):
+    images = [os.urandom(100_000) for _ in range(300)]
+    path = write_parquet(tmp_path / "a.parquet", images, group=300, page=8)
+    before = pa.total_allocated_bytes()
+    for start in (0, 4):
+        rows = open_source([str(path)], rows=60).shards[start].read()
+        assert next(rows).picture == images[60 * start]
+        assert pa.total_allocated_bytes() - before < 10e6, "of 30 MB"
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_text("<html>"), "shop.parquet cannot be read as parquet: "),
+        (lambda path: path.write_bytes(b""), "shop.parquet cannot be read as parquet: "),
+        (lambda path: os.truncate(write_parquet(path, [picture(0)]), 300), "cannot be read as parquet: "),
+        (lambda path: pq.write_table(pa.table({"id": [1]}), path), "has no column image of bytes and path; it has id"),
+        (lambda path: pq.write_table(pa.table({"image": ["a.jpg"]}), path), "has no column image of bytes and path"),
+        (lambda path: write_parquet(path, []), "shop.parquet has no rows"),
+    ],
+)
+def test_a_parquet_file_that_is_none_is_one_line(tmp_path, write, message):
+    write(tmp_path / "shop.parquet")
+    with pytest.raises(UserError, match=message) as caught:
+        open_source([str(tmp_path / "shop.parquet")])
+    assert "\n" not in str(caught.value)
+
+
+def test_tar_with_titles(tmp_path):
+    a, b, c, d = (picture(i, (6, 8)) for i in range(4))
+    members = {
+        "x/1.JPG": a, "x/1.txt": b" Plain \n", "x/1.json": b'{"name": "Other"}', "x/2.front.png": b, "x/2.back.png": c,
+        "x/2.json": b'{"name": "Red Shoe"}', "x/2.cls": b"3", "y/2.webp": d, "y/2.json": b"[" * 100_000,
+        "y/3.txt": b"no picture",
+    }  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", members)
+    rows = [Row("x/1.JPG", a), Row("x/2.front.png", b), Row("x/2.back.png", c), Row("y/2.webp", d)]
+    source = open_source([str(path)])
+    assert (source.rows, rows_of(source)) == (None, rows)
+    titled = [row._replace(title=t) for row, t in zip(rows, ["Plain", "Red Shoe", "Red Shoe", None], strict=True)]
+    assert rows_of(open_source([str(tmp_path)], title="name")) == titled
+
+
+def test_a_tar_cut_anywhere_gives_what_came_before_and_says_so(tmp_path):
+    pictures = {f"{i}.png": picture(i, (6, 8)) for i in range(4)}
+    whole = write_tar(tmp_path / "a.tar", pictures).read_bytes()
+    entry = 512 + -(-len(pictures["0.png"]) // 512) * 512
+    for cut in [0, 100, 512, 600, *range(entry - 5, 3 * entry, 177), entry, 2 * entry, 4 * entry]:
+        (tmp_path / "a.tar").write_bytes(whole[:cut])
+        *rows, last = rows_of(open_source([str(tmp_path / "a.tar")]))
+        assert last.name == str(tmp_path / "a.tar"), cut
+        assert f"damaged or cut short after {len(rows)} pictures" in last.picture
+        assert rows == [Row(name, data) for name, data in list(pictures.items())[: len(rows)]]
+        assert len(rows) >= (cut - len(pictures["0.png"]) % 512) // entry - 1
+    damaged = bytearray(whole)
+    damaged[2 * entry + 20] ^= 255  # in the third header
+    (tmp_path / "a.tar").write_bytes(damaged)
+    rows = rows_of(open_source([str(tmp_path / "a.tar")]))
+    assert [row.name for row in rows] == ["0.png", "1.png", str(tmp_path / "a.tar")]
+    (tmp_path / "a.tar").write_bytes(b"<html>" * 1000)
+    (row,) = rows_of(open_source([str(tmp_path / "a.tar")]))
+    assert "damaged or cut short after 0 pictures" in row.picture
+
+
+def test_an_empty_tar_has_no_rows_and_a_hostile_one_no_surprise(tmp_path):
+    write_tar(tmp_path / "empty.tar", {})
+    assert rows_of(open_source([str(tmp_path / "empty.tar")])) == []
+    with tarfile.open(tmp_path / "links.tar", "w") as tar:
+        for name, kind in (("folder.jpg", tarfile.DIRTYPE), ("a.jpg", tarfile.SYMTYPE), ("b.jpg", tarfile.FIFOTYPE)):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, "/etc/passwd"
+            tar.addfile(entry)
+        entry = tarfile.TarInfo("huge.jpg")
+        entry.size = 1 << 40
+        tar.addfile(entry)
+    *rows, last = rows_of(open_source([str(tmp_path / "links.tar")]))
+    assert rows == [Row("a.jpg", "not a plain file"), Row("b.jpg", "not a plain file")]
+    assert "huge.jpg is not whole" in last.picture
+
+
+def test_files_folders_and_globs_in_order_each_once(tmp_path):
+    for name in ("b.png", "a.jpg", "c/d.webp", "odd"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    asked = [str(tmp_path / "odd"), str(tmp_path / "*.png"), str(tmp_path)]
+    source = open_source(asked, rows=3)
+    assert source.files == [tmp_path / name for name in ("odd", "b.png", "a.jpg", "c/d.webp")]
+    assert [shard.rows for shard in source.shards] == [3, 1]
+    assert rows_of(source) == [Row(str(path), path) for path in source.files]
+
+
+def test_a_folder_is_taken_for_what_it_holds_and_the_rest_is_named(shop, tmp_path):
+    folder, _ = shop
+    write_tar(folder / "a.tar", {"0.png": picture(0)})
+    source = open_source([str(folder)])
+    assert source.notes == [f"{folder}: took the parquet files; 1 tar file left out, name them to have them read"]
+    (folder / "logo.png").write_bytes(picture(0))
+    source = open_source([str(folder), str(folder / "*.tar"), str(folder / "*.parquet")])
+    assert source.files == [folder / "logo.png"]
+    assert "took the image files; 2 parquet files left out" in source.notes[0]
+    assert [row.name for row in rows_of(source)] == [str(folder / "logo.png"), "0.png", *map(str, range(30))]
+
+
+def test_results_are_no_input(shop):
+    folder, pictures = shop
+    write_parquet(folder / "out" / "labels" / "00000.parquet", pictures[:3])
+    assert open_source([str(folder)]).rows == 38
+    for asked in (str(folder), f"{folder}/**/*.parquet"):
+        assert open_source([asked], without=Path(os.path.relpath(folder / "out"))).rows == 35
+
+
+def test_the_fingerprint_follows_names_and_sizes(shop, tmp_path):
+    folder, _ = shop
+    tar = write_tar(tmp_path / "a.tar", {"0.png": picture(0)})
+    asked = [str(folder), str(tar)]
+    first = open_source(asked).fingerprint
+    assert open_source(asked).fingerprint == first
+    found = {first, open_source(asked[::-1]).fingerprint}
+    write_tar(tar, {"0.png": picture(0), "1.png": picture(1)})
+    os.truncate(tar, tar.stat().st_size + 512)
+    found.add(open_source(asked).fingerprint)
+    tar.rename(tmp_path / "b.tar")
+    found.add(open_source([str(folder), str(tmp_path / "b.tar")]).fingerprint)
+    assert len(found) == 4
+
+
+def test_streamed_datasets(shop, tmp_path):
+    """As the hub's are streamed, but from the disk."""
+    folder, pictures = shop
+    files = sorted(map(str, folder.rglob("*.parquet")))
+    splits = datasets.load_dataset("parquet", data_files={"train": files, "test": files[1:]}, streaming=True)
+    streamed = stream_shards("owner/name", dict(splits), title="name")
+    rows = [[row.name for row in shard.read()] for shard in streamed]
+    first, second = [str(i) for i in range(30)], [str(i) for i in range(30, 35)]
+    assert rows == [first, second, second]
+    assert [row.picture for row in streamed[1].read()] == pictures[30:]
+    assert [row.title for row in streamed[1].read()] == [None, *(f"Title {i}" for i in range(31, 35))]
+    assert [row.picture for row in stream_shards("owner/name", dict(splits))[0].read()] == pictures[:30]
+    os.truncate(files[1], 200)
+    with pytest.raises(UserError, match=r"owner/name/train-1 broke off after 0 rows: .*; start again"):
+        list(streamed[1].read())
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "bare.parquet")
+    splits = datasets.load_dataset("parquet", data_files=str(tmp_path / "bare.parquet"), streaming=True)
+    with pytest.raises(UserError, match="owner/name, split train, has no column image; it has id"):
+        stream_shards("owner/name", dict(splits))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("hub:owner", "is written hub:OWNER/NAME"), ("hub:a/b", "the hub cannot be reached")]
+)
+def test_the_hub_is_named_by_a_word_of_its_own(monkeypatch, name, message):
+    monkeypatch.setattr(shards.hub, "reachable", lambda: False)
+    with pytest.raises(UserError, match=message):
+        open_source([name])
+
+
+def test_the_real_catalogue_from_the_middle_of_a_row_group(shared):
+    """Its files are one row group of 19,962 rows each."""
+    folder = shared / "data" / "fashion-product-images-small"
+    source = open_source([str(folder)], title="productDisplayName")
+    assert (source.rows, len(source.shards)) == (39_924, 10)
+    rows = list(source.shards[4].read())
+    table = pq.read_table(sorted(folder.rglob("*.parquet"))[0]).slice(4 * 4096, 4096)
+    assert len(rows) == len(table) == 19_962 - 4 * 4096
+    assert [row.name for row in rows] == [str(i) for i in table["id"].to_pylist()]
+    assert [row.picture for row in rows] == [image["bytes"] for image in table["image"].to_pylist()]
+    assert [row.title for row in rows[:9]] == table["productDisplayName"].to_pylist()[:9]
