@@ -166,9 +166,9 @@ def find_titles(title: str | None, table: Path | None, column: str | None, paths
         return {}
     named = {}
     try:
-        for _, row in read_rows(table, ["id", column]):
+        for _, row in read_rows(table, [column]):
             if isinstance(row, dict):
-                named[Path(row["image"]).name if row.get("image") else row["id"]] = row[column]
+                named[Path(row["image"]).name if row.get("image") else row.get("id")] = row[column]
     except OSError as error:
         raise UserError(f"cannot read --titles {table}: {error.strerror}") from None
     found = {path: named.get(path.name) or named.get(path.stem) for path in paths}
@@ -188,8 +188,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--batch-size", type=positive_int, default=64)
     parser.add_argument("--independent", action="store_true", help="each attribute's most probable class, paths or not")
-    parser.add_argument("--title", help="the picture's title, for a model that reads titles")
-    parser.add_argument("--titles", type=Path, metavar="FILE.csv", help="titles of many, named by id or image")
+    one_or_many = parser.add_mutually_exclusive_group()
+    one_or_many.add_argument("--title", help="the picture's title, for a model that reads titles")
+    one_or_many.add_argument("--titles", type=Path, metavar="FILE.csv", help="titles of many, named by id or image")
     parser.add_argument("--json", action="store_true", help="one JSON object a line on standard output")
     parser.add_argument("--out", type=Path, help="write all answers to FILE.csv, .jsonl or .parquet")
     parser.add_argument(
