@@ -111,7 +111,7 @@ def choose_vocabulary(file: Path | None, titles: Sequence[str]) -> tuple[list[st
     if file is None:
         return train_vocabulary(titles), "trained on the train split's titles"
     try:
-        vocab = file.read_text(encoding="utf-8").splitlines()
+        vocab = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a token may be a rarer line break
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read --vocab {file}: {error}") from None
     if not set(SPECIAL) <= set(vocab) or len(set(vocab)) < len(vocab):

@@ -131,6 +131,8 @@ def test_a_fitted_vocabulary_is_the_same_in_every_process():
 def test_vocabulary_of_a_file(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
     assert choose_vocabulary(tmp_path / "vocab.txt", []) == (VOCAB, "vocab.txt")
+    (tmp_path / "vocab.txt").write_text("\r\n".join([*VOCAB, "\u2028", "\x85"]), encoding="utf-8")
+    assert choose_vocabulary(tmp_path / "vocab.txt", [])[0] == [*VOCAB, "\u2028", "\x85"]
     for text in ("[PAD]\n[UNK]\nshoe\n", "\n".join([*VOCAB, "shoe"])):
         (tmp_path / "vocab.txt").write_text(text)
         with pytest.raises(UserError, match="is no WordPiece vocabulary"):
