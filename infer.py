@@ -41,9 +41,9 @@ def find_titles(title: str | None, table: Path | None, column: str, source: Sour
         return lambda row: row.title
     named = {}
     try:
-        for _, cells in read_rows(table, ["id", column]):
+        for _, cells in read_rows(table, [column]):
             if isinstance(cells, dict):
-                named[Path(cells["image"]).name if cells.get("image") else cells["id"]] = cells[column]
+                named[Path(cells["image"]).name if cells.get("image") else cells.get("id")] = cells[column]
     except OSError as error:
         raise UserError(f"cannot read --titles {table}: {error.strerror}") from None
     files = source.files
@@ -64,8 +64,9 @@ def parse_args(argv: list[str] | None, crew: Crew):
     )
     parser.add_argument("--batch-size", type=positive_int, default=64)
     parser.add_argument("--independent", action="store_true", help="each attribute's most probable class, paths or not")
-    parser.add_argument("--title", help="the picture's title, for a model that reads titles")
-    parser.add_argument("--titles", type=Path, metavar="FILE.csv", help="titles of many, named by id or image")
+    one_or_many = parser.add_mutually_exclusive_group()
+    one_or_many.add_argument("--title", help="the picture's title, for a model that reads titles")
+    one_or_many.add_argument("--titles", type=Path, metavar="FILE.csv", help="titles of many, named by id or image")
     parser.add_argument("--json", action="store_true", help="one JSON object a line on standard output")
     parser.add_argument(
         "--out",

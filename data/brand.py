@@ -24,9 +24,13 @@ def phrase(title: str) -> tuple[list[str], bool]:
     """
     words = title.split()
     for i in range(1, len(words)):
-        if words[i].casefold() == "by" or (GENDER.fullmatch(words[i]) and words[i - 1].casefold() not in ("mr", "mr.")):
+        if words[i].casefold() == "by" or _is_gender_word(words, i):
             return words[:i], True
     return words, False
+
+
+def _is_gender_word(words: list[str], i: int) -> bool:
+    return bool(GENDER.fullmatch(words[i])) and words[i - 1].casefold() not in ("mr", "mr.")
 
 
 def key(words: list[str]) -> str:
@@ -60,8 +64,12 @@ def find(title: str, aliases: dict[str, str]) -> str | None:
 
 
 def length(title: str, aliases: dict[str, str]) -> int:
-    """How many words at a title's beginning name its brand: its phrase where that has an end, else the fitted brand's
-    name, else the first word."""
+    """How many words at a title's beginning name its brand and who makes it ("SDL by Sweet Dreams"): those before the
+    gender word; where there is none its phrase, if that has an end, else the fitted brand's name, else the first word.
+    """
+    words = title.split()
+    if gender := next((i for i in range(1, len(words)) if _is_gender_word(words, i)), None):
+        return gender
     words, ended = phrase(title)
     return len(words) if ended else next((len(part) for part in _prefixes(words) if key(part) in aliases), 1)
 

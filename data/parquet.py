@@ -7,7 +7,7 @@ within a few runs, reads each run once.
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from data.images import ImageError
 from errors import UserError
 
 READ = 64  # rows at a time: of pictures of 5 MB that is 320 MB
-BUFFER = 1 << 20  # bytes; without it pyarrow reads a row group's column in one piece
+BUFFER = 1 << 20  # bytes of a column that are read ahead
 RUN_ROWS, RUN_BYTES = 4096, 32 << 20  # a run, at most
 WINDOW = 8  # runs that are shuffled together
 
@@ -124,22 +124,27 @@ class Pictures:
             low, high = max(start - begin, 0), min(stop - begin, file.rows)
             if low < high:
                 try:
-                    with pq.ParquetFile(file.path, buffer_size=BUFFER) as opened:
-                        yield from (cells["image"] and cells["image"]["bytes"] for cells in rows(opened, low, high))
+                    yield from (cells["image"] and cells["image"]["bytes"] for cells in rows(file.path, low, high))
                 except (pa.ArrowException, OSError) as error:
                     raise ImageError(f"damaged parquet: {error}".splitlines()[0]) from None
 
 
-def rows(file: pq.ParquetFile, start: int, stop: int, columns: tuple[str, ...] = ("image.bytes",)) -> Iterator[dict]:
-    """Rows `start` to `stop`, from the row groups that hold any of them: those before `start` are read past."""
-    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    begins = [0, *itertools.accumulate(sizes)]
-    groups = [i for i, size in enumerate(sizes) if begins[i] < stop and begins[i] + size > start]
-    at = begins[groups[0]]
-    for batch in file.iter_batches(READ, row_groups=groups, columns=list(columns)):
-        low, high = max(start - at, 0), min(stop - at, len(batch))
-        if low < high:
-            yield from batch.slice(low, high - low).to_pylist()
-        at += len(batch)
-        if at >= stop:
-            return
+def rows(path: Path, start: int, stop: int, columns: Iterable[str] = ("image.bytes",)) -> Iterator[dict]:
+    """Rows `start` to `stop` of a file, from the row groups that hold any of them: those before `start` are read past.
+
+    Raises:
+        pa.ArrowException, OSError: the file is damaged.
+    """
+    # Without the two options pyarrow has a row group's columns in memory whole.
+    with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        begins = [0, *itertools.accumulate(sizes)]
+        groups = [i for i, size in enumerate(sizes) if begins[i] < stop and begins[i] + size > start]
+        at = begins[groups[0]]
+        for batch in file.iter_batches(READ, row_groups=groups, columns=list(columns)):
+            low, high = max(start - at, 0), min(stop - at, len(batch))
+            if low < high:
+                yield from batch.slice(low, high - low).to_pylist()
+            at += len(batch)
+            if at >= stop:
+                return

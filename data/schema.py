@@ -63,6 +63,7 @@ FIELDS = {  # of a table in a schema file: type, and what the type is called
     "parents": (list, "a list of attributes"),
 }
 MOST = {"level": 100, "weight": math.inf}
+TAKEN = ("image", "error")  # names that no attribute can have
 
 
 def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:
@@ -90,6 +91,8 @@ def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:
             raise UserError(f"{path} has no [optional.{name}]{nearest(name, optional)}")
         tables[name] = optional[name]
     for name, table in tables.items():
+        if name in TAKEN:
+            raise UserError(f"{path}: {name} is a column of what infer.py writes; give the attribute another name")
         _check_table(f"{path}: {name}", table)
     _check_parents(path, tables)
 

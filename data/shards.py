@@ -28,18 +28,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 import hub
-from data.sources import _text
+from data.cells import text
+from data.parquet import open_file
+from data.parquet import rows as parquet_rows
 from data.tars import members, product, read_titles
 from errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 KINDS = {"image": IMAGE_SUFFIXES, "parquet": {".parquet"}, "tar": {".tar"}}
 SHARD_ROWS = 4096
-READ_ROWS = 64  # of parquet at a time: of pictures of 5 MB that is 320 MB
-BUFFER = 1 << 20  # bytes of a parquet column that are read ahead
 
 
 class Row(NamedTuple):
@@ -164,14 +163,7 @@ def _file_rows(paths: list[Path]) -> Iterator[Row]:
 
 
 def _parquet_shards(path: Path, rows: int, title: str | None, notes: list[str]) -> list[Shard]:
-    try:
-        with pq.ParquetFile(path) as file:
-            count, schema = file.metadata.num_rows, file.schema_arrow
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as parquet: {error}".splitlines()[0]) from None
-    image = schema.field("image").type if "image" in schema.names else None
-    if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-        raise UserError(f"{path} has no column image of bytes and path; it has {', '.join(schema.names)}")
+    _, count, _, schema = open_file(path)
     if title and title not in schema.names:
         notes.append(f"{path} lacks the column of titles, {title}: its pictures are read without")
     return [
@@ -184,36 +176,19 @@ def _parquet_rows(path: Path, start: int, stop: int, title: str | None) -> Itera
     """Rows `start` to `stop` of a file; from where it turns out damaged, each with that as its reason."""
     number = start
     try:
-        # Without the two options pyarrow has a row group's columns in memory whole.
-        with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
-            for cells in _slice(file, start, stop, ["id", "image.bytes", "image.path", *([title] if title else [])]):
-                yield _row(cells, f"{path}#{number}", title)
-                number += 1
+        for cells in parquet_rows(path, start, stop, ["id", "image.bytes", "image.path", *([title] if title else [])]):
+            yield _row(cells, f"{path}#{number}", title)
+            number += 1
     except (pa.ArrowException, OSError) as error:
         reason = f"damaged parquet: {error}".splitlines()[0]
         yield from (Row(f"{path}#{n}", reason) for n in range(number, stop))
 
 
-def _slice(file: pq.ParquetFile, start: int, stop: int, columns: list[str]) -> Iterator[dict]:
-    """Rows `start` to `stop`, from the row groups that hold any of them."""
-    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    begins = [0, *itertools.accumulate(sizes)]
-    groups = [i for i, size in enumerate(sizes) if begins[i] < stop and begins[i] + size > start]
-    at = begins[groups[0]]
-    for batch in file.iter_batches(READ_ROWS, row_groups=groups, columns=columns):
-        low, high = max(start - at, 0), min(stop - at, len(batch))
-        if low < high:
-            yield from batch.slice(low, high - low).to_pylist()
-        at += len(batch)
-        if at >= stop:
-            return
-
-
 def _row(cells: dict, otherwise: str, title: str | None) -> Row:
     """A row in the hub's schema, with the name it has where it gives none."""
     image = cells["image"] or {}
-    name = _text(cells.get("id")) or image.get("path") or otherwise
-    return Row(name, image.get("bytes") or "no image in this row", _text(cells.get(title)) if title else None)
+    name = text(cells.get("id")) or image.get("path") or otherwise
+    return Row(name, image.get("bytes") or "no image in this row", text(cells.get(title)) if title else None)
 
 
 def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:

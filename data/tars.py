@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from data.sources import _text
+from data.cells import text
 
 TITLE_BYTES = 1 << 20  # more in a .txt or .json is no title
 
@@ -18,11 +18,11 @@ def read_titles(path: Path, column: str) -> dict[str, str | None]:
         for tar, member in members(path, {".txt", ".json"}):
             data = tar.extractfile(member).read(TITLE_BYTES) if member.isreg() and not member.issparse() else b""
             if member.name.lower().endswith(".txt"):
-                plain[product(member.name)] = _text(data.decode("utf-8", "replace"))
+                plain[product(member.name)] = text(data.decode("utf-8", "replace"))
                 continue
             with contextlib.suppress(ValueError, RecursionError):
                 if isinstance(facts := json.loads(data), dict):
-                    listed[product(member.name)] = _text(facts.get(column))
+                    listed[product(member.name)] = text(facts.get(column))
     return listed | plain
 
 

@@ -20,13 +20,19 @@ TRAINED = 4000  # tokens of a vocabulary of one's own, at most
 
 
 def stem(word: str) -> str:
-    """A word without case and plural: "Dresses", "dress" -> "dr"; "Accessories", "accessory" -> "accessori"."""
-    return re.sub("y$", "i", word.casefold().rstrip("es"))
+    """A word without case, plural and the ending of "golden": "Dresses", "dress" -> "dr"; "scarves" -> "scarf"."""
+    short = re.sub("(?<=..)(en)?[es]*$", "", word.casefold())
+    return re.sub("v$", "f", re.sub("y$", "i", short))
+
+
+# Words for a gender besides those that end a brand's phrase (`brand.GENDER`): "Arrow Woman" is a line of Arrow.
+GENDERED = {stem(word) for word in ("man", "woman", "lady", "male", "female", "him", "her", "kidswear")}
 
 
 class LeakMask:
     """Takes out of a title the words that its labels were made from, or that say the same: the beginning that names the
-    brand, words for a gender, words of any label, and where a number is to be predicted, numbers.
+    brand, and its words wherever they come again; words of any label; where a label is a gender, all words for one; and
+    where a number is to be predicted, numbers.
 
     It needs no labels of the row, so it does the same where there are none. Words that hint at a label without being a
     word of it, such as the name of a product line, stay.
@@ -40,20 +46,23 @@ class LeakMask:
         self.stems = {stem(word) for label in said for word in re.findall(r"\w+", label)}
         self.stems |= {stem("".join(re.findall(r"\w+", label))) for label in said}
         self.brands = next((a["aliases"] for a in attributes if a["derive"] == "brand"), None)
+        self.genders = any(map(brand.GENDER.fullmatch, said))
         self.numbers = any(a["kind"] == "number" and not a["derive"] for a in attributes)
 
     def __call__(self, title: str) -> str:
-        if self.brands is not None:
-            title = " ".join(title.split()[brand.length(title, self.brands) :])
-        words = re.findall(r"\w+", title)
-        out = {i for i, word in enumerate(words) if self.leaks(word)}
+        parts = title.split()
+        beginning = brand.length(title, self.brands) if self.brands is not None else 0
+        named = set(map(stem, re.findall(r"\w+", " ".join(parts[:beginning]))))
+        words = re.findall(r"\w+", " ".join(parts[beginning:]))
+        out = {i for i, word in enumerate(words) if self.leaks(word) or stem(word) in named}
         for i, pair in enumerate(itertools.pairwise(words)):  # "T-shirt", "Flip flops"
             out |= {i, i + 1} if stem("".join(pair)) in self.stems else set()
         return " ".join(word for i, word in enumerate(words) if i not in out)
 
     def leaks(self, word: str) -> bool:
-        gender = self.brands is not None and brand.GENDER.fullmatch(word)
-        return bool(gender) or stem(word) in self.stems or (self.numbers and word.isdecimal())
+        gender = self.genders and (brand.GENDER.fullmatch(word) or stem(word) in GENDERED)
+        number = self.numbers and word[0].isdecimal()  # "120", "120cm"
+        return bool(gender) or stem(word) in self.stems or number
 
 
 class TitleReader:
@@ -102,7 +111,7 @@ def choose_vocabulary(file: Path | None, titles: Sequence[str]) -> tuple[list[st
     if file is None:
         return train_vocabulary(titles), "trained on the train split's titles"
     try:
-        vocab = file.read_text(encoding="utf-8").splitlines()
+        vocab = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a token may be a rarer line break
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read --vocab {file}: {error}") from None
     if not set(SPECIAL) <= set(vocab) or len(set(vocab)) < len(vocab):

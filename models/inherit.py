@@ -2,7 +2,8 @@
 
 Adapters come over whole, and so does the text encoder of the same vocabulary. Of the heads, what an attribute's label
 was computed from comes over: its output rows, the hidden layer of its level, and the columns that read what both
-models know. Columns that read something new start at zero, so that all that is kept answers at first as it did before.
+models know. Columns that read something new start at zero, so that all that is kept answers at first as it did before;
+a number too, though the train rows, by which it is scaled, may be others now.
 """
 
 import json
@@ -19,6 +20,8 @@ from models.checkpoint import make_heads, read_config
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
 from models.text import WIDTH as TEXT_WIDTH
+
+NUMBER = "a number"  # what the one output of a number means; a class's outputs mean its labels
 
 
 def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
@@ -55,9 +58,14 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
     whole = [name for name, (have, of) in kept.items() if have == of]
     said += [f"the heads of {', '.join(whole)}"] if whole else []
     said += [f"{have} of {of} labels of {name}" for name, (have, of) in kept.items() if 0 < have < of]
-    new = [name for name, (have, _) in kept.items() if not have]
-    gone = [a["name"] for a in old["attributes"] if a["name"] not in kept]
-    changes = [f"{what}: {', '.join(names)}" for what, names in (("new", new), ("left out", gone)) if names]
+    before = [a["name"] for a in old["attributes"]]
+    lost = [name for name, (have, _) in kept.items() if not have]
+    changes = {
+        "new": [name for name in lost if name not in before],
+        "of another kind of level or other labels, so begun anew": [name for name in lost if name in before],
+        "left out": [name for name in before if name not in kept],
+    }
+    changes = [f"{what}: {', '.join(names)}" for what, names in changes.items() if names]
     return f"from {folder}: " + "; ".join([", ".join(said), *changes])
 
 
@@ -70,7 +78,7 @@ def _inherit_heads(
     heads: HierarchicalHeads, config: dict, old_heads: HierarchicalHeads, old: dict
 ) -> dict[str, tuple[int, int]]:
     """Copy what both have; {attribute: (outputs kept, outputs)}."""
-    kept = {}
+    kept, rescale = {}, _rescale(config, old)
     before = list(_levels(old_heads, old))
     for names, linears, columns, rows in _levels(heads, config):
         kept |= {name: (0, sum(row[0] == name for row in rows)) for name in names}
@@ -78,12 +86,21 @@ def _inherit_heads(
         for _, old_linears, old_columns, old_rows in match[:1]:  # of two levels made one, the first
             hidden = list(range(linears[0].out_features))
             if len(linears) == 1:
-                _copy(linears[0], old_linears[0], rows, old_rows, columns, old_columns)
+                _copy(linears[0], old_linears[0], rows, old_rows, columns, old_columns, rescale)
             else:
-                _copy(linears[0], old_linears[0], hidden, hidden, columns, old_columns)
-                _copy(linears[1], old_linears[1], rows, old_rows, hidden, hidden)
+                _copy(linears[0], old_linears[0], hidden, hidden, columns, old_columns, rescale)
+                _copy(linears[1], old_linears[1], rows, old_rows, hidden, hidden, rescale)
             kept |= {name: (sum(r[0] == name and r in old_rows for r in rows), kept[name][1]) for name in names}
     return kept
+
+
+def _rescale(config: dict, old: dict) -> dict[tuple, tuple[float, float]]:
+    """Of each number's output, (a, b): z of the old scale is a z + b of the new one."""
+    scales = [{x["name"]: x for x in about["attributes"] if x["kind"] == "number"} for about in (config, old)]
+    shared = ((name, new, scales[1][name]) for name, new in scales[0].items() if name in scales[1])
+    return {
+        (name, NUMBER): (was["std"] / new["std"], (was["mean"] - new["mean"]) / new["std"]) for name, new, was in shared
+    }
 
 
 def _levels(heads: HierarchicalHeads, config: dict) -> Iterator[tuple[list[str], list[nn.Linear], list, list]]:
@@ -96,19 +113,23 @@ def _levels(heads: HierarchicalHeads, config: dict) -> Iterator[tuple[list[str],
     for names, level in zip(heads.by_level, heads.levels, strict=True):
         rows = []
         for a in (attributes[name] for name in names):
-            meanings = a["labels"] if a["kind"] == "class" else [(a["mean"], a["std"])]
+            meanings = a["labels"] if a["kind"] == "class" else [NUMBER]
             rows += [(a["name"], meaning) for meaning in meanings]
         yield names, [module for module in level.modules() if isinstance(module, nn.Linear)], list(columns), rows
         columns += rows
 
 
 @torch.no_grad()
-def _copy(linear: nn.Linear, old: nn.Linear, rows: list, old_rows: list, columns: list, old_columns: list) -> None:
+def _copy(
+    linear: nn.Linear, old: nn.Linear, rows: list, old_rows: list, columns: list, old_columns: list, rescale: dict
+) -> None:
     """Rows that both layers have, over columns that both have; those columns of the rows that are new become zero."""
     row_of, column_of = ({key: i for i, key in enumerate(keys)} for keys in (old_rows, old_columns))
-    to = [i for i, key in enumerate(rows) if key in row_of]
-    at = [i for i, key in enumerate(columns) if key in column_of]
-    come = old.weight[[row_of[rows[i]] for i in to]]  # (shared rows, old columns)
+    to = torch.tensor([i for i, key in enumerate(rows) if key in row_of], dtype=torch.long)
+    at = torch.tensor([i for i, key in enumerate(columns) if key in column_of], dtype=torch.long)
+    row_a, row_b = torch.tensor([rescale.get(rows[i], (1.0, 0.0)) for i in to]).view(-1, 2).unbind(1)
+    column_a, column_b = torch.tensor([rescale.get(columns[i], (1.0, 0.0)) for i in at]).view(-1, 2).unbind(1)
+    come = old.weight[[row_of[rows[i]] for i in to]][:, [column_of[columns[i]] for i in at]] / column_a
     linear.weight[to] = 0.0
-    linear.weight[torch.tensor(to)[:, None], torch.tensor(at)] = come[:, [column_of[columns[i]] for i in at]]
-    linear.bias[to] = old.bias[[row_of[rows[i]] for i in to]]
+    linear.weight[to[:, None], at] = come * row_a[:, None]
+    linear.bias[to] = (old.bias[[row_of[rows[i]] for i in to]] - come @ column_b) * row_a + row_b

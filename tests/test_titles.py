@@ -69,6 +69,12 @@ def test_a_title_changes_the_answer_and_the_column_for_batches_does_the_same(com
     done = command("infer.py", drawings / "images", "--titles", drawings / "styles.csv", *words)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
+    by_image = tmp_path / "by_image.csv"  # which needs no ids
+    with by_image.open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [("image", "productDisplayName"), *((f"{id}.jpg", row["productDisplayName"]) for id, row in rows.items())]
+        )
+    assert command("infer.py", drawings / "images", "--titles", by_image, *words).stdout == done.stdout
     told = [(a, rows[Path(a["image"]).stem]) for a in answers if rows[Path(a["image"]).stem]["productDisplayName"]]
     assert sum(a["attributes"]["gender"]["label"] == row["gender"] for a, row in told) > 0.9 * len(told)
     answer, row = told[0]
@@ -154,6 +160,7 @@ def test_titles_added_to_a_run_of_pictures_change_no_answer_at_first(command, de
         (["a", "b", "--title", "x"], "--title goes with one picture, and there are 2"),
         (["a", "--titles", "gone.csv"], "cannot read --titles gone.csv: No such file"),
         (["a", "--titles", "other.csv"], "--titles other.csv has a title for none of the pictures"),
+        (["a", "--title", "x", "--titles", "other.csv"], "argument --titles: not allowed with argument --title"),
         (["a", "--titles", "bare.csv"], "bare.csv lacks the column productDisplayName"),
     ],
 )

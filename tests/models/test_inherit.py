@@ -99,6 +99,34 @@ def test_labels_are_matched_by_text(folder):
     assert "kept the adapters, the heads of category, piece, 2 of 3 labels of gender; left out: colour" in said
 
 
+def test_what_was_there_but_does_not_fit_is_not_called_new(folder):
+    config = described(OLD | {"piece": (1, "mnop"), "colour": (4, "xy"), "season": (4, "sw")})
+    said = inherit(fresh(config, 1), config, folder)
+    assert said.endswith(
+        "kept the adapters, the heads of gender, category; new: season; "
+        "of another kind of level or other labels, so begun anew: piece, colour"
+    )
+
+
+@pytest.mark.parametrize("level", [1, 2, 5])
+def test_a_number_answers_as_before_though_its_scale_is_another(tmp_path, level):
+    """In its own unit; and so do the attributes below, which read it."""
+    old = described(OLD | {"price": (level, "")})
+    save_checkpoint(tmp_path / "best", fresh(old, 0), old)
+    before = outputs(fresh(old, 0))
+    config = described(OLD | {"price": (level, ""), "season": (4, "sw")})
+    (price,) = (a for a in config["attributes"] if a["name"] == "price")
+    price |= {"mean": -3.0, "std": 0.5}
+    model = fresh(config, 1)
+    kept, _, new = inherit(model, config, tmp_path / "best").partition("; new: ")
+    assert "price" in kept
+    assert new == "season"
+    after = outputs(model)
+    torch.testing.assert_close(-3.0 + 0.5 * after["price"], 1.0 + 2.0 * before["price"], rtol=1e-5, atol=1e-5)
+    for name in OLD:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-5)
+
+
 def test_another_backbone_or_other_adapters_are_refused(folder):
     config = described(OLD, rank=8)
     with pytest.raises(UserError, match=r"--init-from .* has --rank 4, not 8"):
