@@ -1,9 +1,10 @@
 """Text columns that stay on disk: read in order, so that the number of rows does not show in memory."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import compress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,20 @@ class Column(Sequence):
     def __iter__(self) -> Iterator[str | None]:
         for start in range(0, len(self), READ):
             yield from map(text, self.cells.slice(start, READ).to_pylist())
+
+
+class Opened(NamedTuple):
+    """Files of a catalogue, open.
+
+    Attributes:
+        columns: of text.
+        read: row -> the picture's encoded bytes, in any thread; raises `ImageError` where there are none.
+        run: how many neighbouring rows are read together; None where any row is read by itself.
+    """
+
+    columns: dict[str, Column]
+    read: Callable[[int], bytes]
+    run: int | None
 
 
 def columns_of(table: pa.Table) -> dict[str, Column]:

@@ -7,7 +7,7 @@ within a few runs, reads each run once.
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.cells import text
-from data.columns import Column, columns_of, kept
+from data.columns import Opened, columns_of, kept
 from data.images import ImageError
 from errors import UserError
 
@@ -31,18 +31,6 @@ class File(NamedTuple):
     rows: int
     nbytes: int
     schema: pa.Schema
-
-
-class Parquet(NamedTuple):
-    """Attributes:
-    columns: all but `image`.
-    read: row -> the picture's encoded bytes; raises `ImageError` where there are none.
-    run: how many neighbouring rows are read together.
-    """
-
-    columns: dict[str, Column]
-    read: Callable[[int], bytes]
-    run: int
 
 
 def open_file(path: Path) -> File:
@@ -65,7 +53,7 @@ def open_file(path: Path) -> File:
     return sizes
 
 
-def open_parquet(paths: list[Path], texts: Path) -> Parquet:
+def open_parquet(paths: list[Path], texts: Path) -> Opened:
     """Files of one catalogue, in order.
 
     Args:
@@ -83,7 +71,7 @@ def open_parquet(paths: list[Path], texts: Path) -> Parquet:
     table = kept(texts, schema, _texts(files, schema))
     per_row = sum(file.nbytes for file in files) / max(1, sum(file.rows for file in files))
     run = max(1, min(RUN_ROWS, int(RUN_BYTES / max(1, per_row))))
-    return Parquet(columns_of(table), Pictures(files, run), run)
+    return Opened(columns_of(table), Pictures(files, run), run)
 
 
 def _texts(files: list[File], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

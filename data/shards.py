@@ -33,11 +33,10 @@ import hub
 from data.cells import text
 from data.parquet import open_file
 from data.parquet import rows as parquet_rows
-from data.tars import members, product, read_titles
+from data.tars import IMAGES, members, product, read_titles
 from errors import UserError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-KINDS = {"image": IMAGE_SUFFIXES, "parquet": {".parquet"}, "tar": {".tar"}}
+KINDS = {"image": IMAGES, "parquet": {".parquet"}, "tar": {".tar"}}
 SHARD_ROWS = 4096
 
 
@@ -194,7 +193,7 @@ def _row(cells: dict, otherwise: str, title: str | None) -> Row:
 def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
     titles, count = read_titles(path, title) if title else {}, 0
     try:
-        for tar, member in members(path, IMAGE_SUFFIXES):
+        for tar, member in members(path, IMAGES):
             plain = member.isreg() and not member.issparse()  # a sparse one may claim any size
             picture = tar.extractfile(member).read() if plain else "not a plain file"
             yield Row(os.fsencode(member.name).decode("utf-8", "replace"), picture, titles.get(product(member.name)))

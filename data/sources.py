@@ -1,4 +1,4 @@
-"""Where a catalogue comes from: the hub, a folder of parquet, a CSV file beside a folder of images, or the drawn demo.
+"""Where a catalogue comes from: the hub, parquet or tar files, a CSV file beside a folder of images, the drawn demo.
 
 All give the same `Catalogue`: rows of text columns, and encoded picture bytes on demand. Of columns, `id` must be there
 and what the caller asks for; all others come along.
@@ -26,6 +26,7 @@ from data.columns import Column
 from data.images import ImageError
 from data.parquet import open_parquet
 from data.schema import nearest
+from data.tars import open_tars
 from errors import UserError
 
 UNQUOTED = "productDisplayName"  # of Kaggle's columns the one whose commas are not quoted
@@ -67,9 +68,9 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
     """Load a catalogue.
 
     Args:
-        spec: "demo"; a CSV file with a folder `images/` beside it, or the folder that holds both; a parquet file or a
-            folder of them; or a hub id "owner/name". A file or folder that exists wins over a hub id.
-        cache_dir: where local parquet is unpacked for random access.
+        spec: "demo"; a CSV file with a folder `images/` beside it, or the folder that holds both; a parquet or tar
+            file or a folder of them; or a hub id "owner/name". A file or folder that exists wins over a hub id.
+        cache_dir: where text columns of parquet and tar are copied, and the drawn demo is kept.
         needs: the columns it must have, besides `id` and the pictures.
         limit: keep this many rows, a fixed pseudo-random choice spread over the whole catalogue.
 
@@ -83,7 +84,7 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
         elif (table := _find_csv(path)) is not None:
             catalogue = _csv(table)
         elif path.exists():
-            catalogue = _parquet(path, cache_dir)
+            catalogue = _files(path, cache_dir)
         elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", spec):
             catalogue = _hub(spec)
         else:
@@ -205,14 +206,17 @@ def _read_file(path: Path) -> bytes:
         raise ImageError(error.strerror) from error
 
 
-def _parquet(path: Path, cache_dir: Path) -> Catalogue:
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    if not files or files[0].suffix != ".parquet":
-        raise UserError(f"{path} holds neither a CSV file with images/ nor *.parquet")
-    root = path if path.is_dir() else path.parent
+def _files(path: Path, cache_dir: Path) -> Catalogue:
+    """Parquet or tar files, one or a folder of them; their text columns are copied to the cache."""
+    opens = {".parquet": open_parquet, ".tar": open_tars}
+    found = {suffix: sorted(path.rglob(f"*{suffix}")) if path.is_dir() else [path] for suffix in opens}
+    suffix = next((s for s, files in found.items() if files and files[0].suffix == s), None)
+    if suffix is None:
+        raise UserError(f"{path} holds neither a CSV file with images/ nor *.parquet nor *.tar")
+    files, root = found[suffix], path if path.is_dir() else path.parent
     fingerprint = _stat_fingerprint({str(file.relative_to(root)): file.stat() for file in files})
     name = path.resolve().stem if path.is_file() else path.resolve().name
-    opened = open_parquet(files, cache_dir / "columns" / f"{name}-{fingerprint}.arrow")
+    opened = opens[suffix](files, cache_dir / "columns" / f"{name}-{fingerprint}.arrow")
     _check_columns(opened.columns, ("id",), name)
     return Catalogue(name, opened.columns["id"], opened.columns, opened.read, fingerprint, run=opened.run)
 

@@ -1,14 +1,94 @@
-"""Tar files as WebDataset writes them, read from front to back: members, damage, and the titles beside pictures."""
+"""Tar files as WebDataset writes them: members whose names agree up to the first dot are one product.
+
+To be labelled they are read from front to back. As a catalogue, a product's first picture is its row, the keys of its
+`.json` are columns, and so are `.txt` and `.cls`; where each picture lies is noted, so that any is read by itself.
+"""
 
 import contextlib
+import itertools
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from data.cells import text
+import pyarrow as pa
+from tqdm import tqdm
 
-TITLE_BYTES = 1 << 20  # more in a .txt or .json is no title
+from data.cells import text
+from data.columns import Opened, columns_of, kept
+from data.images import ImageError
+from errors import UserError
+
+TEXT_BYTES = 1 << 20  # of a .txt or .json, at most
+READ = 8192  # products at a time
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+TEXTS = {".json", ".txt", ".cls"}
+PLACE = ["file #", "offset #", "size #"]  # columns that say where a picture lies
+
+
+def open_tars(paths: list[Path], texts: Path) -> Opened:
+    """Files of one catalogue, in order.
+
+    Args:
+        texts: where their text is copied to, with the places of the pictures; a file that is there holds both.
+
+    Raises:
+        UserError: a file is no tar, or damaged, or no product has a picture.
+    """
+    schema = None
+    if not texts.exists():
+        names = {"id": None} | {name: None for _, cells, _ in _products(paths) for name in cells}
+        schema = pa.schema([*((name, pa.string()) for name in names), *((name, pa.int64()) for name in PLACE)])
+    table = kept(texts, schema, _batches(paths, schema))
+    file, start, size = (table.column(name) for name in PLACE)
+
+    def read(row: int) -> bytes:
+        row = int(row)
+        try:
+            with open(paths[file[row].as_py()], "rb") as opened:
+                opened.seek(start[row].as_py())
+                return opened.read(size[row].as_py())
+        except OSError as error:
+            raise ImageError(error.strerror) from error
+
+    return Opened(columns_of(table.drop_columns(PLACE)), read, None)
+
+
+def _batches(paths: list[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    with tqdm(_products(paths), desc="reading tar files", unit="row") as products:
+        for some in iter(lambda: list(itertools.islice(products, READ)), []):
+            rows = [cells | dict(zip(PLACE, (file, *place), strict=True)) for file, cells, place in some]
+            yield pa.RecordBatch.from_pylist(rows, schema)
+
+
+def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], tuple[int, int]]]:
+    """Of each product with a picture: the number of its file, its cells, and the picture's offset and size."""
+    for number, path in enumerate(paths):
+        try:
+            for name, some in itertools.groupby(members(path, IMAGES | TEXTS), lambda found: product(found[1].name)):
+                cells, place = {"id": name}, None
+                for tar, member in some:
+                    suffix = PurePosixPath(member.name).suffix.lower()
+                    if not member.isreg() or member.issparse():  # a sparse one may claim any size
+                        continue
+                    if suffix in IMAGES:
+                        place = place or (member.offset_data, member.size)
+                    else:
+                        cells |= _cells(suffix, tar.extractfile(member).read(TEXT_BYTES))
+                if place:
+                    yield number, cells, place
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(f"{path} cannot be read as tar: {error}") from None
+
+
+def _cells(suffix: str, data: bytes) -> dict[str, str | None]:
+    if suffix != ".json":
+        return {suffix[1:]: text(data.decode("utf-8", "replace"))}
+    try:
+        facts = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return {key: text(value) for key, value in facts.items() if key not in PLACE} if isinstance(facts, dict) else {}
 
 
 def read_titles(path: Path, column: str) -> dict[str, str | None]:
@@ -16,7 +96,7 @@ def read_titles(path: Path, column: str) -> dict[str, str | None]:
     plain, listed = {}, {}
     with contextlib.suppress(tarfile.TarError, OSError):  # reading the pictures comes to the same place and says so
         for tar, member in members(path, {".txt", ".json"}):
-            data = tar.extractfile(member).read(TITLE_BYTES) if member.isreg() and not member.issparse() else b""
+            data = tar.extractfile(member).read(TEXT_BYTES) if member.isreg() and not member.issparse() else b""
             if member.name.lower().endswith(".txt"):
                 plain[product(member.name)] = text(data.decode("utf-8", "replace"))
                 continue

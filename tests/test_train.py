@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -391,3 +392,20 @@ def test_without_a_store_a_run_ends_with_the_same_bits(command, demo_run, cache_
     stored, loose = (load_file(run / "best" / "adapter.safetensors") for run in (demo_run, tmp_path / "run"))
     assert all(torch.equal(stored[name], tensor) for name, tensor in loose.items())
     assert (tmp_path / "run" / "metrics.json").read_text() == (demo_run / "metrics.json").read_text()
+
+
+def test_tar_files_train_as_the_same_pictures_beside_a_table_do(command, kaggle_folder, cache_dir, tmp_path):
+    """Without a store; and a table with pictures is read with one."""
+    with open(kaggle_folder / "styles.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if (kaggle_folder / "images" / f"{row['id']}.jpg").exists()]
+    with tarfile.open(tmp_path / "shop.tar", "w") as tar:
+        for row in rows:
+            (tmp_path / "row.json").write_text(json.dumps(row))
+            tar.add(kaggle_folder / "images" / f"{row['id']}.jpg", f"{row['id']}.jpg")
+            tar.add(tmp_path / "row.json", f"{row['id']}.json")
+    words = ("--backbone", "demo", "--epochs", 1, "--cache-dir", cache_dir)
+    for data, name, extra in ((kaggle_folder, "table", ()), (tmp_path / "shop.tar", "tar", ("--no-store",))):
+        done = command("train.py", "--data", data, *words, *extra, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    table, tar = (load_file(tmp_path / name / "last" / "adapter.safetensors") for name in ("table", "tar"))
+    assert all(torch.equal(table[name], tensor) for name, tensor in tar.items())

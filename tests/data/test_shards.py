@@ -115,7 +115,10 @@ def test_of_a_large_row_group_little_is_in_memory(tmp_path):
         (lambda path: path.write_bytes(b""), "shop.parquet cannot be read as parquet: "),
         (lambda path: os.truncate(write_parquet(path, [picture(0)]), 300), "cannot be read as parquet: "),
         (lambda path: pq.write_table(pa.table({"id": [1]}), path), "lacks the column image; it has id"),
-        (lambda path: pq.write_table(pa.table({"image": ["a.jpg"]}), path), "image holds string, and should hold bytes"),
+        (
+            lambda path: pq.write_table(pa.table({"image": ["a.jpg"]}), path),
+            "image holds string, and should hold bytes",
+        ),
         (lambda path: write_parquet(path, []), "shop.parquet has no rows"),
     ],
 )

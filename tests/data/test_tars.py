@@ -1,0 +1,86 @@
+"""Tar files as a catalogue to train on."""
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from data.images import ImageError
+from data.sources import load_source
+from data.store import open_store
+from errors import UserError
+from tests.data.conftest import picture
+
+
+def write_tar(path, members):
+    """A tar of {name: bytes}, in this order."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def shop(tmp_path):
+    write_tar(
+        tmp_path / "shop" / "00.tar",
+        {
+            "a/1.json": json.dumps({"gender": "Men", "year": 2012.0}).encode(),
+            "a/1.png": picture(1),
+            "a/2.png": picture(2),
+            "a/2.back.png": picture(3),  # of the same product, and not its first
+            "a/2.json": json.dumps({"gender": None, "colour": "Red"}).encode(),
+            "a/3.json": b"{}",  # no picture: no row
+        },
+    )
+    write_tar(
+        tmp_path / "shop" / "01.tar",
+        {"4.txt": b"A shirt", "4.jpg": picture(4, kind="jpeg"), "5.jpg": b"<html>", "5.json": b"no JSON"},
+    )
+    return tmp_path / "shop"
+
+
+def test_products_are_rows_and_what_is_said_of_them_columns(shop, tmp_path):
+    catalogue = load_source(str(shop), tmp_path / "cache", needs=["gender", "txt"])
+    assert list(catalogue.ids) == ["a/1", "a/2", "4", "5"]
+    assert {name: list(cells) for name, cells in catalogue.columns.items() if name != "id"} == {
+        "gender": ["Men", None, None, None],
+        "year": ["2012", None, None, None],
+        "colour": [None, "Red", None, None],
+        "txt": [None, None, "A shirt", None],
+    }
+    assert [catalogue.read(row) for row in range(4)] == [
+        picture(1), picture(2), picture(4, kind="jpeg"), b"<html>"
+    ]  # fmt: skip
+    store = open_store(catalogue, (80, 60), tmp_path / "cache", most=0)
+    assert store.ok.tolist() == [True, True, True, False]
+
+
+def test_an_id_may_be_told(tmp_path):
+    write_tar(tmp_path / "a" / "0.tar", {"x.json": b'{"id": 77}', "x.png": picture(1)})
+    assert list(load_source(str(tmp_path / "a" / "0.tar"), tmp_path / "cache").ids) == ["77"]
+
+
+def test_a_file_that_is_gone_since_is_the_pictures_reason(shop, tmp_path):
+    catalogue = load_source(str(shop), tmp_path / "cache")
+    (shop / "01.tar").unlink()
+    with pytest.raises(ImageError, match="No such file"):
+        catalogue.read(2)
+
+
+def test_a_tar_that_is_cut_short_is_one_line_and_leaves_nothing(shop, tmp_path):
+    whole = (shop / "01.tar").read_bytes()
+    (shop / "01.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"01.tar cannot be read as tar: "):
+        load_source(str(shop), tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.arrow*"))
+
+
+def test_no_product_with_a_picture(tmp_path):
+    write_tar(tmp_path / "a" / "0.tar", {"x.json": b'{"id": 77}'})
+    with pytest.raises(UserError, match="has no rows with an image"):
+        load_source(str(tmp_path / "a"), tmp_path / "cache")
