@@ -24,6 +24,7 @@ from figures import QUIET, contact_sheet
 from jobs import Crew, Job
 from labeller import Labeller
 from models.checkpoint import find_checkpoint, read_config
+from options import AMP, MIXED, choose_amp
 from output import Output, caption, table
 
 PLOT_AT_MOST = 48  # pictures on a contact sheet
@@ -64,6 +65,9 @@ def parse_args(argv: list[str] | None, crew: Crew):
     )
     parser.add_argument("--batch-size", type=positive_int, default=64)
     parser.add_argument("--independent", action="store_true", help="each attribute's most probable class, paths or not")
+    parser.add_argument(
+        "--amp", **MIXED, help="mixed precision: sooner, and confidences differ a little (default: off)"
+    )
     one_or_many = parser.add_mutually_exclusive_group()
     one_or_many.add_argument("--title", help="the picture's title, for a model that reads titles")
     one_or_many.add_argument("--titles", type=Path, metavar="FILE.csv", help="titles of many, named by id or image")
@@ -126,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     job = Job(args.out, facts(args, config, source), source.shards, config["attributes"], crew) if args.job else None
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", crew.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    labeller = Labeller(folder, args.weights, device, not args.independent, args.top_k, args.batch_size)
+    amp = AMP[choose_amp(device) if args.amp == "auto" else args.amp]
+    labeller = Labeller(folder, args.weights, device, not args.independent, args.top_k, args.batch_size, amp)
 
     def answered(shards: Iterable[Shard]) -> Iterator[tuple[list[Row], list[dict]]]:
         rows = (row for shard in shards for row in shard.read())
@@ -153,6 +158,7 @@ def facts(args, config: dict, source: Source) -> dict:
         "inputs": source.fingerprint,
         "titles": hashlib.sha256(titles).hexdigest(),
         "independent": args.independent,
+        "amp": args.amp,
         "shard_rows": args.shard_rows,
     }
 

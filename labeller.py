@@ -32,17 +32,25 @@ class Labeller:
         joint: let the attributes of a path fit together.
         top_k: guesses for each attribute.
         batch_size: pictures at a time; halved as often as the GPU's memory runs out.
+        amp: dtype of mixed precision.
     """
 
     def __init__(
-        self, folder: Path, weights: Path | None, device: torch.device, joint: bool, top_k: int, batch_size: int
+        self,
+        folder: Path,
+        weights: Path | None,
+        device: torch.device,
+        joint: bool,
+        top_k: int,
+        batch_size: int,
+        amp: torch.dtype | None = None,
     ):
         model, config = load_checkpoint(folder, weights)
         self.model, self.device = merge_lora(model).to(device), device
         self.preprocess, self.decoder = Preprocess(**config["preprocess"]), Decoder(config, joint)
         self.attributes = config["attributes"]
         self.read_titles = TitleReader(config) if config["text"] else None
-        self.top_k, self.batch_size, self.most = top_k, batch_size, batch_size
+        self.top_k, self.batch_size, self.most, self.amp = top_k, batch_size, batch_size, amp
 
     def batches(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
         """Batches of rows, each picture as uint8 (H, W, 3), or the reason in its place where it cannot be read.
@@ -96,7 +104,9 @@ class Labeller:
         tokens = None
         if self.read_titles:
             tokens = torch.from_numpy(self.read_titles([row.title for row in readable])[0]).to(self.device)
-        outputs = self.model(self.preprocess(pixels.to(self.device)), tokens)
+        images = self.preprocess(pixels.to(self.device))
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            outputs = self.model(images, tokens)
         self._say_classes(said, outputs)
         for a in (a for a in self.attributes if a["kind"] == "number"):
             values = a["mean"] + a["std"] * outputs[a["name"]][:, 0].double()

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from models.backbone import DEMO, bare_backbone
 HUB_DATA, HUB_BACKBONE = "ashraq/fashion-product-images-small", "vit_base_patch16_224"
 PATHS = ("weights", "cache_dir", "attributes", "init_from", "vocab")  # options that are files or folders
 EXTRA = {"with_price": ("price_in_vnd",), "with_season_year": ("season", "year")}  # switches and what they add
+AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+MIXED = {"nargs": "?", "const": "auto", "choices": ["auto", "bf16", "fp16"]}  # of --amp
 LARGE = 40e6  # parameters from which training on a CPU takes days
 
 
@@ -103,9 +106,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--label-smoothing", type=float, default=0.0, metavar="SHARE", help="such as 0.1 (default: %(default)s)"
     )
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
-    p.add_argument(
-        "--amp", nargs="?", const="auto", choices=["auto", "bf16", "fp16"], help="mixed precision (default: off)"
-    )
+    p.add_argument("--amp", **MIXED, help="mixed precision (default: off)")
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     p.add_argument("--attributes", type=Path, metavar="FILE.toml", help="what to predict (default: data/fashion.toml)")
     p.add_argument("--inputs", choices=["image", "title", "image+title"], default="image", help="(default: image)")
@@ -202,7 +203,7 @@ def choose_amp(device: torch.device) -> str | None:
 
     if seconds(torch.bfloat16) <= seconds(torch.float32):
         return "bf16"
-    print("--amp: this CPU has no fast bf16, so training stays in fp32 (--amp bf16 forces it)")
+    print("--amp: this CPU has no fast bf16, so all stays in fp32 (--amp bf16 forces it)", file=sys.stderr)
     return None
 
 

@@ -37,10 +37,9 @@ from models.backbone import create_backbone
 from models.checkpoint import attach, load_checkpoint
 from models.classifier import AttributeClassifier
 from models.inherit import inherit
-from options import EXTRA
+from options import AMP, EXTRA
 
 LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
-AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Task(NamedTuple):

@@ -27,6 +27,7 @@ from common import Training, in_turn, machine, markdown, ratios, training
 
 import train
 from data.batches import epoch_batches, make_loader
+from data.preprocess import CHANCES
 from data.store import open_store
 from errors import exits_cleanly
 
@@ -87,7 +88,7 @@ def input_ways(run: Training) -> tuple[dict[str, Callable], dict[str, int]]:
 
     def preprocess(warp: float):
         for some in pixels:
-            task.preprocess.augmented(some, warp=warp)
+            task.preprocess.augmented(some, torch.rand(CHANCES, len(some), device=device), warp)
 
     count = sum(map(len, pixels))
     ways = {

@@ -13,6 +13,7 @@ from data.columns import chosen
 from data.schema import FASHION, Attribute
 from errors import UserError
 
+AT_ONCE = 1 << 16  # rows whose paths are sorted together
 MISSING = -1  # the catalogue has no value here
 UNSEEN = -2  # it has one that no train row had
 
@@ -110,11 +111,11 @@ def numbers(columns: Columns, attribute: Attribute) -> np.ndarray:
 
 
 def encode_labels(columns: Columns, maps: dict[str, LabelMap], attributes: Sequence[Attribute] = FASHION) -> np.ndarray:
-    """All rows -> int32 (N, A), one column a class attribute: class index, `MISSING` or `UNSEEN`."""
-    count = len(columns[attributes[0].column])
-    labels = np.empty((count, len(maps)), dtype=np.int32)
+    """All rows -> int16 (N, A), or int32 where classes are many: class index, `MISSING` or `UNSEEN` of each class."""
+    count, small = len(columns[attributes[0].column]), max(map(len, maps.values())) < 2**15
+    labels = np.empty((count, len(maps)), dtype=np.int16 if small else np.int32)
     for column, a in enumerate(a for a in attributes if a.kind == "class"):
-        labels[:, column] = np.fromiter(map(maps[a.name].encode, columns[a.column]), np.int32, count)
+        labels[:, column] = np.fromiter(map(maps[a.name].encode, columns[a.column]), labels.dtype, count)
     return labels
 
 
@@ -143,8 +144,11 @@ def known_paths(labels: np.ndarray, attributes: Sequence[Attribute] = FASHION) -
     """
     names, known = [a.name for a in attributes if a.kind == "class"], []
     for family in families(attributes):
-        paths = labels[:, [names.index(name) for name in family]]  # (N, names)
-        known.append({"attributes": family, "known": np.unique(paths[(paths >= 0).all(1)], axis=0).tolist()})
+        columns, found = [names.index(name) for name in family], set()
+        for start in range(0, len(labels), AT_ONCE):
+            paths = labels[start : start + AT_ONCE, columns]  # (n, names)
+            found |= set(map(tuple, np.unique(paths[(paths >= 0).all(1)], axis=0).tolist()))
+        known.append({"attributes": family, "known": [list(path) for path in sorted(found)]})
     return known
 
 

@@ -23,7 +23,7 @@ from errors import UserError
 READ = 64  # rows at a time: of pictures of 5 MB that is 320 MB
 BUFFER = 1 << 20  # bytes of a column that are read ahead
 RUN_ROWS, RUN_BYTES = 4096, 32 << 20  # a run, at most
-WINDOW = 8  # runs that are shuffled together
+WINDOW = 4  # runs that are shuffled together
 
 
 class File(NamedTuple):

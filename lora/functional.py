@@ -139,7 +139,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor |
 def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
     asked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     fp32 = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return ONEDNN and fp32 and not asked and not torch.compiler.is_compiling()
+    other = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()  # both choose for themselves
+    return ONEDNN and fp32 and not asked and not other
 
 
 def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:

@@ -48,7 +48,7 @@ def test_brand_maps_are_from_train_rows_alone():
 def test_missing_and_unseen_values_are_no_class():
     columns = catalogue()
     labels = encode_labels(columns, fit_label_maps(columns, [0, 1], min_brand_count=1))
-    assert labels.dtype == np.int32
+    assert labels.dtype == np.int16
     assert labels.shape == (4, len(FASHION))
     assert (labels[2] == UNSEEN).all()  # brand too: no train row was "Other"
     assert (labels[3] == MISSING).all()

@@ -56,8 +56,8 @@ def test_a_shuffle_in_windows_has_each_row_once_and_is_another_one_each_epoch():
     assert (first != second).mean() > 0.9
     for order in (first, second):
         assert (np.sort(order) == rows).all()
-        for start in range(0, len(rows), 640):
-            assert len(set((order[start : start + 640] // 100).tolist())) <= 2 * WINDOW + 1
+        for start in range(0, len(rows), 300):  # fewer than a window has: from two at most
+            assert len(set((order[start : start + 300] // 100).tolist())) <= 2 * WINDOW
 
 
 def test_texts_are_copied_once(shop, tmp_path):

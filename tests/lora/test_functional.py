@@ -189,3 +189,5 @@ def test_products_with_a_gradient_or_of_another_dtype_stay_with_torch():
     assert not functional._fits_onednn(x.detach().double(), weight.double())
     with torch.no_grad():
         assert functional._fits_onednn(x, weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert functional.linear(x, weight).dtype == torch.bfloat16
