@@ -91,7 +91,7 @@ def calibrate(logits: Mapping[str, Tensor], labels: np.ndarray, config: dict, ta
         logits: {attribute: (N, classes)} of rows the model was not trained on.
         labels: (N, A) their labels.
     """
-    truths, names = torch.from_numpy(labels), [a["name"] for a in config["attributes"] if a["kind"] == "class"]
+    truths, names = torch.from_numpy(labels).long(), [a["name"] for a in config["attributes"] if a["kind"] == "class"]
     temperature = {name: fit_temperature(logits[name], truths[:, i]) for i, name in enumerate(names)}
     fitted = {"target_precision": target, "rows": len(labels), "temperature": temperature, "threshold": {}}
     for how in ("joint", "independent"):

@@ -66,6 +66,8 @@ def joined() -> Iterator[torch.device]:
     device = torch.device("cuda", local_rank()) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
+    elif os.environ.get("OMP_NUM_THREADS") == "1" and not alone:  # torchrun's, however many cores there are
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     if alone:
         yield device
         return

@@ -59,7 +59,7 @@ class Pictures(Dataset):
     def __getitem__(self, i: int) -> dict:
         row = self.rows[i]
         image = Image.open(io.BytesIO(self.catalogue.read(row))).convert("RGB")
-        return {"pixel_values": self.transform(image), "labels": torch.from_numpy(self.labels[row])}
+        return {"pixel_values": self.transform(image), "labels": torch.from_numpy(self.labels[row]).long()}
 
 
 class HFBackbone(nn.Module):
