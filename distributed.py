@@ -51,6 +51,14 @@ def may_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
+def share_cores() -> None:
+    """Let torchrun's processes on a CPU compute with all cores: it gives each a single thread."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // processes))
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[torch.device]:
     """While entered, this process is one of torchrun's, if that started it; gives the device to work on.
@@ -60,14 +68,13 @@ def joined() -> Iterator[torch.device]:
     Raises:
         UserError: the machine has GPUs, but fewer than processes.
     """
-    gpus, alone = torch.cuda.device_count(), "RANK" not in os.environ
+    gpus, alone = torch.cuda.device_count(), "TORCHELASTIC_RUN_ID" not in os.environ
     if local_rank() >= max(gpus, 1) and gpus:
         raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes share {gpus} GPUs: --nproc-per-node {gpus}")
     device = torch.device("cuda", local_rank()) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-    elif os.environ.get("OMP_NUM_THREADS") == "1" and not alone:  # torchrun's, however many cores there are
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    share_cores()
     if alone:
         yield device
         return
@@ -151,7 +158,11 @@ def unshared(part: Tensor, count: int) -> Tensor:
 
 def in_step(model: nn.Module) -> nn.Module:
     """The model as `exchange` takes it. Only what trains has gradients, so adapters and heads alone are exchanged."""
-    return DistributedDataParallel(model) if world() > 1 else model
+    if world() == 1:
+        return model
+    for buffer in model.buffers():  # an int8 base: it never changes, so it is sent this once
+        dist.broadcast(buffer, 0)
+    return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def exchange(model: nn.Module, now: bool) -> contextlib.AbstractContextManager:

@@ -23,12 +23,13 @@ from data import price
 from data.batches import Batch, epoch_batches, make_loader
 from data.preprocess import Preprocess
 from data.split import SPLITS
-from data.store import STORE_GB, default_cache_dir
+from data.store import default_cache_dir
 from errors import Parser, UserError, check_writable, exits_cleanly, make_folder, positive_int, share
 from lora import merge_lora
 from metrics import score, score_number, scores_table, trust_table
 from models.checkpoint import amend_config, find_checkpoint, read_config
 from models.decode import Answers, Decoder
+from options import add_store_options
 from report.page import write_report
 from task import Task, load_task
 
@@ -115,9 +116,8 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
         raise UserError(f"--report: {folder} is not calibrated; do so first with --calibrate, on validation rows")
     if args.calibrate:
         check_writable(folder / "config.json.new", "--calibrate")
-    store_gb = 0.0 if args.no_store else STORE_GB
     task = distributed.in_turn(
-        lambda: load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device, store_gb)
+        lambda: load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device, args.store_gb)
     )
     print(f"checkpoint {folder}")
     name, rows = task.catalogue.name, task.store.rows(split)
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=positive_int, default=64)
     parser.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
     parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where decoded images are kept")
-    parser.add_argument("--no-store", action="store_true", help="keep no decoded images: decode at every use")
+    add_store_options(parser)
     parser.add_argument("--json", type=Path, help="also write the scores here")
     parser.add_argument("--report", type=Path, metavar="DIR", help="also make DIR/report.html and DIR/suspects.csv")
     args = parser.parse_args(argv)

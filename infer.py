@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from data.shards import SHARD_ROWS, Row, Shard, Source, open_source
 from data.sources import read_rows
+from distributed import share_cores
 from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
 from figures import QUIET, contact_sheet
 from jobs import Crew, Job
@@ -106,6 +107,7 @@ def parse_args(argv: list[str] | None, crew: Crew):
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     crew = Crew.of_torchrun()
+    share_cores()
     args = parse_args(argv, crew)
     folder = find_checkpoint(args.checkpoint)
     config = read_config(folder)
@@ -127,11 +129,12 @@ def main(argv: list[str] | None = None) -> int:
         notes.append("not calibrated, so all is for review: evaluate.py --calibrate does it")
     if crew.rank == 0:
         print(*notes, sep="\n", file=sys.stderr)
-    job = Job(args.out, facts(args, config, source), source.shards, config["attributes"], crew) if args.job else None
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", crew.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    amp = AMP[choose_amp(device) if args.amp == "auto" else args.amp]
-    labeller = Labeller(folder, args.weights, device, not args.independent, args.top_k, args.batch_size, amp)
+    args.amp = choose_amp(device) if args.amp == "auto" else args.amp
+    job = Job(args.out, facts(args, config, source), source.shards, config["attributes"], crew) if args.job else None
+    joint, amp = not args.independent, AMP[args.amp]
+    labeller = Labeller(folder, args.weights, device, joint, args.top_k, args.batch_size, amp)
 
     def answered(shards: Iterable[Shard]) -> Iterator[tuple[list[Row], list[dict]]]:
         rows = (row for shard in shards for row in shard.read())

@@ -33,6 +33,27 @@ def per_target(number):
     return parse
 
 
+def add_store_options(p: Parser) -> None:
+    p.add_argument(
+        "--store-gb",
+        type=gigabytes,
+        default=STORE_GB,
+        metavar="GB",
+        help="keep decoded pictures where they need no more than this (default: %(default)s)",
+    )
+    p.add_argument(
+        "--no-store", action="store_const", const=0.0, dest="store_gb", help="keep none: decode at every use"
+    )
+
+
+def gigabytes(text: str) -> float:
+    """An option's type."""
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return value
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(description="Train LoRA adapters and hierarchical heads on a frozen timm ViT.")
     p.add_argument("--data", help=f"hub id, folder of parquet or of CSV and images/, or demo (default: {HUB_DATA})")
@@ -122,16 +143,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     for switch, names in EXTRA.items():
         p.add_argument(f"--{switch.replace('_', '-')}", action="store_true", help=f"also predict {' and '.join(names)}")
-    p.add_argument(
-        "--store-gb",
-        type=float,
-        default=STORE_GB,
-        metavar="GB",
-        help="keep decoded pictures where they need no more than this (default: %(default)s)",
-    )
-    p.add_argument(
-        "--no-store", action="store_const", const=0.0, dest="store_gb", help="keep none: decode at every use"
-    )
+    add_store_options(p)
     p.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
     p.add_argument(
         "--min-brand-count", type=positive_int, default=10, help="rarer brands become Other (default: %(default)s)"

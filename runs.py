@@ -33,10 +33,23 @@ def run_folder(args: argparse.Namespace) -> Path:
     return out
 
 
-def holds_run(out: Path) -> bool:
-    """Whether there is a run to go on with."""
+def holds_run(out: Path, args: argparse.Namespace | None = None) -> bool:
+    """Whether there is a run to go on with; and where `args` are given, whether they are what it was started with, by
+    however many processes."""
     last = out / "last"
-    return last.is_dir() or previous_of(last).is_dir()
+    if not (last.is_dir() or previous_of(last).is_dir()):
+        return False
+    try:
+        written = json.loads((out / "options.json").read_text(encoding="utf-8"))
+        return args is None or {**written, "processes": args.processes} == json.loads(options_text(args))
+    except (OSError, ValueError, TypeError):
+        return args is None
+
+
+def options_text(args: argparse.Namespace) -> str:
+    """What a run keeps of its options."""
+    options = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
+    return json.dumps(options, indent=1, default=str, ensure_ascii=False) + "\n"
 
 
 def open_run(args: argparse.Namespace) -> argparse.Namespace:
@@ -52,9 +65,8 @@ def open_run(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"--resume: cannot read {path}: {error}") from None
     if any(args.out.glob("*/config.json")):
         raise UserError(f"--out {args.out} already holds a run: go on with it by --resume, or name another folder")
-    options = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
     try:
-        replace_file(path, (json.dumps(options, indent=1, default=str, ensure_ascii=False) + "\n").encode())
+        replace_file(path, options_text(args).encode())
     except OSError as error:
         raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
     return args
@@ -75,7 +87,8 @@ class Stopped(Exception):
 class StopRequest:
     """While entered, Ctrl-C or SIGTERM only asks for a stop: the current micro-batch is finished, then the run saved.
 
-    A second signal ends the process at once, and loses no more than a crash would.
+    A second signal ends the process at once, and loses no more than a crash would; but not one of several, which get
+    signals from torchrun and from others, and stop together.
     """
 
     def __enter__(self):
@@ -84,6 +97,8 @@ class StopRequest:
         return self
 
     def make(self, number, _):
+        if self.made and distributed.world() > 1:
+            return
         if self.made:
             os._exit(128 + number)
         self.made = True
@@ -94,14 +109,19 @@ class StopRequest:
 
     @contextlib.contextmanager
     def at_once(self):
-        """For work that is done again on resuming, such as scoring: a signal raises `Stopped` in the middle of it."""
-        self.may_raise = True
+        """For work that is done again on resuming, such as scoring: a signal raises `Stopped` in the middle of it.
+
+        Several processes raise it together, before the work or after it.
+        """
+        if distributed.any_of(self.made):
+            raise Stopped
+        self.may_raise = distributed.world() == 1
         try:
-            if self.made:
-                raise Stopped
             yield
         finally:
             self.may_raise = False
+        if distributed.any_of(self.made):
+            raise Stopped
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -29,7 +29,7 @@ from data.preprocess import Preprocess
 from data.schema import FASHION_FILE, Attribute, read_schema
 from data.sources import Catalogue, load_source
 from data.split import SPLITS
-from data.store import STORE_GB, ImageStore, common_size, open_store
+from data.store import ImageStore, common_size, open_store
 from data.titles import SPECIAL, TitleReader, choose_vocabulary
 from errors import UserError
 from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_base
@@ -159,7 +159,7 @@ def load_task(
     cache_dir: Path,
     limit: int | None,
     device: torch.device,
-    store_gb: float = STORE_GB,
+    store_gb: float,
 ) -> Task:
     """A checkpoint's model on its device, and a catalogue labelled in the classes it knows."""
     model, config = load_checkpoint(folder, weights)
@@ -204,5 +204,5 @@ def encode(
     return Rows(
         encode_labels(catalogue.columns, maps, attributes),
         encode_numbers(catalogue.columns, scales, attributes),
-        np.empty((len(catalogue), 0), dtype=np.int64),
+        np.empty((len(catalogue), 0), dtype=np.int32),
     )

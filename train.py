@@ -158,7 +158,10 @@ def train_epoch(
     def prepare(pixels: Tensor) -> Tensor:
         # For the micro-batch of all processes: what becomes of a picture does not depend on how many share it.
         chance = torch.rand(micro_batch_size(args), CHANCES, generator=drawing, device=device)
-        return task.preprocess.augmented(pixels, distributed.share(chance)[: len(pixels)].T, args.warp)
+        mine = distributed.share(chance)[: len(pixels)]
+        if not len(mine):  # of a picture that only stands in for none
+            mine = chance[: len(pixels)]
+        return task.preprocess.augmented(pixels, mine.T, args.warp)
 
     task.model.train()
     unread = []  # (step, rows, losses and norm still on the device) of the steps since the last look
@@ -266,7 +269,10 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     with distributed.joined() as device, contextlib.ExitStack() as held:
-        return run(distributed.decided(lambda: choose(argv, device, held)), device)
+        args = distributed.decided(lambda: choose(argv, device, held))
+        if not (args.out / "options.json").is_file():
+            raise UserError(f"--out {args.out}: all machines must see the same folder, and this one does not")
+        return run(args, device)
 
 
 def choose(argv: list[str] | None, device: torch.device, held: contextlib.ExitStack) -> argparse.Namespace:
@@ -274,11 +280,11 @@ def choose(argv: list[str] | None, device: torch.device, held: contextlib.ExitSt
     args = parse_args(argv)
     if distributed.may_restart() and not args.out:
         raise UserError("torchrun --max-restarts: name the run's folder with --out, or a restart could not find it")
-    args.resume = args.resume or (distributed.restarted() and holds_run(args.out))
     if not args.resume:
         choose_source(args)
         args.amp = choose_amp(device) if args.amp == "auto" else args.amp
         args.processes = distributed.world()
+        args.resume = distributed.restarted() and holds_run(args.out, args)
     args.out = run_folder(args)
     held.enter_context(alone_in(args.out))
     return open_run(args)

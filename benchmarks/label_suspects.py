@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data.images import decode
-from data.store import default_cache_dir
+from data.store import STORE_GB, default_cache_dir
 from errors import Parser, exits_cleanly
 from evaluate import Evaluation, Task, evaluate, load_task
 from report.suspects import conflicting, contradicted
@@ -131,7 +131,7 @@ def main() -> int:
     parser.add_argument("--cache-dir", type=Path, default=default_cache_dir())
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task = load_task(args.checkpoint, args.weights, args.data, args.cache_dir, None, device)
+    task = load_task(args.checkpoint, args.weights, args.data, args.cache_dir, None, device, STORE_GB)
     val = evaluate(task, "val", device)
     flips(task, val)
     conflicts(task, [val, evaluate(task, "train", device)])

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
         pixels: uint8 (B, H, W, 3).
         labels: int64 (B, A), negative where missing.
         numbers: float32 (B, M), scaled, NaN where missing.
-        tokens: int64 (B, T) of the titles; T is 0 where the model reads none.
+        tokens: int32 (B, T) of the titles; T is 0 where the model reads none.
     """
 
     pixels: Tensor
@@ -54,11 +54,10 @@ class Batches(Dataset):
         self.pixels, self.known = store.pixels, known
 
     def __getitem__(self, rows: np.ndarray) -> Batch:
-        if not len(rows):
-            return self[np.zeros(1, dtype=int)].unlabelled()
-        labels, numbers, tokens = (array[rows] for array in self.known)
-        arrays = np.asarray(self.pixels[rows]), labels.astype(np.int64), numbers, tokens
-        return Batch(*map(torch.from_numpy, arrays))
+        labels, numbers, tokens = (array[rows if len(rows) else [0]] for array in self.known)
+        pixels = np.asarray(self.pixels[rows]) if len(rows) else np.zeros((1, *self.pixels.shape[1:]), np.uint8)
+        batch = Batch(*map(torch.from_numpy, (pixels, labels.astype(np.int64), numbers, tokens)))
+        return batch if len(rows) else batch.unlabelled()
 
 
 def epoch_batches(

@@ -1,6 +1,7 @@
 """Text columns that stay on disk: read in order, so that the number of rows does not show in memory."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import compress
 from pathlib import Path
@@ -10,8 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from data.cells import text
+from durable import give_name
+from errors import UserError
 
 READ = 8192  # rows at a time
+VERSION = 1  # of the files: raise it when their cells would be written otherwise
 
 
 class Column(Sequence):
@@ -50,18 +54,26 @@ def columns_of(table: pa.Table) -> dict[str, Column]:
 
 
 def kept(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Table:
-    """A table whose rows lie in the file `path`, mapped; written first, as they come, if it is not there."""
+    """A table whose rows lie in the file `path`, mapped; written first, as they come, if it is not there.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
         try:
-            with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            with pa.OSFile(name, "wb") as file, pa.ipc.new_file(file, schema) as writer:
                 for batch in batches:
                     writer.write_batch(batch)
-            os.replace(part, path)
+            give_name(Path(name), path)
         finally:
-            part.unlink(missing_ok=True)
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            Path(name).unlink(missing_ok=True)
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except pa.ArrowException as error:
+        raise UserError(f"{path} is damaged ({error}); delete it") from None
 
 
 def chosen(cells: Sequence[str | None], rows: Sequence[int]) -> Iterator[str | None]:

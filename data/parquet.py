@@ -91,30 +91,33 @@ class Pictures:
     def __init__(self, files: list[File], run: int):
         self.files, self.run = files, run
         self.begins = [0, *itertools.accumulate(file.rows for file in files)]
-        self.kept: OrderedDict[int, list[bytes | None]] = OrderedDict()
+        self.kept: OrderedDict[int, list[bytes | str | None]] = OrderedDict()  # or the reason why there is none
         self.lock = Lock()
 
     def __call__(self, row: int) -> bytes:
         number, place = divmod(int(row), self.run)
         with self.lock:
             if number not in self.kept:
-                if len(self.kept) > WINDOW:
+                if len(self.kept) > 2 * WINDOW:  # a run of a part of the rows can lie in two of all
                     self.kept.popitem(last=False)
                 self.kept[number] = list(self._read(number * self.run, (number + 1) * self.run))
             self.kept.move_to_end(number)
             picture = self.kept[number][place]
-        if not picture:
-            raise ImageError("no image in this row")
+        if not isinstance(picture, bytes):
+            raise ImageError(picture or "no image in this row")
         return picture
 
-    def _read(self, start: int, stop: int) -> Iterator[bytes | None]:
+    def _read(self, start: int, stop: int) -> Iterator[bytes | str | None]:
         for file, begin in zip(self.files, self.begins, strict=False):
             low, high = max(start - begin, 0), min(stop - begin, file.rows)
             if low < high:
+                done = low
                 try:
-                    yield from (cells["image"] and cells["image"]["bytes"] for cells in rows(file.path, low, high))
+                    for cells in rows(file.path, low, high):
+                        yield cells["image"] and cells["image"]["bytes"]
+                        done += 1
                 except (pa.ArrowException, OSError) as error:
-                    raise ImageError(f"damaged parquet: {error}".splitlines()[0]) from None
+                    yield from [f"damaged parquet: {error}".splitlines()[0]] * (high - done)
 
 
 def rows(path: Path, start: int, stop: int, columns: Iterable[str] = ("image.bytes",)) -> Iterator[dict]:

@@ -33,7 +33,7 @@ import hub
 from data.cells import text
 from data.parquet import open_file
 from data.parquet import rows as parquet_rows
-from data.tars import IMAGES, members, product, read_titles
+from data.tars import IMAGES, clean, members, product, read_titles
 from errors import UserError
 
 KINDS = {"image": IMAGES, "parquet": {".parquet"}, "tar": {".tar"}}
@@ -196,7 +196,7 @@ def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
         for tar, member in members(path, IMAGES):
             plain = member.isreg() and not member.issparse()  # a sparse one may claim any size
             picture = tar.extractfile(member).read() if plain else "not a plain file"
-            yield Row(os.fsencode(member.name).decode("utf-8", "replace"), picture, titles.get(product(member.name)))
+            yield Row(clean(member.name), picture, titles.get(product(member.name)))
             count += 1
     except (tarfile.TarError, OSError) as error:
         yield Row(str(path), f"damaged or cut short after {count:,} pictures: {error}")

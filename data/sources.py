@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import hub
 from data.cells import text
-from data.columns import Column
+from data.columns import VERSION, Column
 from data.images import ImageError
 from data.parquet import open_parquet
 from data.schema import nearest
@@ -107,6 +107,7 @@ def _take(catalogue: Catalogue, limit: int) -> Catalogue:
         columns={name: [values[row] for row in rows] for name, values in catalogue.columns.items()},
         read=lambda i: catalogue.read(rows[i]),
         fingerprint=f"{catalogue.fingerprint}-{limit}",
+        run=catalogue.run and max(1, catalogue.run * limit // len(catalogue)),  # of those, so many are neighbours
     )
 
 
@@ -216,7 +217,7 @@ def _files(path: Path, cache_dir: Path) -> Catalogue:
     files, root = found[suffix], path if path.is_dir() else path.parent
     fingerprint = _stat_fingerprint({str(file.relative_to(root)): file.stat() for file in files})
     name = path.resolve().stem if path.is_file() else path.resolve().name
-    opened = opens[suffix](files, cache_dir / "columns" / f"{name}-{fingerprint}.arrow")
+    opened = opens[suffix](files, cache_dir / "columns" / f"{name}-{fingerprint}-{VERSION}.arrow")
     _check_columns(opened.columns, ("id",), name)
     return Catalogue(name, opened.columns["id"], opened.columns, opened.read, fingerprint, run=opened.run)
 

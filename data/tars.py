@@ -88,7 +88,15 @@ def _cells(suffix: str, data: bytes) -> dict[str, str | None]:
         facts = json.loads(data)
     except (ValueError, RecursionError):
         return {}
-    return {key: text(value) for key, value in facts.items() if key not in PLACE} if isinstance(facts, dict) else {}
+    if not isinstance(facts, dict):
+        return {}
+    return {clean(key): cleaned(value) for key, value in facts.items() if key not in PLACE}
+
+
+def cleaned(value) -> str | None:
+    """A cell of what was read, as text."""
+    cell = text(value)
+    return cell and clean(cell)
 
 
 def read_titles(path: Path, column: str) -> dict[str, str | None]:
@@ -102,14 +110,19 @@ def read_titles(path: Path, column: str) -> dict[str, str | None]:
                 continue
             with contextlib.suppress(ValueError, RecursionError):
                 if isinstance(facts := json.loads(data), dict):
-                    listed[product(member.name)] = text(facts.get(column))
+                    listed[product(member.name)] = cleaned(facts.get(column))
     return listed | plain
 
 
 def product(name: str) -> str:
     """What the members of one product have in common: the folder, and the name up to the first dot."""
-    path = PurePosixPath(name)
+    path = PurePosixPath(clean(name))
     return str(path.with_name(path.name.split(".")[0] or path.name))
+
+
+def clean(name: str) -> str:
+    """Text that any format can hold: a byte of a name that is no UTF-8, or half a character in JSON, is replaced."""
+    return name.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def members(path: Path, suffixes: Iterable[str]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:

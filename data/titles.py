@@ -16,6 +16,7 @@ from errors import UserError
 
 PAD, UNKNOWN, START, END = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 HUB_VOCABULARY = "bert-base-uncased"
+AT_ONCE = 8192  # titles
 TRAINED = 4000  # tokens of a vocabulary of one's own, at most
 
 
@@ -79,14 +80,16 @@ class TitleReader:
         return [(self.mask(title) if self.mask else title) if title else "" for title in titles]
 
     def __call__(self, titles: Sequence[str | None]) -> tuple[np.ndarray, float]:
-        """Tokens int64 (N, length), and the share of titles that had to be cut."""
-        found = [encoding.ids for encoding in self.tokenizer.encode_batch(self.cleaned(titles))]
-        tokens = np.full((len(found), self.length), self.tokenizer.token_to_id(PAD), dtype=np.int64)
-        for row, ids in zip(tokens, found, strict=True):
-            if len(ids) > self.length:
-                ids = [*ids[: self.length - 1], ids[-1]]  # [SEP] stays
-            row[: len(ids)] = ids
-        return tokens, float(np.mean([len(ids) > self.length for ids in found])) if found else 0.0
+        """Tokens int32 (N, length), and the share of titles that had to be cut."""
+        tokens = np.full((len(titles), self.length), self.tokenizer.token_to_id(PAD), dtype=np.int32)
+        rows, titles, cut = iter(tokens), iter(titles), 0
+        while some := list(itertools.islice(titles, AT_ONCE)):
+            for encoding in self.tokenizer.encode_batch(self.cleaned(some)):
+                ids, row = encoding.ids, next(rows)
+                if len(ids) > self.length:
+                    ids, cut = [*ids[: self.length - 1], ids[-1]], cut + 1  # [SEP] stays
+                row[: len(ids)] = ids
+        return tokens, cut / max(1, len(tokens))
 
 
 def tokenizer(vocab: list[str]) -> Tokenizer:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from models.checkpoint import sealed
 from tests.faults.conftest import assert_same
 
 ROOT = Path(__file__).parents[1]
@@ -178,6 +180,27 @@ def test_a_run_goes_on_with_another_number_of_processes(words, alone, tmp_path, 
     assert f"at step {step} of 42" in said
     assert f"(2 x --batch-size 8), shared by {processes} processes" in said
     assert_close(out, alone)
+
+
+def test_a_run_goes_on_with_more_processes_than_a_micro_batch_has_pictures(command, cache_dir, tmp_path):
+    words = ("--data", "demo", "--limit", 60, "--epochs", 1, "--cache-dir", cache_dir, "--out", tmp_path / "run")
+    done = command("train.py", *words, "--batch-size", 2)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "run" / "best")
+    config = tmp_path / "run" / "last" / "config.json"
+    files = {path.name: path.read_bytes() for path in config.parent.iterdir() if path != config}
+    saved = json.loads(config.read_text())
+    saved["progress"] |= {"step": 3, "epochs_scored": 0}
+    config.write_bytes(sealed(saved, files))
+    assert "at step 3 of" in run(3, "train.py", "--resume", "--out", tmp_path / "run")
+
+
+def test_a_restart_does_not_go_on_with_a_run_of_other_options(words, alone):
+    before = (alone / "last" / "config.json").read_bytes()
+    code, said = finish(torchrun(2, "train.py", *words, "--seed", 5, "--out", alone, restarts=1))
+    assert code != 0
+    assert said.count("already holds a run") == 2, "at the start and at the restart"
+    assert (alone / "last" / "config.json").read_bytes() == before
 
 
 def test_restarts_need_a_folder_to_find_again(words):

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "lora": {"torch"},
     "models": {"torch", "timm", "safetensors", "huggingface_hub", "lora", "hub", "errors", "durable"},
     "report": {"numpy", "PIL", "jinja2", "data", "models", "calibration", "metrics"},
-    "data": {"torch", "numpy", "PIL", "tqdm", "datasets", "pyarrow", "hub", "errors"} | TITLES,
+    "data": {"torch", "numpy", "PIL", "tqdm", "datasets", "pyarrow", "hub", "errors", "durable"} | TITLES,
 }
 
 

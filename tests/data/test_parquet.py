@@ -70,6 +70,33 @@ def test_texts_are_copied_once(shop, tmp_path):
     assert kept.stat().st_size < 20_000, "no pictures"
 
 
+def test_a_damaged_place_costs_the_rows_behind_it_once(shop, monkeypatch):
+    file = open_file(shop / "b.parquet")
+    with pq.ParquetFile(shop / "b.parquet") as opened:
+        column = opened.metadata.row_group(2).column(opened.metadata.num_columns - 2)  # image.bytes of rows 80 to 120
+    data = bytearray((shop / "b.parquet").read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    (shop / "b.parquet").write_bytes(data)
+    pictures, read = Pictures([file], 190), []
+    real = pictures._read
+    monkeypatch.setattr(pictures, "_read", lambda start, stop: read.append(start) or real(start, stop))
+    assert pictures(3) == b"113"
+    with pytest.raises(ImageError, match="damaged parquet"):
+        pictures(100)
+    with pytest.raises(ImageError, match="damaged parquet"):
+        pictures(101)
+    assert read == [0]
+
+
+def test_a_damaged_copy_of_the_texts_is_one_line(shop, tmp_path):
+    load_source(str(shop), tmp_path / "cache")
+    (kept,) = (tmp_path / "cache" / "columns").iterdir()
+    kept.write_bytes(kept.read_bytes()[:500])
+    with pytest.raises(UserError, match=r"arrow is damaged .*; delete it"):
+        load_source(str(shop), tmp_path / "cache")
+
+
 def test_files_of_other_columns_and_damaged_ones_are_named(shop, tmp_path):
     table = pq.read_table(shop / "b.parquet").rename_columns(["id", "sex", "image"])
     pq.write_table(table, shop / "b.parquet")
@@ -109,8 +136,11 @@ def test_a_picture_that_is_gone_since_is_named(photos, tmp_path):
         loose.pixels[np.array([5, 7])]
 
 
-def test_an_empty_share_of_a_batch_is_a_picture_without_labels(photos, tmp_path):
-    store = open_store(photos, (80, 60), tmp_path / "cache")
+@pytest.mark.parametrize("most", [0, 1e9])
+def test_an_empty_share_of_a_batch_is_a_picture_without_labels(photos, tmp_path, most):
+    """Even where the first picture is damaged."""
+    (tmp_path / "photos" / "images" / "100.jpg").write_bytes(b"")
+    store = open_store(photos, (80, 60), tmp_path / "cache", most)
     known = Rows(np.ones((30, 2), np.int32), np.ones((30, 1), np.float32), np.zeros((30, 0), np.int64))
     (batch,) = make_loader(store, known, [np.empty(0, dtype=int)], torch.device("cpu"))
     assert batch.pixels.shape == (1, 80, 60, 3)
