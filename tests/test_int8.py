@@ -25,7 +25,8 @@ def real(shared, cache_dir):
     catalogue = load_source(str(shared / "data" / "fashion-product-images-small"), cache_dir, 3000)
     store = open_store(catalogue, common_size(catalogue, 224), cache_dir)
     preprocess = Preprocess(store.pixels.shape[1:3], (224, 224), "bicubic", (0.5,) * 3, (0.5,) * 3)
-    seen, scored = (preprocess(torch.from_numpy(store.pixels[store.rows(s)[:ROUNDED_FOR]])) for s in ("train", "test"))
+    rows = store.rows("train")[:ROUNDED_FOR], store.rows("test")[:32]
+    seen, scored = (preprocess(torch.from_numpy(store.pixels[some])) for some in rows)
     weights = shared / "weights" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k" / "model.safetensors"
 
     def make() -> nn.Module:
