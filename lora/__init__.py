@@ -2,16 +2,17 @@
 
 Read `layer` for what LoRA is, `functional` for how it is computed and differentiated, `recompute` for what need not be
 kept, `inject` for how it gets into a model, and `state` for what is then trained, saved and merged. `pissa`,
-`quantize`, `adapters` and `peft_format` are extras.
+`int8`, `quantize`, `adapters` and `peft_format` are extras.
 """
 
 from .adapters import Adapters
 from .functional import Frozen, draw_dropped, lora_linear
 from .inject import Target, apply_lora, lora_layers
+from .int8 import Int8Linear
 from .layer import LoRAFusedLinear, LoRALayer, LoRALinear, LowRank
 from .peft_format import from_peft, to_peft
 from .pissa import start_at_principal
-from .quantize import Int8Linear, quantize_base
+from .quantize import quantize_base
 from .state import (
     get_adapter_params,
     keep_base_in,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import Frozen, linear, lora_linear
-from .quantize import Int8Linear
+from .int8 import Int8Linear
 
 
 class LowRank(nn.Module):

@@ -1,49 +1,44 @@
 """A frozen base in 8 bits: a quarter of its memory, for training; merging is done onto the original weights."""
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .functional import Frozen, frozen_linear
+from .int8 import Int8Linear
+from .layer import LoRALayer
 
 
-class Int8Linear(nn.Module):
-    """A frozen linear layer whose weight is kept as int8, symmetric, with a scale for each output row.
-
-        W ≈ scale[:, None] * quantised,    scale = max |W| of the row / 127
-
-    Only the weight is quantised: inputs, outputs and products stay in the dtype that is computed in.
+@torch.no_grad()
+def quantize_base(model: nn.Module, run: Callable[[], object] | None = None) -> nn.Module:
+    """Quantise every frozen linear layer of `model`, in place, LoRA on it or not; returns `model`.
 
     Args:
-        linear: the layer to replace.
+        run: makes one forward pass of the model over some typical inputs, for which the weights are then rounded (see
+            `round_for`), those of a layer that it does not reach to the nearest; default: all of them to the nearest.
+            A layer's own inputs are those of the float model: those of the quantised one gave no smaller error.
     """
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters())
+    }
+    made = {}
+    if run is not None:
+        over = {id(module.base_layer): module for module in model.modules() if isinstance(module, LoRALayer)}
 
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        wide = linear.weight.detach().float()
-        scale = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        self.register_buffer("quantised", (wide / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
-        self.train(linear.training)
+        def hook(path: str, layer: nn.Linear):
+            def make(_, inputs):
+                made[path] = Int8Linear(layer, inputs[0])
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight that is computed with, widened anew at each call: (out, in), float32."""
-        return self.quantised * self.scale[:, None]
+            return over.get(id(layer), layer).register_forward_pre_hook(make)  # LoRA computes its base layer itself
 
-    def frozen(self, dtype: torch.dtype) -> Frozen:
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return Frozen(self.quantised, bias, self.scale.to(dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)"""
-        return frozen_linear(x, self.frozen(x.dtype))
-
-
-def quantize_base(model: nn.Module) -> nn.Module:
-    """Quantise every frozen linear layer of `model`, in place, LoRA on it or not; returns `model`."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters()):
-            model.set_submodule(path, Int8Linear(module))
+        hooks = [hook(path, layer) for path, layer in layers.items()]
+        try:
+            run()
+        finally:
+            for handle in hooks:
+                handle.remove()
+    for path, layer in layers.items():
+        model.set_submodule(path, made.get(path) or Int8Linear(layer))
     return model

@@ -1,11 +1,13 @@
 """An int8 base: small, close, trainable."""
 
+import copy
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-from lora import Int8Linear, LoRALinear, apply_lora, get_adapter_params, quantize_base
+from lora import Int8Linear, LoRALinear, apply_lora, get_adapter_params, int8, quantize_base
 
 
 def test_by_hand():
@@ -16,6 +18,47 @@ def test_by_hand():
     assert quantised.quantised.tolist() == [[127, -64, 0], [0, 0, 0]]
     assert quantised.weight.tolist() == [[127, -64, 0], [0, 0, 0]]
     assert quantised(torch.tensor([1.0, 1.0, 9.0])).tolist() == [63, 0]
+
+
+def test_errors_are_passed_on_by_hand():
+    """Two inputs that are nearly always equal: what the second weight lacks the first makes up for."""
+    linear = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[10.3, 20.4, 127]]))
+    x = torch.tensor([[3.0, 3.1, 0], [2.0, 2.0, 0], [0, 0, 1]])
+    # Input 1 is the largest, so it comes first: 20.4 becomes 20 and leaves 0.4. To input 0 that is worth 0.4 times
+    # x₀x₁ / x₀² = 13.3 / 13 (13.09 damped), and 10.3 + 0.406 rounds to 11.
+    assert Int8Linear(linear).quantised.tolist() == [[10, 20, 127]]
+    assert Int8Linear(linear, x).quantised.tolist() == [[11, 20, 127]]
+
+
+def test_inputs_without_correlation_round_to_the_nearest():
+    torch.manual_seed(0)
+    linear = nn.Linear(300, 40)  # three blocks
+    assert torch.equal(Int8Linear(linear, torch.eye(300)).quantised, Int8Linear(linear).quantised)
+    assert torch.equal(Int8Linear(linear, torch.zeros(5, 300)).quantised, Int8Linear(linear).quantised)
+
+
+def test_blocks_change_nothing(monkeypatch):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(40, 8), torch.randn(100, 40) @ torch.randn(40, 40)
+    whole = Int8Linear(linear, x)
+    monkeypatch.setattr(int8, "BLOCK", 7)
+    assert torch.equal(Int8Linear(linear, x).quantised, whole.quantised)
+    error, nearest = ((layer(x) - linear(x)).norm() for layer in (whole, Int8Linear(linear)))
+    assert error < 0.75 * nearest
+
+
+def test_layers_that_the_run_does_not_reach_round_to_the_nearest(make_vit, table):
+    model = apply_lora(make_vit(), ["query", "dense"], 4, 8, table=table).eval()
+    model.spare = nn.Linear(32, 32).requires_grad_(False)
+    nearest = quantize_base(copy.deepcopy(model)).state_dict()
+    quantize_base(model, lambda: model(torch.randn(4, 3, 32, 32)))
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, nearest[n])}
+    every = {n for n in nearest if n.endswith("quantised")}
+    assert len(every) == 9
+    assert changed == every - {"spare.quantised"}
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_output_and_gradients_are_those_of_the_widened_weight():
