@@ -93,7 +93,7 @@ VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "run", "##ning", "shoe", "a"]
 def test_tokens_by_hand():
     titles = ["Running SHOE", None, "", "shoe, xyz", "a a a a a a"]
     tokens, cut = reader(VOCAB)(titles)
-    assert tokens.dtype == np.int64
+    assert tokens.dtype == np.int32
     assert tokens.tolist() == [
         [2, 4, 5, 6, 3, 0],
         [2, 3, 0, 0, 0, 0],
