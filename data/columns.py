@@ -27,7 +27,7 @@ class Column(Sequence):
     def __len__(self) -> int:
         return len(self.cells)
 
-    def __getitem__(self, row: int | slice) -> str | None | list[str | None]:
+    def __getitem__(self, row: int | slice) -> str | list[str | None] | None:
         if isinstance(row, slice):
             return [text(cell.as_py()) for cell in self.cells[row]]
         return text(self.cells[int(row)].as_py())
