@@ -137,10 +137,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor |
 
 
 def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
-    asked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    fp32 = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    other = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()  # both choose for themselves
-    return ONEDNN and fp32 and not asked and not other
+    # The cheapest questions first: at batch 1 a microsecond shows.
+    return (
+        x.dtype is weight.dtype is torch.float32
+        and ONEDNN
+        and x.device.type == "cpu"
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")  # which chooses for itself, as the compiler does
+        and not torch.compiler.is_compiling()
+    )
 
 
 def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
