@@ -1,7 +1,8 @@
 """Self-attention on a CPU, for training: timm's `Attention` where its fused kernel is several times too slow.
 
 PyTorch's fused attention on a CPU is written for long sequences. At a ViT's 50 to 600 tokens, in bf16, two matrix
-products for all heads of a few images at once take half the time forward and less than half backward.
+products for all heads of a few images at once take half the time forward and less than half backward. Where there is no
+backward pass, torch's own is left to work in fp32 and on few pictures, at which it is as fast or faster.
 """
 
 import torch
@@ -9,6 +10,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+FEW = 8  # pictures from which packing pays off forward alone, in bf16; in fp32 it never does
 SCORES = 2**19  # computed at a time: they stay in the cache, and memory does not grow with the batch
 
 
@@ -16,9 +18,15 @@ class PackedAttention(Attention):
     """timm's `Attention` without options; on a CPU its output comes from `packed_attention`."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if x.device.type != "cpu" or attn_mask is not None or is_causal or torch.compiler.is_compiling():
+        plain = attn_mask is None and not is_causal and not torch.compiler.is_compiling()
+        if x.device.type != "cpu" or not plain or (not torch.is_grad_enabled() and not pays_off(x)):
             return super().forward(x, attn_mask, is_causal)
         return self.proj(packed_attention(self.qkv(x), self.num_heads))
+
+
+def pays_off(x: Tensor) -> bool:
+    """Whether tokens (B, N, d) are better packed where nothing is kept for a backward pass."""
+    return len(x) >= FEW and (x.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu"))
 
 
 def use_packed_attention(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import timm
 import torch
 from timm.layers import Attention
 
-from models.attention import SCORES, PackedAttention, packed_attention, use_packed_attention
+from models.attention import SCORES, PackedAttention, packed_attention, pays_off, use_packed_attention
 from models.backbone import DEMO, create_backbone
 
 
@@ -60,3 +60,14 @@ def test_attention_with_options_stays_as_it_is(option):
     size = {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 32, "num_classes": 0}
     model = use_packed_attention(timm.create_model("vit_tiny_patch16_224", **size, **option))
     assert type(model.blocks[0].attn) is Attention
+
+
+@pytest.mark.parametrize("batch", [1, 7, 8])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_without_a_gradient_it_says_the_same_packed_or_not(batch, dtype, close):
+    torch.manual_seed(0)
+    attention = use_packed_attention(Attention(24, num_heads=3)).to(dtype)
+    x = torch.randn(batch, 50, 24, dtype=dtype)
+    with torch.no_grad():
+        assert pays_off(x) == (batch == 8 and dtype is torch.bfloat16)
+        torch.testing.assert_close(attention(x), Attention.forward(attention, x), rtol=close, atol=close)
