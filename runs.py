@@ -9,13 +9,29 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import distributed
-from durable import replace_file
+from durable import alone_in, replace_file
 from errors import UserError
 from models.checkpoint import newest_checkpoint, previous_of
-from options import PATHS
+from options import PATHS, choose_amp, choose_source, parse_args
+
+
+def choose(argv: list[str] | None, device: torch.device, held: contextlib.ExitStack) -> argparse.Namespace:
+    """All that is chosen before there is data; the run's folder is held from here on."""
+    args = parse_args(argv)
+    if distributed.may_restart() and not args.out:
+        raise UserError("torchrun --max-restarts: name the run's folder with --out, or a restart could not find it")
+    if not args.resume:
+        choose_source(args)
+        args.amp = choose_amp(device) if args.amp == "auto" else args.amp
+        args.processes = distributed.world()
+        args.resume = distributed.restarted() and holds_run(args.out, args)
+    args.out = run_folder(args)
+    held.enter_context(alone_in(args.out))
+    return open_run(args)
 
 
 def run_folder(args: argparse.Namespace) -> Path:

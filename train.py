@@ -24,15 +24,15 @@ import distributed
 from calibration import calibrate
 from data.batches import Batch, epoch_batches, make_loader
 from data.preprocess import CHANCES
-from durable import alone_in, replace_file
+from durable import replace_file
 from errors import UserError, exits_cleanly
 from evaluate import evaluate
 from figures import label_sheet
 from metrics import scores_table, trust_table
 from models.checkpoint import load_tensors, read_config, trained_params
 from models.classifier import attribute_losses, known_targets
-from options import choose_amp, choose_source, parse_args, warn_if_slow
-from runs import Board, Stopped, StopRequest, discard_run, holds_run, open_run, run_folder
+from options import warn_if_slow
+from runs import Board, Stopped, StopRequest, choose, discard_run
 from state import TrainingState, check_finite
 from task import AMP, Task, setup
 
@@ -273,21 +273,6 @@ def main(argv: list[str] | None = None) -> int:
         if not (args.out / "options.json").is_file():
             raise UserError(f"--out {args.out}: all machines must see the same folder, and this one does not")
         return run(args, device)
-
-
-def choose(argv: list[str] | None, device: torch.device, held: contextlib.ExitStack) -> argparse.Namespace:
-    """All that is chosen before there is data; the run's folder is held from here on."""
-    args = parse_args(argv)
-    if distributed.may_restart() and not args.out:
-        raise UserError("torchrun --max-restarts: name the run's folder with --out, or a restart could not find it")
-    if not args.resume:
-        choose_source(args)
-        args.amp = choose_amp(device) if args.amp == "auto" else args.amp
-        args.processes = distributed.world()
-        args.resume = distributed.restarted() and holds_run(args.out, args)
-    args.out = run_folder(args)
-    held.enter_context(alone_in(args.out))
-    return open_run(args)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
