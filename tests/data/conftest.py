@@ -1,4 +1,5 @@
 import io
+import tarfile
 
 import numpy as np
 import pytest
@@ -28,6 +29,17 @@ def write_kaggle(folder, pictures, titles=None):
             (folder / "images" / f"{100 + i}.jpg").write_bytes(content)
     (folder / "styles.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def write_tar(path, members):
+    """A tar of {name: bytes}, in this order."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Every kind of input as shards: each row once, with its name and title, whatever is damaged."""
 
-import io
 import os
 import tarfile
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from data import shards
 from data.shards import Row, open_source, stream_shards
 from errors import UserError
-from tests.data.conftest import picture
+from tests.data.conftest import picture, write_tar
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
@@ -29,15 +28,6 @@ def write_parquet(path, images, group=7, page=1024, **columns):
              for image in images]  # fmt: skip
     table = pa.table({"image": pa.array(cells, IMAGE)} | columns)
     pq.write_table(table, path, row_group_size=group, use_dictionary=page == 1024, write_batch_size=page)
-    return path
-
-
-def write_tar(path, members: dict[str, bytes]):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
     return path
 
 

@@ -1,8 +1,6 @@
 """Tar files as a catalogue to train on."""
 
-import io
 import json
-import tarfile
 
 import pytest
 
@@ -10,18 +8,7 @@ from data.images import ImageError
 from data.sources import load_source
 from data.store import open_store
 from errors import UserError
-from tests.data.conftest import picture
-
-
-def write_tar(path, members):
-    """A tar of {name: bytes}, in this order."""
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+from tests.data.conftest import picture, write_tar
 
 
 @pytest.fixture
