@@ -124,6 +124,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="stretch, turn and move training pictures by up to this, such as 0.2 (default: %(default)s)",
     )
     p.add_argument(
+        "--drop-patches",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="leave this share of the patches out of each training picture by chance, such as 0.3 (default: none)",
+    )
+    p.add_argument(
         "--label-smoothing", type=float, default=0.0, metavar="SHARE", help="such as 0.1 (default: %(default)s)"
     )
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
@@ -148,6 +155,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--min-brand-count", type=positive_int, default=10, help="rarer brands become Other (default: %(default)s)"
     )
+    p.add_argument(
+        "--no-test", action="store_true", help="leave the test rows alone: for runs that are yet to be chosen among"
+    )
     p.add_argument("--out", type=Path, help="folder of the run (default: runs/BACKBONE-DATE)")
     p.add_argument(
         "--save-every",
@@ -170,7 +180,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--title-length {args.title_length} is not between 3 and 512")
     if not 0 < args.keep_patches <= 1:
         raise UserError(f"--keep-patches {args.keep_patches} is not a share of the patches, above 0 and at most 1")
-    for name in ("warp", "label_smoothing"):
+    for name in ("warp", "drop_patches", "label_smoothing"):
         if not 0 <= (value := getattr(args, name)) < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} is not a number from 0 to below 1")
     if args.seed < 0:

@@ -185,8 +185,10 @@ class Board:
                 self.writer.add_scalar(f"val/{name}", scores[name], step)
         self.writer.add_figure("val/pictures", figure, step)
 
-    def close(self, args: argparse.Namespace, scores: dict) -> None:
+    def outcome(self, args: argparse.Namespace, scores: dict) -> None:
         """The options as TensorBoard's hyperparameters, beside what they led to on test."""
         options = {name: str(value) for name, value in vars(args).items() if name not in ("out", "resume", *PATHS)}
         self.writer.add_hparams(options, {"hparam/test_mean_accuracy": scores["mean_accuracy"]}, run_name=".")
+
+    def close(self) -> None:
         self.writer.close()

@@ -117,6 +117,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
         config["text"] = fit_text(args, config, list(chosen(catalogue.columns[schema.title], train_rows)))
         known = known._replace(tokens=read_titles(config, catalogue))
     model = attach(backbone, config)
+    model.drop_patches = args.drop_patches
     if args.base == "int8":  # before anything is inherited, which a resumed run does not do again
         shrink(model, args.seed, preprocess, store, device)
     if args.init_from and not args.resume:

@@ -250,20 +250,27 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
                 state.progress |= {"best_accuracy": scores["mean_accuracy"], "best_epoch": epoch}
                 state.save_best(calibration=calibrate(found.logits, task.labels[rows], task.config))
 
-        # Only now the test rows, with the epoch that validation chose.
-        distributed.any_of(False)  # the first process has written it
-        with stop.at_once():
-            best = task._replace(config=read_config(state.best))  # with its calibration
-            load_tensors(state.best, task.model)
-            scores = evaluate(best, "test", device).scores
+        distributed.any_of(False)  # the first process has written the best
+        if not args.no_test:
+            with stop.at_once():
+                score_test(args, task, state, board, device)
         if board:
-            replace_file(args.out / "metrics.json", (json.dumps(scores, indent=1) + "\n").encode())
-            board.close(args, scores)
-        chosen = f"epoch {state.progress['best_epoch']} of {args.epochs} (best on validation)"
-        print(f"\ntest, {chosen}:\n{scores_table(scores)}")
-        print(trust_table(scores))
+            board.close()
         return True
     return False
+
+
+def score_test(args: argparse.Namespace, task: Task, state: TrainingState, board: Board | None, device: torch.device):
+    """Score the epoch that validation chose on the test rows, which nothing was chosen by, into `metrics.json`."""
+    best = task._replace(config=read_config(state.best))  # with its calibration
+    load_tensors(state.best, task.model)
+    scores = evaluate(best, "test", device).scores
+    if board:
+        replace_file(args.out / "metrics.json", (json.dumps(scores, indent=1) + "\n").encode())
+        board.outcome(args, scores)
+    chosen = f"epoch {state.progress['best_epoch']} of {args.epochs} (best on validation)"
+    print(f"\ntest, {chosen}:\n{scores_table(scores)}")
+    print(trust_table(scores))
 
 
 @exits_cleanly

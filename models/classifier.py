@@ -22,6 +22,9 @@ class AttributeClassifier(nn.Module):
         keep_patches: share of the patches that the backbone sees, those with most in them (see `models.patches`).
         text: for tokens (B, T) of titles.
         blind: the pictures are not looked at.
+
+    Attributes:
+        drop_patches: share of those patches that training leaves out by chance; set by who trains.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class AttributeClassifier(nn.Module):
         self.backbone = backbone
         self.heads = heads
         self.keep_patches = keep_patches
+        self.drop_patches = 0.0
         self.text = text
         self.blind = blind
 
@@ -47,7 +51,8 @@ class AttributeClassifier(nn.Module):
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) -> the backbone's own embedding and the mean of its patches, (B, d) each."""
-        tokens = forward_features(self.backbone, images, self.keep_patches)  # (B, prefix + patches, d)
+        drop = self.drop_patches if self.training else 0.0
+        tokens = forward_features(self.backbone, images, self.keep_patches, drop)  # (B, prefix + patches, d)
         patches = self.backbone.fc_norm(tokens[:, self.backbone.num_prefix_tokens :].mean(1))  # (B, d)
         return self.backbone.forward_head(tokens), patches
 

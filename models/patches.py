@@ -6,7 +6,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 
-def forward_features(backbone: VisionTransformer, images: Tensor, keep: float = 1.0) -> Tensor:
+def forward_features(backbone: VisionTransformer, images: Tensor, keep: float = 1.0, drop: float = 0.0) -> Tensor:
     """timm's `forward_features`, over the share `keep` of each picture's patches that has most contrast.
 
     A patch carries its position with it, so the others can be left out as masked autoencoders do (He et al. 2022,
@@ -14,16 +14,21 @@ def forward_features(backbone: VisionTransformer, images: Tensor, keep: float = 
 
     Args:
         images: (B, 3, S, S), normalised.
+        drop: share of those patches to leave out by chance, for training: less work, and harder to learn by heart
+            (PatchDropout, Liu et al. 2022, arXiv:2208.07220).
 
     Returns:
-        (B, prefix + K, d) tokens after the last norm, K = keep of all patches, at least one.
+        (B, prefix + K, d) tokens after the last norm, K = (1 - drop) of keep of all patches, at least one.
     """
-    if keep == 1:
+    if keep == 1 and not drop:
         return backbone.forward_features(images)
     tokens = backbone._pos_embed(backbone.patch_embed(images))  # (B, prefix + patches, d)
     prefix, patches = tokens.tensor_split([backbone.num_prefix_tokens], dim=1)
-    fullest = by_contrast(images, backbone.patch_embed.patch_size)[:, : max(1, round(keep * patches.shape[1]))]
-    patches = patches.gather(1, fullest[..., None].expand(-1, -1, patches.shape[-1]))
+    chosen = by_contrast(images, backbone.patch_embed.patch_size)[:, : max(1, round(keep * patches.shape[1]))]
+    if drop:
+        order = torch.rand(chosen.shape, device=chosen.device).argsort(dim=1)
+        chosen = chosen.gather(1, order[:, : max(1, round((1 - drop) * chosen.shape[1]))])
+    patches = patches.gather(1, chosen[..., None].expand(-1, -1, patches.shape[-1]))
     return backbone.norm(backbone.blocks(backbone.norm_pre(torch.cat([prefix, patches], dim=1))))
 
 

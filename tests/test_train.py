@@ -226,7 +226,7 @@ def test_variants_train_and_load(command, cache_dir, tmp_path):
         *("train.py", "--data", "demo", "--limit", 200, "--epochs", 1, "--cache-dir", cache_dir, "--out", "run"),
         *("--targets", "query", "dense", "--rank", "query=2,dense=4", "--alpha", "8", "--layers", 0, 3),
         *("--rslora", "--dora", "--pissa", "--lora-plus", 4, "--base", "int8", "--amp", "bf16"),
-        *("--patch-size", 4, "--keep-patches", 0.5, "--warp", 0.1, "--label-smoothing", 0.1),
+        *("--patch-size", 4, "--keep-patches", 0.5, "--drop-patches", 0.2, "--warp", 0.1, "--label-smoothing", 0.1),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -357,6 +357,7 @@ def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
         (["--lora-plus", "0"], "--lora-plus 0.0 is not a positive number"),
         (["--patch-size", "7"], "64 pixels a side has no whole number of patches of 7"),
         (["--keep-patches", "0"], "--keep-patches 0.0 is not a share of the patches"),
+        (["--drop-patches", "1"], "--drop-patches 1.0 is not a number from 0 to below 1"),
         (["--warp", "1"], "--warp 1.0 is not a number from 0 to below 1"),
         (["--label-smoothing", "-0.1"], "--label-smoothing -0.1 is not a number from 0 to below 1"),
         (["--amp", "fp8"], "argument --amp: invalid choice: 'fp8'"),
@@ -372,6 +373,17 @@ def test_errors_are_one_line_and_exit_code_2(command, cache_dir, tmp_path, words
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("runs/*")), "no folder is left of a run that never was"
+
+
+def test_without_a_test_a_run_is_trained_calibrated_and_scored_on_no_test_row(command, cache_dir, tmp_path):
+    words = ("--data", "demo", "--limit", 200, "--epochs", 1, "--cache-dir", cache_dir, "--out", tmp_path / "run")
+    done = command("train.py", *words, "--no-test")
+    assert done.returncode == 0, done.stderr
+    assert "test, epoch" not in done.stdout
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert "calibration" in json.loads((tmp_path / "run" / "best" / "config.json").read_text())
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert len(events.Scalars("val/mean_accuracy")) == 1, "what validation found is written to the end"
 
 
 def test_an_out_folder_that_holds_a_run_is_not_overwritten(command, demo_run, cache_dir):

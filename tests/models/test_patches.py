@@ -5,6 +5,7 @@ import torch
 
 from errors import UserError
 from models.backbone import DEMO, create_backbone
+from models.classifier import AttributeClassifier
 from models.patches import by_contrast, forward_features
 
 
@@ -35,6 +36,31 @@ def test_kept_tokens_are_those_of_a_model_that_masks_the_others():
 def test_keeping_all_is_timms_own():
     model, images = create_backbone(DEMO)[0].eval(), torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(forward_features(model, images), model.forward_features(images), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_patches_are_dropped_evenly_from_the_kept_ones_and_in_training_alone():
+    backbone, images = create_backbone(DEMO)[0], torch.randn(64, 3, 64, 64)
+    kept = by_contrast(images, (8, 8))[:, :32].sort(dim=1).values
+    seen, attend = [], backbone.blocks.forward
+    backbone.blocks.forward = lambda x: seen.append(x) or attend(x)
+    torch.manual_seed(0)
+    forward_features(backbone, images, 0.5, 0.25)
+    tokens = backbone._pos_embed(backbone.patch_embed(images))[:, 1:]
+    (patches,) = (x[:, 1:] for x in seen)
+    assert patches.shape[1] == 24
+    index = torch.cdist(patches, tokens).argmin(dim=2).sort(dim=1).values  # (64, 24) which patches they are
+    assert all(
+        len(set(row.tolist())) == 24 and set(row.tolist()) <= set(k.tolist())
+        for row, k in zip(index, kept, strict=True)
+    )
+    share = (kept[:, :, None] == index[:, None, :]).any(2).double().mean(0)  # of each place among the kept
+    assert (share - 0.75).abs().max() < 5 * (0.75 * 0.25 / 64) ** 0.5
+
+    model = AttributeClassifier(backbone, torch.nn.Flatten(), keep_patches=0.5)
+    model.drop_patches = 0.25
+    assert not torch.equal(model.train().embed(images)[0], model.embed(images)[0])
+    assert torch.equal(model.eval().embed(images)[0], backbone.forward_head(forward_features(backbone, images, 0.5)))
 
 
 @torch.no_grad()
