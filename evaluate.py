@@ -5,6 +5,9 @@
 `evaluate` is also what `train.py` uses after each epoch and at the end.
 """
 
+import startup  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import math

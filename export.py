@@ -5,6 +5,9 @@ python export.py --to peft --out adapter/                LoRA alone, for PEFT on
 python export.py --to onnx --out model.onnx              merged backbone and heads, for onnxruntime
 """
 
+import startup  # noqa: F401
+
+# isort: split
 import importlib.util
 import json
 from pathlib import Path

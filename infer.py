@@ -7,6 +7,9 @@
 Exit code 1 says that some image could not be read; its answer is the reason.
 """
 
+import startup  # noqa: F401
+
+# isort: split
 import hashlib
 import json
 import sys

@@ -9,6 +9,9 @@ colour .988, size .981, shape .926, corners .796, border .709, symbol .310 (one 
 sees little of small print.
 """
 
+import startup  # noqa: F401
+
+# isort: split
 import argparse
 import colorsys
 from pathlib import Path

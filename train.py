@@ -8,6 +8,9 @@ optimizer update that ends a window. The order of the rows, the flips, the dropo
 functions of the seed and the step alone, so a run that was stopped and resumed goes the way of one that never was.
 """
 
+import startup  # noqa: F401
+
+# isort: split
 import argparse
 import contextlib
 import json
