@@ -63,6 +63,12 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
     """`images` (batch, 3, S, S), resized and normalised as the file beside it says, -> the logits of each attribute."""
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise UserError(f"--to onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    from onnxscript import opset18
+
+    def stable_sort(x, stable: bool, dim: int, descending: bool):  # of `models.patches`; torch has no translation of it
+        length = opset18.Gather(opset18.Shape(x), [dim])
+        return opset18.TopK(x, length, axis=dim, largest=int(descending))  # of equals, the first come first
+
     images = torch.zeros(2, 3, *config["preprocess"]["size"])
     torch.onnx.export(
         Logits(merge_lora(model)).eval(),
@@ -73,6 +79,7 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
         external_data=False,
         input_names=["images"],
         output_names=[attribute["name"] for attribute in config["attributes"]],
+        custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
         dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
     )
     labels = {a["name"]: a["labels"] for a in config["attributes"] if a["kind"] == "class"}

@@ -12,15 +12,27 @@ onnxruntime = pytest.importorskip(
 )
 
 
-def test_logits_are_the_same_at_any_batch_size(command, demo_run, tmp_path):
-    done = command("export.py", "--checkpoint", demo_run / "best", "--to", "onnx", "--out", "m.onnx", cwd=tmp_path)
+@pytest.fixture(scope="module")
+def run_on_half_the_patches(command, cache_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "half"
+    words = ("--data", "demo", "--limit", 200, "--epochs", 1, "--patch-size", 4, "--keep-patches", 0.5)
+    done = command("train.py", *words, "--cache-dir", cache_dir, "--out", out)
     assert done.returncode == 0, done.stderr
-    model, config = load_checkpoint(demo_run / "best")
+    return out
+
+
+@pytest.mark.parametrize("run", ["demo_run", "run_on_half_the_patches"])
+def test_logits_are_the_same_at_any_batch_size(command, request, tmp_path, run):
+    best = request.getfixturevalue(run) / "best"
+    done = command("export.py", "--checkpoint", best, "--to", "onnx", "--out", "m.onnx", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    model, config = load_checkpoint(best)
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     assert names == [attribute["name"] for attribute in config["attributes"]]
     for batch in (1, 2, 5):
         images = torch.randn(batch, 3, *config["preprocess"]["size"])
+        images[:, :, : images.shape[2] * 5 // 8] = 2.0  # background: empty patches, of which some are kept
         with torch.inference_mode():
             expected = model(images)
         for name, logits in zip(names, session.run(None, {"images": images.numpy()}), strict=True):
