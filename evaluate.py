@@ -151,7 +151,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Score a trained checkpoint on a labelled catalogue.")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the newest run's best)")
     parser.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file")
-    parser.add_argument("--data", required=True, help="hub id, folder of parquet or of CSV and images/, or demo")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="hub id (hub:OWNER/NAME: not downloaded), folder of parquet or of CSV and images/, or demo",
+    )
     parser.add_argument(
         "--split", choices=[*SPLITS, "all"], help="rows to score (default: test; with --calibrate: val)"
     )

@@ -56,7 +56,11 @@ def gigabytes(text: str) -> float:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(description="Train LoRA adapters and hierarchical heads on a frozen timm ViT.")
-    p.add_argument("--data", help=f"hub id, folder of parquet or of CSV and images/, or demo (default: {HUB_DATA})")
+    p.add_argument(
+        "--data",
+        help="hub id (hub:OWNER/NAME: not downloaded), folder of parquet or of CSV and images/, or demo "
+        f"(default: {HUB_DATA})",
+    )
     p.add_argument("--backbone", help=f"timm ViT by name, or demo (default: {HUB_BACKBONE})")
     p.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file (default: the hub's)")
     p.add_argument(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import HfFileSystem
 
 from data.cells import text
 from data.columns import Opened, columns_of, kept
@@ -27,23 +28,30 @@ WINDOW = 4  # runs that are shuffled together
 
 
 class File(NamedTuple):
-    path: Path
+    path: Path | str
     rows: int
     nbytes: int
     schema: pa.Schema
+    filesystem: HfFileSystem | None  # that of a path which is not on this machine
 
 
-def open_file(path: Path) -> File:
+def failures(filesystem: HfFileSystem | None) -> tuple[type[Exception], ...]:
+    """What reading a file may raise: over a network, errors of several libraries."""
+    return (Exception,) if filesystem else (pa.ArrowException, OSError)
+
+
+def open_file(path: Path | str, filesystem: HfFileSystem | None = None) -> File:
     """What a file's footer says.
 
     Raises:
         UserError: it is no parquet, or has no such column `image`.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, filesystem=filesystem) as file:
             schema, groups = file.schema_arrow, [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-            sizes = File(path, file.metadata.num_rows, sum(group.total_byte_size for group in groups), schema)
-    except (pa.ArrowException, OSError) as error:
+            nbytes = sum(group.total_byte_size for group in groups)
+            sizes = File(path, file.metadata.num_rows, nbytes, schema, filesystem)
+    except failures(filesystem) as error:
         raise UserError(f"{path} cannot be read as parquet: {error}".splitlines()[0]) from None
     if "image" not in schema.names:
         raise UserError(f"{path} lacks the column image; it has {', '.join(schema.names)}")
@@ -53,16 +61,17 @@ def open_file(path: Path) -> File:
     return sizes
 
 
-def open_parquet(paths: list[Path], texts: Path) -> Opened:
+def open_parquet(paths: list[Path] | list[str], texts: Path, filesystem: HfFileSystem | None = None) -> Opened:
     """Files of one catalogue, in order.
 
     Args:
+        filesystem: where they are, if not on this machine: read a run at a time, and never copied.
         texts: where the text columns are copied to; a file that is there holds them.
 
     Raises:
         UserError: a file is no parquet, has no pictures, or other columns than the first.
     """
-    files = [open_file(path) for path in paths]
+    files = [open_file(path, filesystem) for path in paths]
     names = [name for name in files[0].schema.names if name != "image"]
     for file in files[1:]:
         if odd := set(names) ^ {name for name in file.schema.names if name != "image"}:
@@ -77,11 +86,11 @@ def open_parquet(paths: list[Path], texts: Path) -> Opened:
 def _texts(files: list[File], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     for file in files:
         try:
-            with pq.ParquetFile(file.path) as opened:
+            with pq.ParquetFile(file.path, filesystem=file.filesystem) as opened:
                 for batch in opened.iter_batches(RUN_ROWS, columns=schema.names):
                     cells = [[text(cell) for cell in batch.column(name).to_pylist()] for name in schema.names]
                     yield pa.record_batch([pa.array(some, pa.string()) for some in cells], schema)
-        except (pa.ArrowException, OSError) as error:
+        except failures(file.filesystem) as error:
             raise UserError(f"{file.path} cannot be read as parquet: {error}".splitlines()[0]) from None
 
 
@@ -113,21 +122,29 @@ class Pictures:
             if low < high:
                 done = low
                 try:
-                    for cells in rows(file.path, low, high):
+                    for cells in rows(file.path, low, high, filesystem=file.filesystem):
                         yield cells["image"] and cells["image"]["bytes"]
                         done += 1
-                except (pa.ArrowException, OSError) as error:
+                except failures(file.filesystem) as error:
+                    if file.filesystem:  # a network that fails is no property of the rows
+                        raise UserError(f"{file.path} broke off: {error}".splitlines()[0]) from error
                     yield from [f"damaged parquet: {error}".splitlines()[0]] * (high - done)
 
 
-def rows(path: Path, start: int, stop: int, columns: Iterable[str] = ("image.bytes",)) -> Iterator[dict]:
+def rows(
+    path: Path | str,
+    start: int,
+    stop: int,
+    columns: Iterable[str] = ("image.bytes",),
+    filesystem: HfFileSystem | None = None,
+) -> Iterator[dict]:
     """Rows `start` to `stop` of a file, from the row groups that hold any of them: those before `start` are read past.
 
     Raises:
         pa.ArrowException, OSError: the file is damaged.
     """
     # Without the two options pyarrow has a row group's columns in memory whole.
-    with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
+    with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False, filesystem=filesystem) as file:
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         begins = [0, *itertools.accumulate(sizes)]
         groups = [i for i, size in enumerate(sizes) if begins[i] < stop and begins[i] + size > start]

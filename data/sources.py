@@ -18,6 +18,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import HfApi, HfFileSystem
 from tqdm import tqdm
 
 import hub
@@ -69,7 +70,8 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
 
     Args:
         spec: "demo"; a CSV file with a folder `images/` beside it, or the folder that holds both; a parquet or tar
-            file or a folder of them; or a hub id "owner/name". A file or folder that exists wins over a hub id.
+            file or a folder of them; a hub id "owner/name", to be downloaded; or "hub:owner/name", whose parquet files
+            are read where they lie. A file or folder that exists wins over a hub id.
         cache_dir: where text columns of parquet and tar are copied, and the drawn demo is kept.
         needs: the columns it must have, besides `id` and the pictures.
         limit: keep this many rows, a fixed pseudo-random choice spread over the whole catalogue.
@@ -85,8 +87,8 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
             catalogue = _csv(table)
         elif path.exists():
             catalogue = _files(path, cache_dir)
-        elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", spec):
-            catalogue = _hub(spec)
+        elif named := re.fullmatch(r"(hub:)?(\w[\w.-]*/\w[\w.-]*)", spec):
+            catalogue = _streamed(named[2], cache_dir) if named[1] else _hub(named[2])
         else:
             raise UserError(f"no such data: {spec!r}; name a folder, a hub id OWNER/NAME, or demo")
     except OSError as error:
@@ -237,6 +239,24 @@ def _hub(repo_id: str) -> Catalogue:
             f"{repo_id}: no such folder, and the hub cannot be reached; use --data FOLDER or --data demo"
         ) from error
     return _from_table(repo_id, table, "-".join(split._fingerprint for split in splits.values()))
+
+
+def _streamed(repo_id: str, cache_dir: Path) -> Catalogue:
+    """The parquet files of a dataset on the hub, all its splits: text columns are copied, pictures pass through."""
+    if not hub.reachable():
+        raise UserError(f"hub:{repo_id}: the hub cannot be reached; use --data FOLDER or --data demo")
+    files = HfFileSystem(endpoint=hub.ENDPOINT)
+    try:
+        commit = HfApi(endpoint=hub.ENDPOINT).dataset_info(repo_id).sha  # the same one for as long as the run takes
+        paths = sorted(files.glob(f"datasets/{repo_id}@{commit}/**/*.parquet"))
+    except Exception as error:  # of several libraries; whatever it is, there is no catalogue
+        raise UserError(f"cannot read hub:{repo_id}: {str(error).splitlines()[0]}") from error
+    if not paths:
+        raise UserError(f"hub:{repo_id} holds no parquet files; without hub: it is downloaded, whatever it holds")
+    texts = cache_dir / "columns" / f"{repo_id.replace('/', '--')}-{commit}-{VERSION}.arrow"
+    opened = open_parquet(paths, texts, files)
+    _check_columns(opened.columns, ("id",), repo_id)
+    return Catalogue(repo_id, opened.columns["id"], opened.columns, opened.read, commit, run=opened.run)
 
 
 def _from_table(name: str, table, fingerprint: str) -> Catalogue:
