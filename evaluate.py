@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import distributed
+import hub
 from calibration import TARGET_PRECISION, calibrate, calibration_scores
 from data import price
 from data.batches import Batch, epoch_batches, make_loader
@@ -119,6 +120,7 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
         raise UserError(f"--report: {folder} is not calibrated; do so first with --calibrate, on validation rows")
     if args.calibrate:
         check_writable(folder / "config.json.new", "--calibrate")
+    args.data = distributed.decided(lambda: hub.pinned(args.data))
     task = distributed.in_turn(
         lambda: load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device, args.store_gb)
     )

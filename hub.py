@@ -1,11 +1,14 @@
-"""Whether the hub can be reached, asked once and within seconds instead of a minute of retries."""
+"""Whether the hub can be reached, known within seconds instead of a minute of retries; and what is newest there."""
 
+import re
 import threading
 import urllib.error
 import urllib.request
 from functools import cache
 
 import huggingface_hub.constants
+
+from errors import UserError
 
 ENDPOINT = huggingface_hub.constants.ENDPOINT
 TIMEOUT = 8  # seconds in all, name resolution included
@@ -35,3 +38,27 @@ def reachable() -> bool:
     if not answered.is_set():
         huggingface_hub.constants.HF_HUB_OFFLINE = True
     return answered.is_set()
+
+
+def pinned(spec: str) -> str:
+    """hub:OWNER/NAME -> hub:OWNER/NAME@COMMIT, the newest, so that whoever reads it later reads the same; of all else,
+    and of a commit that was given, itself.
+
+    Raises:
+        UserError: it is written otherwise, the hub cannot be reached, or has no such dataset.
+    """
+    if not spec.startswith("hub:"):
+        return spec
+    named = re.fullmatch(r"hub:(\w[\w.-]*/\w[\w.-]*)(@[0-9a-f]{40})?", spec)
+    if not named:
+        raise UserError(f"{spec}: a dataset on the hub is written hub:OWNER/NAME, or hub:OWNER/NAME@COMMIT")
+    if not reachable():
+        raise UserError(f"{spec}: the hub cannot be reached; name files or folders instead")
+    if named[2]:
+        return spec
+    from huggingface_hub import HfApi
+
+    try:
+        return f"{spec}@{HfApi(endpoint=ENDPOINT).dataset_info(named[1]).sha}"
+    except Exception as error:  # of several libraries; whatever it is, there is no dataset
+        raise UserError(f"cannot read {spec}: {error}".splitlines()[0]) from error

@@ -208,7 +208,7 @@ def choose_source(args: argparse.Namespace) -> None:
         print("For files of your own: --data FOLDER --backbone NAME --weights FILE")
         args.data = DEMO
     args.backbone = args.backbone or (DEMO if args.data == DEMO else HUB_BACKBONE)
-    args.data = args.data or HUB_DATA
+    args.data = hub.pinned(args.data or HUB_DATA)
 
 
 def choose_amp(device: torch.device) -> str | None:

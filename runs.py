@@ -76,7 +76,7 @@ def open_run(args: argparse.Namespace) -> argparse.Namespace:
             options = json.loads(path.read_text(encoding="utf-8"))
             for name in PATHS:
                 options[name] = options[name] and Path(options[name])
-            return argparse.Namespace(**options, out=args.out, resume=True)
+            return argparse.Namespace(**(vars(args) | options | {"resume": True}))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--resume: cannot read {path}: {error}") from None
     if any(args.out.glob("*/config.json")):

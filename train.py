@@ -175,7 +175,9 @@ def train_epoch(
             step = state.step
             seed = args.seed * 1_000_003 + step
             drawing.manual_seed(seed)
-            torch.manual_seed(seed * distributed.world() + distributed.rank())  # of dropout, in each process another
+            torch.manual_seed(
+                seed * distributed.world() + distributed.rank()
+            )  # of dropped elements and patches, in each process others
             lr = learning_rate(step, steps, args.lr)
             figures = train_step(
                 state.parallel,
@@ -253,25 +255,29 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
                 state.progress |= {"best_accuracy": scores["mean_accuracy"], "best_epoch": epoch}
                 state.save_best(calibration=calibrate(found.logits, task.labels[rows], task.config))
 
-        distributed.any_of(False)  # the first process has written the best
-        if not args.no_test:
-            with stop.at_once():
-                score_test(args, task, state, board, device)
+        chosen = f"epoch {state.progress['best_epoch']} of {args.epochs} (best on validation)"
+        if args.no_test:
+            print(f"\nkept: {chosen}; the test rows are left alone")
+        else:
+            score_test(args, task, state, board, stop, chosen)
         if board:
             board.close()
         return True
     return False
 
 
-def score_test(args: argparse.Namespace, task: Task, state: TrainingState, board: Board | None, device: torch.device):
-    """Score the epoch that validation chose on the test rows, which nothing was chosen by, into `metrics.json`."""
-    best = task._replace(config=read_config(state.best))  # with its calibration
-    load_tensors(state.best, task.model)
-    scores = evaluate(best, "test", device).scores
+def score_test(
+    args: argparse.Namespace, task: Task, state: TrainingState, board: Board | None, stop: StopRequest, chosen: str
+) -> None:
+    """Score the epoch that validation chose on the test rows, by which nothing was chosen, into `metrics.json`."""
+    distributed.any_of(False)  # the first process has written it
+    with stop.at_once():
+        best = task._replace(config=read_config(state.best))  # with its calibration
+        load_tensors(state.best, task.model)
+        scores = evaluate(best, "test", next(task.model.parameters()).device).scores
     if board:
         replace_file(args.out / "metrics.json", (json.dumps(scores, indent=1) + "\n").encode())
         board.outcome(args, scores)
-    chosen = f"epoch {state.progress['best_epoch']} of {args.epochs} (best on validation)"
     print(f"\ntest, {chosen}:\n{scores_table(scores)}")
     print(trust_table(scores))
 

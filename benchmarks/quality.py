@@ -5,7 +5,8 @@
 
 Takes folders of `train.py`, which leaves the test rows alone under `--no-test`. Runs that differ in nothing but their
 seed are one row: mean and, of several, standard deviation. A row is named by the options that vary among those given.
-Scores are of each run's `best`, decoded along the known paths; minutes are from a run's start to its last save.
+Scores are of each run's `best`, decoded along the known paths. Minutes are from a run's start to its last save, and
+mean nothing of a run that was stopped between, or copied.
 """
 
 import json
@@ -18,43 +19,46 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data.store import STORE_GB, default_cache_dir
+from data.store import STORE_GB
 from errors import Parser, UserError, exits_cleanly
 from evaluate import evaluate
 from models.checkpoint import read_config
 from task import load_task
 
-NO_LEVERS = ("seed", "data", "weights", "attributes", "cache_dir", "store_gb", "save_every", "no_test")
+NO_LEVERS = ("seed", "cache_dir", "store_gb", "no_store", "save_every", "no_test")
 
 
-def levers(run: Path) -> dict:
-    """What a run was asked for but for its seed, the weights of the attributes' losses among it."""
+def levers(run: Path) -> tuple[dict, dict]:
+    """The options of a run, and what of them, with the weights of the attributes' losses, makes it another recipe."""
     try:
         options = json.loads((run / "options.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{run} is no run of train.py: {error}") from None
     weights = {f"loss of {a['name']}": a["weight"] for a in read_config(run / "best")["attributes"]}
-    return {name.replace("_", "-"): value for name, value in options.items() if name not in NO_LEVERS} | weights
+    return options, {name.replace("_", "-"): v for name, v in options.items() if name not in NO_LEVERS} | weights
 
 
-def figures(run: Path, data: str, split: str, device: torch.device) -> dict[str, float]:
-    task = load_task(run / "best", None, data, default_cache_dir(), None, device, STORE_GB * 1e9)
+def figures(run: Path, options: dict, data: str, split: str, device: torch.device) -> dict[str, float]:
+    task = load_task(run / "best", None, data, Path(options["cache_dir"]), options["limit"], device, STORE_GB)
     scores = evaluate(task, split, device).scores
     start, end = ((run / name).stat().st_mtime for name in ("options.json", "last/config.json"))
-    found = {name: a["accuracy"] for name, a in scores["attributes"].items() if "accuracy" in a}
-    return found | {"mean": scores["mean_accuracy"], "path": scores["path_accuracy"], "minutes": (end - start) / 60}
+    found = {name: a.get("accuracy") for name, a in scores["attributes"].items()}
+    found |= {"mean": scores["mean_accuracy"], "path": scores["path_accuracy"], "minutes": (end - start) / 60}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: {what varies: the figures of each seed} -> a row each."""
-    names = list(next(iter(rows.values()))[0])
+    names = list(dict.fromkeys(name for seeds in rows.values() for seed in seeds for name in seed))
     lines = [["", "seeds", *names], ["---"] * (2 + len(names))]
     for what, seeds in rows.items():
-        lines.append([what, str(len(seeds)), *(cell(name, [seed[name] for seed in seeds]) for name in names)])
+        lines.append([what, str(len(seeds)), *(cell(name, [s[name] for s in seeds if name in s]) for name in names)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(name: str, values: list[float]) -> str:
+    if not values:
+        return "–"
     if name == "minutes":
         return f"{np.mean(values):.0f}"
     spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
@@ -69,12 +73,13 @@ def main() -> int:
     parser.add_argument("--split", choices=["val", "test"], default="val", help="rows to score (default: val)")
     args = parser.parse_args()
     asked = {run: levers(run) for run in args.runs}
-    varying = [name for name in next(iter(asked.values())) if len({str(a.get(name)) for a in asked.values()}) > 1]
+    names = dict.fromkeys(name for _, recipe in asked.values() for name in recipe)
+    varying = [name for name in names if len({str(recipe.get(name)) for _, recipe in asked.values()}) > 1]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: dict[str, list[dict[str, float]]] = {}
-    for run in tqdm(args.runs, unit="run"):
-        what = ", ".join(f"{name} {asked[run].get(name)}" for name in varying) or "as given"
-        rows.setdefault(what, []).append(figures(run, args.data, args.split, device))
+    for run, (options, recipe) in tqdm(asked.items(), unit="run"):
+        what = ", ".join(f"{name} {recipe.get(name)}" for name in varying) or "as given"
+        rows.setdefault(what, []).append(figures(run, options, args.data, args.split, device))
     print(f"{args.split} rows, torch {torch.__version__}")
     print(table(rows))
     return 0

@@ -102,7 +102,7 @@ def run(way: str, words: list[str], full_lr: float | None, folder: Path) -> dict
 
 
 def alone(name: str) -> str:
-    """The schema of one attribute, as the built-in one declares it."""
+    """The schema of one attribute, as the built-in one declares it; a weight means nothing to one that is alone."""
     attribute = next(a for a in FASHION if a.name == name)
     derive = f'derive = "{attribute.derive}"\n' if attribute.derive else ""
     return f'[attributes.{name}]\nlevel = {attribute.level}\ncolumn = "{attribute.column}"\n{derive}'

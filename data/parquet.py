@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import HfFileSystem
+from pyarrow.fs import FileSystem
 
 from data.cells import text
 from data.columns import Opened, columns_of, kept
@@ -32,36 +32,40 @@ class File(NamedTuple):
     rows: int
     nbytes: int
     schema: pa.Schema
-    filesystem: HfFileSystem | None  # that of a path which is not on this machine
+    filesystem: FileSystem | None  # that of a path which is not on this machine
+
+    def open(self, **options) -> pq.ParquetFile:
+        return pq.ParquetFile(self.path, filesystem=self.filesystem, **options)
+
+    @property
+    def failures(self) -> tuple[type[Exception], ...]:
+        """What reading may raise: over a network, errors of several libraries."""
+        return (Exception,) if self.filesystem else (pa.ArrowException, OSError)
 
 
-def failures(filesystem: HfFileSystem | None) -> tuple[type[Exception], ...]:
-    """What reading a file may raise: over a network, errors of several libraries."""
-    return (Exception,) if filesystem else (pa.ArrowException, OSError)
-
-
-def open_file(path: Path | str, filesystem: HfFileSystem | None = None) -> File:
+def open_file(path: Path | str, filesystem: FileSystem | None = None) -> File:
     """What a file's footer says.
 
     Raises:
         UserError: it is no parquet, or has no such column `image`.
     """
+    found = File(path, 0, 0, pa.schema([]), filesystem)
     try:
-        with pq.ParquetFile(path, filesystem=filesystem) as file:
-            schema, groups = file.schema_arrow, [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        with found.open() as file:
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             nbytes = sum(group.total_byte_size for group in groups)
-            sizes = File(path, file.metadata.num_rows, nbytes, schema, filesystem)
-    except failures(filesystem) as error:
+            found = found._replace(rows=file.metadata.num_rows, nbytes=nbytes, schema=file.schema_arrow)
+    except found.failures as error:
         raise UserError(f"{path} cannot be read as parquet: {error}".splitlines()[0]) from None
-    if "image" not in schema.names:
-        raise UserError(f"{path} lacks the column image; it has {', '.join(schema.names)}")
-    image = schema.field("image").type
+    if "image" not in found.schema.names:
+        raise UserError(f"{path} lacks the column image; it has {', '.join(found.schema.names)}")
+    image = found.schema.field("image").type
     if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
         raise UserError(f"{path}: its column image holds {image}, and should hold bytes and path")
-    return sizes
+    return found
 
 
-def open_parquet(paths: list[Path] | list[str], texts: Path, filesystem: HfFileSystem | None = None) -> Opened:
+def open_parquet(paths: list[Path] | list[str], texts: Path, filesystem: FileSystem | None = None) -> Opened:
     """Files of one catalogue, in order.
 
     Args:
@@ -86,11 +90,11 @@ def open_parquet(paths: list[Path] | list[str], texts: Path, filesystem: HfFileS
 def _texts(files: list[File], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     for file in files:
         try:
-            with pq.ParquetFile(file.path, filesystem=file.filesystem) as opened:
+            with file.open() as opened:
                 for batch in opened.iter_batches(RUN_ROWS, columns=schema.names):
                     cells = [[text(cell) for cell in batch.column(name).to_pylist()] for name in schema.names]
                     yield pa.record_batch([pa.array(some, pa.string()) for some in cells], schema)
-        except failures(file.filesystem) as error:
+        except file.failures as error:
             raise UserError(f"{file.path} cannot be read as parquet: {error}".splitlines()[0]) from None
 
 
@@ -101,6 +105,7 @@ class Pictures:
         self.files, self.run = files, run
         self.begins = [0, *itertools.accumulate(file.rows for file in files)]
         self.kept: OrderedDict[int, list[bytes | str | None]] = OrderedDict()  # or the reason why there is none
+        self.ahead, self.next = iter(()), -1  # what comes behind the run that was read last, and the number of that
         self.lock = Lock()
 
     def __call__(self, row: int) -> bytes:
@@ -109,47 +114,58 @@ class Pictures:
             if number not in self.kept:
                 if len(self.kept) > 2 * WINDOW:  # a run of a part of the rows can lie in two of all
                     self.kept.popitem(last=False)
-                self.kept[number] = list(self._read(number * self.run, (number + 1) * self.run))
+                self.kept[number] = self._read(number)
             self.kept.move_to_end(number)
             picture = self.kept[number][place]
         if not isinstance(picture, bytes):
             raise ImageError(picture or "no image in this row")
         return picture
 
-    def _read(self, start: int, stop: int) -> Iterator[bytes | str | None]:
+    def _read(self, number: int) -> list[bytes | str | None]:
+        """A run. In order each picture is read once; out of order, those before it in its row group are read past."""
+        start = number * self.run
+        if number != self.next:
+            self.ahead = self._from(start)
+        self.next = number + 1
+        wanted = min(self.run, self.begins[-1] - start)
+        pictures: list[bytes | str | None] = []
+        try:
+            pictures += itertools.islice(self.ahead, wanted)
+        except ReadError as error:
+            self.next = -1  # what comes later may be whole
+            pictures += [str(error)] * (wanted - len(pictures))
+        return pictures
+
+    def _from(self, start: int) -> Iterator[bytes | None]:
         for file, begin in zip(self.files, self.begins, strict=False):
-            low, high = max(start - begin, 0), min(stop - begin, file.rows)
-            if low < high:
-                done = low
+            if start < begin + file.rows:
                 try:
-                    for cells in rows(file.path, low, high, filesystem=file.filesystem):
+                    for cells in rows(file, max(0, start - begin), file.rows):
                         yield cells["image"] and cells["image"]["bytes"]
-                        done += 1
-                except failures(file.filesystem) as error:
+                except file.failures as error:
                     if file.filesystem:  # a network that fails is no property of the rows
-                        raise UserError(f"{file.path} broke off: {error}".splitlines()[0]) from error
-                    yield from [f"damaged parquet: {error}".splitlines()[0]] * (high - done)
+                        reason = f"{error}".splitlines()[:1]
+                        raise UserError(f"{file.path} broke off {reason}; start again, a run with --resume") from error
+                    raise ReadError(f"damaged parquet: {error}".splitlines()[0]) from None
 
 
-def rows(
-    path: Path | str,
-    start: int,
-    stop: int,
-    columns: Iterable[str] = ("image.bytes",),
-    filesystem: HfFileSystem | None = None,
-) -> Iterator[dict]:
+class ReadError(Exception):
+    """The rest of a file cannot be read; the message is the reason."""
+
+
+def rows(file: File, start: int, stop: int, columns: Iterable[str] = ("image.bytes",)) -> Iterator[dict]:
     """Rows `start` to `stop` of a file, from the row groups that hold any of them: those before `start` are read past.
 
     Raises:
         pa.ArrowException, OSError: the file is damaged.
     """
     # Without the two options pyarrow has a row group's columns in memory whole.
-    with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False, filesystem=filesystem) as file:
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    with file.open(buffer_size=BUFFER, pre_buffer=False) as opened:
+        sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
         begins = [0, *itertools.accumulate(sizes)]
         groups = [i for i, size in enumerate(sizes) if begins[i] < stop and begins[i] + size > start]
         at = begins[groups[0]]
-        for batch in file.iter_batches(READ, row_groups=groups, columns=list(columns)):
+        for batch in opened.iter_batches(READ, row_groups=groups, columns=list(columns)):
             low, high = max(start - at, 0), min(stop - at, len(batch))
             if low < high:
                 yield from batch.slice(low, high - low).to_pylist()

@@ -20,7 +20,6 @@ import glob
 import hashlib
 import itertools
 import os
-import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ import pyarrow as pa
 
 import hub
 from data.cells import text
-from data.parquet import open_file
+from data.parquet import File, open_file
 from data.parquet import rows as parquet_rows
 from data.tars import IMAGES, clean, members, product, read_titles
 from errors import UserError
@@ -162,25 +161,26 @@ def _file_rows(paths: list[Path]) -> Iterator[Row]:
 
 
 def _parquet_shards(path: Path, rows: int, title: str | None, notes: list[str]) -> list[Shard]:
-    _, count, _, schema = open_file(path)
-    if title and title not in schema.names:
+    file = open_file(path)
+    if title and title not in file.schema.names:
         notes.append(f"{path} lacks the column of titles, {title}: its pictures are read without")
     return [
-        Shard(min(rows, count - start), functools.partial(_parquet_rows, path, start, min(start + rows, count), title))
-        for start in range(0, count, rows)
+        Shard(stop - start, functools.partial(_parquet_rows, file, start, stop, title))
+        for start in range(0, file.rows, rows)
+        for stop in [min(start + rows, file.rows)]
     ]
 
 
-def _parquet_rows(path: Path, start: int, stop: int, title: str | None) -> Iterator[Row]:
+def _parquet_rows(file: File, start: int, stop: int, title: str | None) -> Iterator[Row]:
     """Rows `start` to `stop` of a file; from where it turns out damaged, each with that as its reason."""
     number = start
     try:
-        for cells in parquet_rows(path, start, stop, ["id", "image.bytes", "image.path", *([title] if title else [])]):
-            yield _row(cells, f"{path}#{number}", title)
+        for cells in parquet_rows(file, start, stop, ["id", "image.bytes", "image.path", *([title] if title else [])]):
+            yield _row(cells, f"{file.path}#{number}", title)
             number += 1
     except (pa.ArrowException, OSError) as error:
         reason = f"damaged parquet: {error}".splitlines()[0]
-        yield from (Row(f"{path}#{n}", reason) for n in range(number, stop))
+        yield from (Row(f"{file.path}#{n}", reason) for n in range(number, stop))
 
 
 def _row(cells: dict, otherwise: str, title: str | None) -> Row:
@@ -204,19 +204,13 @@ def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
 
 def _load_hub(name: str) -> tuple[dict, str]:
     """The streamed splits of a dataset on the hub, and the commit they are of, which is the same in every process."""
-    repo = name.removeprefix("hub:")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        raise UserError(f"{name}: a dataset on the hub is written hub:OWNER/NAME")
-    if not hub.reachable():
-        raise UserError(f"{name}: the hub cannot be reached; name files or folders instead")
+    repo, revision = hub.pinned(name).removeprefix("hub:").split("@")
     import datasets
-    from huggingface_hub import HfApi
 
     try:
-        revision = HfApi().dataset_info(repo).sha
         return dict(datasets.load_dataset(repo, streaming=True, revision=revision)), revision
     except Exception as error:  # of several libraries; whatever it is, there is no dataset
-        raise UserError(f"cannot stream {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot stream {name}: {error}".splitlines()[0]) from error
 
 
 def stream_shards(name: str, splits: dict, title: str | None = None) -> list[Shard]:

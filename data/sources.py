@@ -18,14 +18,13 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import HfApi, HfFileSystem
 from tqdm import tqdm
 
 import hub
 from data.cells import text
 from data.columns import VERSION, Column
 from data.images import ImageError
-from data.parquet import open_parquet
+from data.parquet import BUFFER, open_parquet
 from data.schema import nearest
 from data.tars import open_tars
 from errors import UserError
@@ -87,8 +86,10 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
             catalogue = _csv(table)
         elif path.exists():
             catalogue = _files(path, cache_dir)
-        elif named := re.fullmatch(r"(hub:)?(\w[\w.-]*/\w[\w.-]*)", spec):
-            catalogue = _streamed(named[2], cache_dir) if named[1] else _hub(named[2])
+        elif spec.startswith("hub:"):
+            catalogue = _streamed(hub.pinned(spec), cache_dir)
+        elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", spec):
+            catalogue = _hub(spec)
         else:
             raise UserError(f"no such data: {spec!r}; name a folder, a hub id OWNER/NAME, or demo")
     except OSError as error:
@@ -234,29 +235,30 @@ def _hub(repo_id: str) -> Catalogue:
         table = datasets.concatenate_datasets(list(splits.values()))
     except Exception as error:  # of several libraries; whatever it is, there is no catalogue
         if online:
-            raise UserError(f"cannot load {repo_id} from the hub: {str(error).splitlines()[0]}") from error
+            raise UserError(f"cannot load {repo_id} from the hub: {error}".splitlines()[0]) from error
         raise UserError(
             f"{repo_id}: no such folder, and the hub cannot be reached; use --data FOLDER or --data demo"
         ) from error
     return _from_table(repo_id, table, "-".join(split._fingerprint for split in splits.values()))
 
 
-def _streamed(repo_id: str, cache_dir: Path) -> Catalogue:
-    """The parquet files of a dataset on the hub, all its splits: text columns are copied, pictures pass through."""
-    if not hub.reachable():
-        raise UserError(f"hub:{repo_id}: the hub cannot be reached; use --data FOLDER or --data demo")
-    files = HfFileSystem(endpoint=hub.ENDPOINT)
+def _streamed(spec: str, cache_dir: Path) -> Catalogue:
+    """The parquet files of hub:OWNER/NAME@COMMIT, all its splits: text columns are copied, pictures pass through."""
+    from huggingface_hub import HfFileSystem
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    repo, commit = spec.removeprefix("hub:").split("@")
+    files = HfFileSystem(endpoint=hub.ENDPOINT, block_size=BUFFER)
     try:
-        commit = HfApi(endpoint=hub.ENDPOINT).dataset_info(repo_id).sha  # the same one for as long as the run takes
-        paths = sorted(files.glob(f"datasets/{repo_id}@{commit}/**/*.parquet"))
+        paths = sorted(files.glob(f"datasets/{repo}@{commit}/**/*.parquet"))
     except Exception as error:  # of several libraries; whatever it is, there is no catalogue
-        raise UserError(f"cannot read hub:{repo_id}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read {spec}: {error}".splitlines()[0]) from error
     if not paths:
-        raise UserError(f"hub:{repo_id} holds no parquet files; without hub: it is downloaded, whatever it holds")
-    texts = cache_dir / "columns" / f"{repo_id.replace('/', '--')}-{commit}-{VERSION}.arrow"
-    opened = open_parquet(paths, texts, files)
-    _check_columns(opened.columns, ("id",), repo_id)
-    return Catalogue(repo_id, opened.columns["id"], opened.columns, opened.read, commit, run=opened.run)
+        raise UserError(f"{spec} holds no parquet files; {repo} alone is downloaded, whatever it holds")
+    texts = cache_dir / "columns" / f"{repo.replace('/', '--')}-{commit}-{VERSION}.arrow"
+    opened = open_parquet(paths, texts, PyFileSystem(FSSpecHandler(files)))
+    _check_columns(opened.columns, ("id",), repo)
+    return Catalogue(repo, opened.columns["id"], opened.columns, opened.read, commit, run=opened.run)
 
 
 def _from_table(name: str, table, fingerprint: str) -> Catalogue:

@@ -24,7 +24,10 @@ def forward_features(backbone: VisionTransformer, images: Tensor, keep: float = 
         return backbone.forward_features(images)
     tokens = backbone._pos_embed(backbone.patch_embed(images))  # (B, prefix + patches, d)
     prefix, patches = tokens.tensor_split([backbone.num_prefix_tokens], dim=1)
-    chosen = by_contrast(images, backbone.patch_embed.patch_size)[:, : max(1, round(keep * patches.shape[1]))]
+    if keep < 1:
+        chosen = by_contrast(images, backbone.patch_embed.patch_size)[:, : max(1, round(keep * patches.shape[1]))]
+    else:
+        chosen = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
     if drop:
         order = torch.rand(chosen.shape, device=chosen.device).argsort(dim=1)
         chosen = chosen.gather(1, order[:, : max(1, round((1 - drop) * chosen.shape[1]))])

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import hub
-from data import parquet
+from data import parquet, sources
 from data.sources import load_source
 from data.store import open_store
 from errors import UserError
@@ -80,21 +80,41 @@ def write(folder, rows: range, name: str) -> None:
 
 def test_text_comes_at_once_and_pictures_as_they_are_asked_for(served, monkeypatch, tmp_path):
     monkeypatch.setattr(parquet, "RUN_ROWS", 20)
+    monkeypatch.setattr(parquet, "READ", 10)
+    monkeypatch.setattr(sources, "BUFFER", 4096)
     folder, ranges = served
     write(folder, range(100), "train-0")
     write(folder, range(100, 160), "train-1")
     (folder / "README.md").write_text("about")
+    sizes = {f"data/{path.name}": path.stat().st_size for path in (folder / "data").iterdir()}
+
+    def fetched(file: str) -> float:
+        return sum(last + 1 - first for name, first, last in ranges if name == file) / sizes[file]
+
     catalogue = load_source("hub:owner/shop", tmp_path)
     assert list(catalogue.ids) == [str(i) for i in range(160)]
     assert (catalogue.name, catalogue.fingerprint) == ("owner/shop", SHA)
+    assert fetched("data/train-0.parquet") < 0.2 and fetched("data/train-1.parquet") < 0.2
     ranges.clear()
     assert catalogue.read(130) == picture(seed=130)
     assert {file for file, *_ in ranges} == {"data/train-1.parquet"}
+    assert fetched("data/train-1.parquet") < 0.6, "one of three row groups"
 
     store = open_store(catalogue, (8, 8), tmp_path, most=0)
     local = load_source(str(folder), tmp_path)
     assert (store.hashes == open_store(local, (8, 8), tmp_path, most=0).hashes).all()
     assert np.array_equal(store.pixels[np.array([3, 159])], open_store(local, (8, 8), tmp_path).pixels[[3, 159]])
+
+
+def test_a_commit_is_kept_to(served, tmp_path):
+    folder, _ = served
+    write(folder, range(40), "train")
+    assert hub.pinned("hub:owner/shop") == hub.pinned(f"hub:owner/shop@{SHA}") == f"hub:owner/shop@{SHA}"
+    assert hub.pinned("owner/shop") == "owner/shop"
+    assert len(load_source(f"hub:owner/shop@{SHA}", tmp_path)) == 40
+    for wrong in ("hub:owner", f"hub:owner/shop@{SHA[:7]}"):
+        with pytest.raises(UserError, match="is written hub:OWNER/NAME"):
+            load_source(wrong, tmp_path)
 
 
 def test_training_ends_with_the_same_bits_as_from_the_disk(served, command, tmp_path):
@@ -106,6 +126,7 @@ def test_training_ends_with_the_same_bits_as_from_the_disk(served, command, tmp_
         done = command("train.py", "--data", data, *words, "--cache-dir", tmp_path / "cache", "--out", tmp_path / out)
         assert done.returncode == 0, done.stderr
         assert "images are not kept" in done.stdout
+    assert json.loads((tmp_path / "hub" / "options.json").read_text())["data"] == f"hub:owner/shop@{SHA}"
     streamed, local = ((tmp_path / out / "last" / "adapter.safetensors").read_bytes() for out in ("hub", "disk"))
     assert streamed == local
 
@@ -122,7 +143,7 @@ def test_a_network_that_fails_is_no_property_of_a_row(served, tmp_path):
 def test_a_dataset_without_parquet_or_that_is_not_there_is_one_line(served, tmp_path):
     folder, _ = served
     (folder / "README.md").write_text("about")
-    with pytest.raises(UserError, match=r"^hub:owner/shop holds no parquet files"):
+    with pytest.raises(UserError, match=r"^hub:owner/shop@\w+ holds no parquet files"):
         load_source("hub:owner/shop", tmp_path)
     with pytest.raises(UserError, match=r"^cannot read hub:owner/other: [^\n]*$"):
         load_source("hub:owner/other", tmp_path)

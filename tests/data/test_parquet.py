@@ -38,15 +38,23 @@ def test_any_row_is_read_from_runs_that_cross_row_groups_and_files(shop, run):
         assert len(pictures.kept) <= 2 * WINDOW + 1
 
 
-def test_rows_shuffled_within_a_window_read_each_run_once(shop, monkeypatch):
-    pictures, read = Pictures([open_file(shop / "a.parquet"), open_file(shop / "b.parquet")], 10), []
-    real = pictures._read
-    monkeypatch.setattr(pictures, "_read", lambda start, stop: read.append(start) or real(start, stop))
+def starts(pictures, monkeypatch) -> list[int]:
+    """The rows from which reading begins anew, which goes over the rest of a row group."""
+    rows, real = [], pictures._from
+    monkeypatch.setattr(pictures, "_from", lambda start: rows.append(start) or real(start))
+    return rows
+
+
+def test_in_order_all_is_read_in_one_go_and_shuffled_within_a_window_each_run_once(shop, monkeypatch):
     rows = np.array([row for row in range(300) if row % 50])
-    for batch in epoch_batches(rows, 16, seed=0, epoch=0, run=10):
-        for row in batch:
-            pictures(row)
-    assert sorted(read) == list(range(0, 300, 10))
+    for seed in (None, 0):
+        pictures = Pictures([open_file(shop / "a.parquet"), open_file(shop / "b.parquet")], 10)
+        begun, read, real = starts(pictures, monkeypatch), [], pictures._read
+        monkeypatch.setattr(pictures, "_read", lambda number, real=real, read=read: read.append(number) or real(number))
+        for batch in epoch_batches(rows, 16, seed, run=10):
+            assert [pictures(row) for row in batch] == [b"%d" % row for row in batch]
+        assert sorted(read) == list(range(30))
+        assert seed is not None or begun == [0]
 
 
 def test_a_shuffle_in_windows_has_each_row_once_and_is_another_one_each_epoch():
@@ -78,15 +86,18 @@ def test_a_damaged_place_costs_the_rows_behind_it_once(shop, monkeypatch):
     start = column.dictionary_page_offset or column.data_page_offset
     data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     (shop / "b.parquet").write_bytes(data)
-    pictures, read = Pictures([file], 190), []
-    real = pictures._read
-    monkeypatch.setattr(pictures, "_read", lambda start, stop: read.append(start) or real(start, stop))
+    pictures = Pictures([file], 190)
+    begun = starts(pictures, monkeypatch)
     assert pictures(3) == b"113"
     with pytest.raises(ImageError, match="damaged parquet"):
         pictures(100)
     with pytest.raises(ImageError, match="damaged parquet"):
         pictures(101)
-    assert read == [0]
+    assert begun == [0]
+    again = Pictures([file], 30)
+    assert [again(row) for row in (0, 30, 125, 189)] == [b"110", b"140", b"235", b"299"], "what is whole stays"
+    with pytest.raises(ImageError, match="damaged parquet"):
+        again(95)
 
 
 def test_a_damaged_copy_of_the_texts_is_one_line(shop, tmp_path):
