@@ -126,19 +126,19 @@ class Pictures:
         start = number * self.run
         if number != self.next:
             self.ahead = self._from(start)
-        self.next = number + 1
+        self.next = -1  # what comes behind a failure is read anew, and may be whole
         wanted = min(self.run, self.begins[-1] - start)
         pictures: list[bytes | str | None] = []
         try:
             pictures += itertools.islice(self.ahead, wanted)
+            self.next = number + 1
         except ReadError as error:
-            self.next = -1  # what comes later may be whole
             pictures += [str(error)] * (wanted - len(pictures))
         return pictures
 
     def _from(self, start: int) -> Iterator[bytes | None]:
         for file, begin in zip(self.files, self.begins, strict=False):
-            if start < begin + file.rows:
+            if max(start, begin) < begin + file.rows:  # one without rows has no row group
                 try:
                     for cells in rows(file, max(0, start - begin), file.rows):
                         yield cells["image"] and cells["image"]["bytes"]

@@ -57,6 +57,14 @@ def test_in_order_all_is_read_in_one_go_and_shuffled_within_a_window_each_run_on
         assert seed is not None or begun == [0]
 
 
+def test_a_file_without_rows_is_passed_over(shop):
+    pq.write_table(pq.read_table(shop / "a.parquet").slice(0, 0), shop / "empty.parquet")
+    files = [open_file(shop / f"{name}.parquet") for name in ("empty", "a", "empty", "b", "empty")]
+    for run in (7, 1000):
+        pictures = Pictures(files, run)
+        assert [pictures(row) for row in (1, 109, 110, 299)] == [b"1", b"109", b"110", b"299"]
+
+
 def test_a_shuffle_in_windows_has_each_row_once_and_is_another_one_each_epoch():
     rows = np.flatnonzero(np.random.default_rng(0).random(10_000) < 0.8)
     first, again, second = (np.concatenate(epoch_batches(rows, 32, 3, epoch, run=100)) for epoch in (0, 0, 1))
