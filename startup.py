@@ -1,7 +1,7 @@
 """Imported first by the commands: torch and timm in half the time.
 
 They make 600,000 objects, which Python's garbage collector goes over again and again as they are made, and once more at
-the end, though none of them is ever garbage. So it waits meanwhile, and leaves them out of account from then on.
+exit, though none of them is ever garbage. So it waits meanwhile, and leaves them out of account from then on.
 """
 
 import gc

@@ -175,9 +175,8 @@ def train_epoch(
             step = state.step
             seed = args.seed * 1_000_003 + step
             drawing.manual_seed(seed)
-            torch.manual_seed(
-                seed * distributed.world() + distributed.rank()
-            )  # of dropped elements and patches, in each process others
+            # Of dropped elements and patches, in each process others.
+            torch.manual_seed(seed * distributed.world() + distributed.rank())
             lr = learning_rate(step, steps, args.lr)
             figures = train_step(
                 state.parallel,

@@ -19,13 +19,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common import machine, markdown
+
 from data.store import STORE_GB
 from errors import Parser, UserError, exits_cleanly
 from evaluate import evaluate
 from models.checkpoint import read_config
 from task import load_task
 
-NO_LEVERS = ("seed", "cache_dir", "store_gb", "no_store", "save_every", "no_test")
+NO_LEVERS = ("seed", "cache_dir", "store_gb", "save_every", "no_test")
 
 
 def levers(run: Path) -> tuple[dict, dict]:
@@ -50,10 +52,11 @@ def figures(run: Path, options: dict, data: str, split: str, device: torch.devic
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: {what varies: the figures of each seed} -> a row each."""
     names = list(dict.fromkeys(name for seeds in rows.values() for seed in seeds for name in seed))
-    lines = [["", "seeds", *names], ["---"] * (2 + len(names))]
-    for what, seeds in rows.items():
-        lines.append([what, str(len(seeds)), *(cell(name, [s[name] for s in seeds if name in s]) for name in names)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [
+        [what, str(len(seeds)), *(cell(name, [s[name] for s in seeds if name in s]) for name in names)]
+        for what, seeds in rows.items()
+    ]
+    return markdown(["", "seeds", *names], lines)
 
 
 def cell(name: str, values: list[float]) -> str:
@@ -80,8 +83,7 @@ def main() -> int:
     for run, (options, recipe) in tqdm(asked.items(), unit="run"):
         what = ", ".join(f"{name} {recipe.get(name)}" for name in varying) or "as given"
         rows.setdefault(what, []).append(figures(run, options, args.data, args.split, device))
-    print(f"{args.split} rows, torch {torch.__version__}")
-    print(table(rows))
+    print(f"{args.split} rows; {machine(device)}\n\n{table(rows)}")
     return 0
 
 
