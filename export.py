@@ -85,6 +85,7 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
     labels = {a["name"]: a["labels"] for a in config["attributes"] if a["kind"] == "class"}
     numbers = {a["name"]: {"mean": a["mean"], "std": a["std"]} for a in config["attributes"] if a["kind"] == "number"}
     about = {"preprocess": config["preprocess"], "labels": labels} | ({"numbers": numbers} if numbers else {})
+    about |= {key: config[key] for key in ("paths", "calibration") if key in config}
     beside = out.with_suffix(".json")
     beside.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"what its inputs and outputs mean: {beside}")

@@ -86,7 +86,7 @@ def table(answer: dict) -> str:
     lines = [answer["image"]]
     for name, said in answer["attributes"].items():
         if "value" in said:
-            lines.append(f"  {name:<16}{said['value']:,g}")
+            lines.append(f"  {name:<16}{number_text(said['value'])}")
             continue
         rest = ", ".join(f"{label} {p:.2f}" for label, p in said["top"][1:])
         lines.append(f"  {name:<16}{said['label']:<24}{said['confidence']:>5.2f}  {said['decision']}  {rest}".rstrip())
@@ -95,4 +95,9 @@ def table(answer: dict) -> str:
 
 def caption(said: dict) -> str:
     """What is said of an attribute, for a contact sheet."""
-    return f"{said['value']:,g}" if "value" in said else f"{said['label']} {said['confidence']:.2f}"
+    return number_text(said["value"]) if "value" in said else f"{said['label']} {said['confidence']:.2f}"
+
+
+def number_text(value: float) -> str:
+    """A number to read: 24,500, but 2012, which may be a year."""
+    return f"{value:,g}" if abs(value) >= 10_000 else f"{value:g}"

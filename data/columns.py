@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.cells import text
+from data.schema import nearest
 from durable import give_name
 from errors import UserError
 
@@ -49,6 +50,14 @@ class Opened(NamedTuple):
     columns: dict[str, Column]
     read: Callable[[int], bytes]
     run: int | None
+
+
+def check_columns(found: Collection[str], required: Sequence[str], where: object) -> None:
+    """Raise a `UserError` where not all columns that are required are found."""
+    if missing := [name for name in required if name not in found]:
+        raise UserError(
+            f"{where} lacks the column {', '.join(missing)}{nearest(missing[0], found)}; it has {', '.join(found)}"
+        )
 
 
 def columns_of(table: pa.Table) -> dict[str, Column]:

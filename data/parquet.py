@@ -7,7 +7,7 @@ within a few runs, reads each run once.
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
 from data.cells import text
-from data.columns import Opened, columns_of, kept
+from data.columns import Opened, check_columns, columns_of, kept
 from data.images import ImageError
 from errors import UserError
 
@@ -65,21 +65,25 @@ def open_file(path: Path | str, filesystem: FileSystem | None = None) -> File:
     return found
 
 
-def open_parquet(paths: list[Path] | list[str], texts: Path, filesystem: FileSystem | None = None) -> Opened:
+def open_parquet(
+    paths: list[Path] | list[str], texts: Path, needs: Sequence[str], filesystem: FileSystem | None = None
+) -> Opened:
     """Files of one catalogue, in order.
 
     Args:
-        filesystem: where they are, if not on this machine: read a run at a time, and never copied.
         texts: where the text columns are copied to; a file that is there holds them.
+        needs: the text columns that there must be.
+        filesystem: where the files are, if not on this machine: read a run at a time, and never copied.
 
     Raises:
-        UserError: a file is no parquet, has no pictures, or other columns than the first.
+        UserError: a file is no parquet, lacks pictures or a column, or has other columns than the first.
     """
     files = [open_file(path, filesystem) for path in paths]
     names = [name for name in files[0].schema.names if name != "image"]
     for file in files[1:]:
         if odd := set(names) ^ {name for name in file.schema.names if name != "image"}:
             raise UserError(f"{file.path} and {files[0].path} differ in the column {min(odd)}")
+    check_columns(names, needs, files[0].path)
     schema = pa.schema([(name, pa.string()) for name in names])
     table = kept(texts, schema, _texts(files, schema))
     per_row = sum(file.nbytes for file in files) / max(1, sum(file.rows for file in files))

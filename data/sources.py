@@ -6,6 +6,7 @@ and what the caller asks for; all others come along.
 
 import codecs
 import csv
+import functools
 import hashlib
 import io
 import logging
@@ -22,10 +23,9 @@ from tqdm import tqdm
 
 import hub
 from data.cells import text
-from data.columns import VERSION, Column
+from data.columns import VERSION, Column, check_columns
 from data.images import ImageError
 from data.parquet import BUFFER, open_parquet
-from data.schema import nearest
 from data.tars import open_tars
 from errors import UserError
 
@@ -85,9 +85,9 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
         elif (table := _find_csv(path)) is not None:
             catalogue = _csv(table)
         elif path.exists():
-            catalogue = _files(path, cache_dir)
+            catalogue = _files(path, cache_dir, needs)
         elif spec.startswith("hub:"):
-            catalogue = _streamed(hub.pinned(spec), cache_dir)
+            catalogue = _streamed(hub.pinned(spec), cache_dir, needs)
         elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", spec):
             catalogue = _hub(spec)
         else:
@@ -98,7 +98,7 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
         ) from error
     if not len(catalogue):
         raise UserError(f"{spec} has no rows with an image ({len(catalogue.skipped)} skipped)")
-    _check_columns(catalogue.columns, needs, catalogue.name)
+    check_columns(catalogue.columns, needs, catalogue.name)
     return catalogue if limit is None or limit >= len(catalogue) else _take(catalogue, limit)
 
 
@@ -112,13 +112,6 @@ def _take(catalogue: Catalogue, limit: int) -> Catalogue:
         fingerprint=f"{catalogue.fingerprint}-{limit}",
         run=catalogue.run and max(1, catalogue.run * limit // len(catalogue)),  # of those, so many are neighbours
     )
-
-
-def _check_columns(found, required: Sequence[str], spec) -> None:
-    if missing := [name for name in required if name not in found]:
-        raise UserError(
-            f"{spec} lacks the column {', '.join(missing)}{nearest(missing[0], found)}; it has {', '.join(found)}"
-        )
 
 
 def _stat_fingerprint(files: dict[str, os.stat_result]) -> str:
@@ -180,7 +173,7 @@ def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int
             raise UserError(f"{table} is not UTF-8 text; save it as UTF-8")
         if twice := [name for name, times in Counter(header).items() if times > 1]:
             raise UserError(f"{table} has the column {twice[0]} twice")
-        _check_columns(header, needs, table)
+        check_columns(header, needs, table)
         for number, line in enumerate(lines, 2):
             if (cells := _cells(line)) is None:
                 yield number, "not UTF-8, or no CSV"
@@ -210,9 +203,9 @@ def _read_file(path: Path) -> bytes:
         raise ImageError(error.strerror) from error
 
 
-def _files(path: Path, cache_dir: Path) -> Catalogue:
+def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     """Parquet or tar files, one or a folder of them; their text columns are copied to the cache."""
-    opens = {".parquet": open_parquet, ".tar": open_tars}
+    opens = {".parquet": functools.partial(open_parquet, needs=("id", *needs)), ".tar": open_tars}
     found = {suffix: sorted(path.rglob(f"*{suffix}")) if path.is_dir() else [path] for suffix in opens}
     suffix = next((s for s, files in found.items() if files and files[0].suffix == s), None)
     if suffix is None:
@@ -221,7 +214,6 @@ def _files(path: Path, cache_dir: Path) -> Catalogue:
     fingerprint = _stat_fingerprint({str(file.relative_to(root)): file.stat() for file in files})
     name = path.resolve().stem if path.is_file() else path.resolve().name
     opened = opens[suffix](files, cache_dir / "columns" / f"{name}-{fingerprint}-{VERSION}.arrow")
-    _check_columns(opened.columns, ("id",), name)
     return Catalogue(name, opened.columns["id"], opened.columns, opened.read, fingerprint, run=opened.run)
 
 
@@ -242,7 +234,7 @@ def _hub(repo_id: str) -> Catalogue:
     return _from_table(repo_id, table, "-".join(split._fingerprint for split in splits.values()))
 
 
-def _streamed(spec: str, cache_dir: Path) -> Catalogue:
+def _streamed(spec: str, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     """The parquet files of hub:OWNER/NAME@COMMIT, all its splits: text columns are copied, pictures pass through."""
     from huggingface_hub import HfFileSystem
     from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -256,8 +248,7 @@ def _streamed(spec: str, cache_dir: Path) -> Catalogue:
     if not paths:
         raise UserError(f"{spec} holds no parquet files; {repo} alone is downloaded, whatever it holds")
     texts = cache_dir / "columns" / f"{repo.replace('/', '--')}-{commit}-{VERSION}.arrow"
-    opened = open_parquet(paths, texts, PyFileSystem(FSSpecHandler(files)))
-    _check_columns(opened.columns, ("id",), repo)
+    opened = open_parquet(paths, texts, ("id", *needs), PyFileSystem(FSSpecHandler(files)))
     return Catalogue(repo, opened.columns["id"], opened.columns, opened.read, commit, run=opened.run)
 
 
@@ -265,7 +256,7 @@ def _from_table(name: str, table, fingerprint: str) -> Catalogue:
     """A `datasets.Dataset` -> Catalogue. The pictures stay on disk: Arrow maps them and reads a row at a time."""
     from datasets import Image
 
-    _check_columns(table.column_names, ("id", "image"), name)
+    check_columns(table.column_names, ("id", "image"), name)
     images = table.cast_column("image", Image(decode=False)).data.column("image")
     columns = {name: Column(table.data.column(name)) for name in table.column_names if name != "image"}
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data import demo
+from output import number_text
 
 ROOT = Path(__file__).parents[1]
 PATH = ["masterCategory", "subCategory", "articleType"]
@@ -39,6 +40,10 @@ def test_table_of_one_image(demo_run, photos):
     lines = done.stdout.split("\n")
     assert lines[0] == str(photos / "0.png")
     assert [line.split()[0] for line in lines[1:8]] == ATTRIBUTES
+
+
+def test_numbers_are_written_to_be_read():
+    assert [number_text(value) for value in (2011.07, 24500.0, 0.5)] == ["2011.07", "24,500", "0.5"]
 
 
 def test_json_of_a_folder_answers_each_image_once_and_goes_on_after_bad_ones(command, demo_run, photos):

@@ -86,6 +86,12 @@ def test_texts_are_copied_once(shop, tmp_path):
     assert kept.stat().st_size < 20_000, "no pictures"
 
 
+def test_a_column_that_is_missing_is_told_before_anything_is_copied(shop, tmp_path):
+    with pytest.raises(UserError, match=r"a.parquet lacks the column genre; nearest: gender; it has id, gender"):
+        load_source(str(shop), tmp_path / "cache", needs=("genre",))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_damaged_place_costs_the_rows_behind_it_once(shop, monkeypatch):
     file = open_file(shop / "b.parquet")
     with pq.ParquetFile(shop / "b.parquet") as opened:

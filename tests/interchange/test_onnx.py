@@ -39,4 +39,5 @@ def test_logits_are_the_same_at_any_batch_size(command, request, tmp_path, run):
             torch.testing.assert_close(torch.from_numpy(logits), expected[name], rtol=1e-4, atol=1e-4)
     about = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
     assert about["labels"] == {attribute["name"]: attribute["labels"] for attribute in config["attributes"]}
+    assert (about["paths"], about["calibration"]) == (config["paths"], config["calibration"])
     assert about["preprocess"]["size"] == list(config["preprocess"]["size"])
