@@ -50,10 +50,6 @@ class Training(NamedTuple):
         train.train_epoch(self.args, self.task, self.state, steps, self.board, SimpleNamespace(made=False))
         wait_for(self.device)
 
-    def in_last_steps(self, count: int) -> int:
-        """The pictures that `last_steps(count)` trains on: the last step may be short."""
-        return len(self.task.store.rows("train")) - (self.steps(count) - count) * self.window_size
-
     def steps(self, more_than: int) -> int:
         """Steps of the epoch. Raises `UserError` where there are no more than that."""
         steps = train.steps_in_epoch(self.args, self.task)
@@ -86,7 +82,7 @@ class Training(NamedTuple):
 
 @contextlib.contextmanager
 def training(words: list[str]) -> Iterator[Training]:
-    """A run with these options of `train.py`; what it writes is removed at the end."""
+    """A run with these options of `train.py`, every step of which is full; what it writes is removed at the end."""
     args = parse_args(words)
     choose_source(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,7 +95,10 @@ def training(words: list[str]) -> Iterator[Training]:
         optimizer = torch.optim.AdamW(train.parameter_groups(trained_params(task.model)), lr=args.lr, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         state = TrainingState(args.out, task.model, task.config, optimizer, scaler)
-        yield Training(args, device, task, state, Board(args.out, task.names, {}, 0))
+        run = Training(args, device, task, state, Board(args.out, task.names, {}, 0))
+        rows = task.store.rows("train")
+        task.store.ok[rows[len(rows) // run.window_size * run.window_size :]] = False
+        yield run
 
 
 def in_turn(

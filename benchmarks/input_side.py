@@ -111,7 +111,7 @@ def main() -> None:
         ways, images = input_ways(run)
         windows = run.in_memory(STEPS)
         ways |= {STEP: lambda: [run.bare_step(window) for window in windows], WHOLE: partial(shares.measure, run)}
-        images |= {STEP: STEPS * run.window_size, WHOLE: run.in_last_steps(STEPS)}
+        images |= dict.fromkeys((STEP, WHOLE), STEPS * run.window_size)
         seconds = in_turn(ways, ROUNDS, run.device)
         args, title = run.args, machine(run.device)
     print(f"{args.backbone}, {args.amp or 'fp32'}, batch {args.batch_size} x {args.accum}, {ROUNDS} rounds\n{title}\n")
