@@ -3,9 +3,8 @@
     python train.py --amp --accum 2
     torchrun --standalone --nproc-per-node 8 train.py --amp --out runs/NAME
 
-A *micro-batch* is one forward and backward, shared by all processes; a *window* is `--accum` of them; a *step* is the
-optimizer update that ends a window. The order of the rows, the flips, the dropout masks and the learning rate are
-functions of the seed and the step alone, so a run that was stopped and resumed goes the way of one that never was.
+The order of the rows, the flips, the dropout masks and the learning rate are functions of the seed and the step alone,
+so a run that was stopped and resumed goes the way of one that never was. What a step does is in `step.py`.
 """
 
 import startup  # noqa: F401
@@ -15,17 +14,16 @@ import argparse
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import count, islice
+from itertools import count
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import distributed
 from calibration import calibrate
-from data.batches import Batch, epoch_batches, make_loader
+from data.batches import epoch_batches, make_loader
 from data.preprocess import CHANCES
 from durable import replace_file
 from errors import UserError, exits_cleanly
@@ -33,42 +31,14 @@ from evaluate import evaluate
 from figures import label_sheet
 from metrics import scores_table, trust_table
 from models.checkpoint import load_tensors, read_config, trained_params
-from models.classifier import attribute_losses, known_targets
 from options import warn_if_slow
 from runs import Board, Stopped, StopRequest, choose, discard_run
 from state import TrainingState, check_finite
+from step import learning_rate, parameter_groups, train_step, windows
 from task import AMP, Task, setup
 
-WEIGHT_DECAY = 0.01
-MAX_GRAD_NORM = 1.0
-WARMUP = 0.05  # share of all steps
 LOG_EVERY = 10  # steps: reading a loss makes a GPU wait
 STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"
-
-
-def parameter_groups(params: Mapping[str, nn.Parameter], lora_plus: float = 1.0) -> list[dict]:
-    """Weight decay on matrices; none on biases, norms and DoRA's lengths.
-
-    `lora_plus`, the ratio of B's learning rate to that of all others, is LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
-    """
-    is_B = {name: name.endswith("lora_B") for name in params}
-    return [
-        {"params": [p for n, p in params.items() if is_B[n]], "weight_decay": WEIGHT_DECAY, "lr_ratio": lora_plus},
-        {
-            "params": [p for n, p in params.items() if p.ndim > 1 and not is_B[n]],
-            "weight_decay": WEIGHT_DECAY,
-            "lr_ratio": 1.0,
-        },
-        {"params": [p for p in params.values() if p.ndim <= 1], "weight_decay": 0.0, "lr_ratio": 1.0},
-    ]
-
-
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """Linear warm-up, then a cosine to zero: a function of the step alone."""
-    warmup = max(1, round(WARMUP * total))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def micro_batch_size(args: argparse.Namespace) -> int:
@@ -78,67 +48,6 @@ def micro_batch_size(args: argparse.Namespace) -> int:
 
 def steps_in_epoch(args: argparse.Namespace, task: Task) -> int:
     return math.ceil(math.ceil(len(task.store.rows("train")) / micro_batch_size(args)) / args.accum)
-
-
-def windows(loader: Iterable, accum: int) -> Iterator[list[Batch]]:
-    """Micro-batches in groups of `accum`; the last group of an epoch may be shorter."""
-    batches = iter(loader)
-    while window := list(islice(batches, accum)):
-        yield window
-
-
-def train_step(
-    model,
-    window: list[Batch],
-    optimizer,
-    scaler,
-    lr: float,
-    amp: torch.dtype | None,
-    prepare: Callable[[Tensor], Tensor],
-    smoothing: float = 0.0,
-    stop: StopRequest | None = None,
-    weights: Tensor | None = None,
-) -> Tensor | None:
-    """One optimizer update over a window of micro-batches, of which each process has its share.
-
-    Args:
-        model: the classifier, or what `in_step` made of it.
-        prepare: pixels -> images (B, 3, S, S), augmented, on the device.
-        smoothing: of labels, see `attribute_losses`.
-        weights: (A,) of each attribute's loss; default: all 1.
-
-    Returns:
-        the window's loss of each attribute and, last, the gradient norm before clipping, (A + 1,), still on the device;
-        where one of them is not finite, the update was not made. None where a stop was asked for within the window.
-    """
-    device = next(model.parameters()).device
-    # The mean is over the labels present in the whole window: gradients equal those of one big batch.
-    known = distributed.total(sum(known_targets(batch.labels, batch.numbers) for batch in window).to(device))  # (A,)
-    losses = torch.zeros(len(known), device=device)
-    for number, batch in enumerate(window, 1):
-        batch = batch.to(device)
-        images = prepare(batch.pixels)  # not under autocast, which would place warped pixels in bf16
-        with distributed.exchange(model, now=number == len(window)):
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                outputs = model(images, batch.tokens)
-            micro = attribute_losses(outputs, batch.labels, known, smoothing, batch.numbers)
-            loss = (micro if weights is None else micro * weights).sum()
-            # The exchange gives the mean over processes, and the window's gradient is their sum.
-            scaler.scale(loss * distributed.world()).backward()
-        losses += micro.detach()
-        if stop and stop.made and number < len(window):  # resuming takes the whole window again
-            return None
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_ratio"]
-    scaler.unscale_(optimizer)  # before clipping: the norm is the true gradient's
-    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], MAX_GRAD_NORM)
-    figures = torch.cat([distributed.total(losses), norm[None]])
-    # Fused AdamW reads this on the device and leaves weights and state alone where it is 1: no wait to look at a loss.
-    optimizer.found_inf = (~figures.isfinite().all()).float()
-    scaler.step(optimizer)  # under fp16 with the scaler's own `found_inf`
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return figures
 
 
 def train_epoch(

@@ -26,6 +26,7 @@ from models.classifier import attribute_losses
 from options import choose_amp, choose_source, parse_args
 from runs import Board
 from state import TrainingState
+from step import MAX_GRAD_NORM, parameter_groups, windows
 from task import AMP, Task, setup
 
 
@@ -62,7 +63,7 @@ class Training(NamedTuple):
         rows = self.task.store.rows("train")[: steps * self.window_size]
         loader = make_loader(self.task.store, self.task.known, epoch_batches(rows, self.args.batch_size), self.device)
         batches = [(self.task.preprocess(b.pixels.to(self.device)), b.labels.to(self.device)) for b in loader]
-        return list(train.windows(batches, self.args.accum))
+        return list(windows(batches, self.args.accum))
 
     def bare_step(self, window: list[tuple[Tensor, Tensor]]) -> None:
         """What a training step cannot do without: forward, backward and optimizer."""
@@ -74,7 +75,7 @@ class Training(NamedTuple):
             scaler.scale(attribute_losses(logits, labels, known).sum()).backward()
         scaler.unscale_(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(params, train.MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -92,7 +93,7 @@ def training(words: list[str]) -> Iterator[Training]:
         args.out = Path(folder)
         task = setup(args, device)
         task.model.train()
-        optimizer = torch.optim.AdamW(train.parameter_groups(trained_params(task.model)), lr=args.lr, fused=True)
+        optimizer = torch.optim.AdamW(parameter_groups(trained_params(task.model)), lr=args.lr, fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         state = TrainingState(args.out, task.model, task.config, optimizer, scaler)
         run = Training(args, device, task, state, Board(args.out, task.names, {}, 0))

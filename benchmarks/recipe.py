@@ -38,6 +38,7 @@ from models.checkpoint import save_checkpoint, trained_params
 from options import choose_amp, choose_source, parse_args
 from runs import Board
 from state import TrainingState
+from step import parameter_groups
 from task import setup
 
 LORA = {f"LoRA, rank {rank}": ["--rank", str(rank), "--alpha", str(2 * rank)] for rank in (4, 8, 16, 32)}
@@ -78,7 +79,7 @@ def run(way: str, words: list[str], full_lr: float | None, folder: Path) -> dict
         args.lr = full_lr or args.lr / 10
 
     params = trained_params(task.model)
-    optimizer = torch.optim.AdamW(train.parameter_groups(params), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(params), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = TrainingState(folder, task.model, task.config, optimizer, scaler)
     board, going = Board(folder, task.names, {}, 0), SimpleNamespace(made=False)

@@ -24,7 +24,7 @@ from models.checkpoint import load_checkpoint, trained_params
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
 from options import choose_amp
-from train import learning_rate, parameter_groups, train_step, windows
+from step import learning_rate, parameter_groups, train_step, windows
 
 ROOT = Path(__file__).parents[1]
 PREPROCESS = Preprocess((32, 32), (32, 32), "bicubic", (0.5,) * 3, (0.5,) * 3)

@@ -78,7 +78,7 @@ def test_a_missing_column_is_named_with_the_nearest(tmp_path):
     with pytest.raises(UserError, match="lacks the column image; it has id, gender"):
         load_source(str(tmp_path / "flat"), tmp_path)
     write_parquet(tmp_path / "named" / "a.parquet", [1], usage=None)
-    with pytest.raises(UserError, match="named.a.parquet lacks the column usage; it has id, gender"):
+    with pytest.raises(UserError, match=r"named.a.parquet lacks the column usage; it has id, gender"):
         load_source(str(tmp_path / "named"), tmp_path, needs=["usage"])
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from models.checkpoint import trained_params
 from state import TrainingState, check_finite
+from step import parameter_groups, train_step
 from tests.faults.conftest import assert_same
 from tests.faults.processes import die_at, finish, start
 from tests.test_train import PREPROCESS, batch, tiny_model
-from train import parameter_groups, train_step, trained_params
 
 
 def spoil(step: int, what: str) -> None:
