@@ -24,7 +24,6 @@ from data.shards import SHARD_ROWS, Row, Shard, Source, open_source
 from data.sources import read_rows
 from distributed import share_cores
 from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
-from figures import QUIET, contact_sheet
 from jobs import Crew, Job
 from labeller import Labeller
 from models.checkpoint import find_checkpoint, read_config
@@ -199,6 +198,8 @@ def alone(args, source: Source, answered: Iterator[tuple[list[Row], list[dict]]]
     if output:
         print(f"wrote {rows:,} rows to {args.out}", file=sys.stderr)
     if args.plot and sheet:
+        from figures import QUIET, contact_sheet  # matplotlib takes its time
+
         captions = [[(f"{name}: {caption(said)}", QUIET) for name, said in a["attributes"].items()] for _, a in sheet]
         contact_sheet([picture for picture, _ in sheet], captions).savefig(args.plot)
         print(f"drew {len(sheet)} of {rows:,} pictures to {args.plot}", file=sys.stderr)

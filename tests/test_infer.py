@@ -2,6 +2,8 @@
 
 import csv
 import json
+import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,26 @@ def test_table_of_one_image(demo_run, photos):
 
 def test_numbers_are_written_to_be_read():
     assert [number_text(value) for value in (2011.07, 24500.0, 0.5)] == ["2011.07", "24,500", "0.5"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc alone")
+def test_pages_of_a_batch_are_not_faulted_in_anew():
+    script = """
+import resource, sys, torch
+from labeller import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(20):
+    batch = [torch.zeros(10 << 20, dtype=torch.uint8) for _ in range(8)]
+    del batch
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+    keep, let_go = (
+        int(subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, cwd=ROOT).stdout)
+        for how in ("keep", "let go")
+    )
+    pages = 20 * 8 * (10 << 20) // resource.getpagesize()
+    assert let_go - keep > pages / 2
 
 
 def test_json_of_a_folder_answers_each_image_once_and_goes_on_after_bad_ones(command, demo_run, photos):
