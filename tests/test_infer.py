@@ -51,8 +51,9 @@ def test_numbers_are_written_to_be_read():
 def test_pages_of_a_batch_are_not_faulted_in_anew():
     script = """
 import resource, sys, timm, torch
+from labeller import keep_freed_memory
 if sys.argv[1] == "keep":
-    import startup
+    keep_freed_memory()
 model, images = timm.create_model("vit_tiny_patch16_224", img_size=112, depth=2).eval(), torch.zeros(64, 3, 112, 112)
 with torch.inference_mode():
     for _ in range(8):
