@@ -171,15 +171,17 @@ def test_no_dropout_in_eval_mode():
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 50])
-def test_products_by_onednn_are_those_of_torch(rows):
+def test_products_by_onednn_are_those_of_torch(rows, dtype):
     """The tests above are in fp64, which it does not compute."""
     torch.manual_seed(0)
-    x, weight, bias, onto = torch.randn(rows, 24), torch.randn(40, 24), torch.randn(40), torch.randn(rows, 40)
-    assert functional._fits_onednn(x, weight)
+    shapes = (rows, 24), (40, 24), (40,), (rows, 40)
+    x, weight, bias, onto = (torch.randn(shape).to(dtype) for shape in shapes)
+    assert functional._fits_onednn(x, weight) == (dtype is torch.float32 or functional.ONEDNN_BF16)
     torch.testing.assert_close(functional.linear(x, weight, bias), F.linear(x, weight, bias))
     torch.testing.assert_close(functional.linear(x, weight.T.contiguous().T), F.linear(x, weight))
-    torch.testing.assert_close(functional.linear(x, weight, onto=onto.clone()), onto + F.linear(x, weight))
+    torch.testing.assert_close(functional.linear(x, weight, onto=onto.clone()), torch.addmm(onto, x, weight.T))
 
 
 def test_products_with_a_gradient_or_of_another_dtype_stay_with_torch():
@@ -191,3 +193,6 @@ def test_products_with_a_gradient_or_of_another_dtype_stay_with_torch():
         assert functional._fits_onednn(x, weight)
         with torch.autocast("cpu", torch.bfloat16):
             assert functional.linear(x, weight).dtype == torch.bfloat16
+            narrow = x.bfloat16(), weight.bfloat16()
+            assert functional._fits_onednn(*narrow) == functional.ONEDNN_BF16, "nothing is left for autocast to choose"
+            assert torch.equal(functional.linear(*narrow), F.linear(*narrow))
