@@ -60,7 +60,10 @@ class Logits(nn.Module):
 
 
 def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
-    """`images` (batch, 3, S, S), resized and normalised as the file beside it says, -> the logits of each attribute."""
+    """`images` (batch, 3, S, S), resized and normalised as the file beside it says, -> the logits of each attribute.
+
+    That file also holds what makes answers of logits: temperatures and thresholds, and the paths that labels may form.
+    """
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise UserError(f"--to onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     from onnxscript import opset18
@@ -85,7 +88,7 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
     labels = {a["name"]: a["labels"] for a in config["attributes"] if a["kind"] == "class"}
     numbers = {a["name"]: {"mean": a["mean"], "std": a["std"]} for a in config["attributes"] if a["kind"] == "number"}
     about = {"preprocess": config["preprocess"], "labels": labels} | ({"numbers": numbers} if numbers else {})
-    about |= {key: config[key] for key in ("paths", "calibration") if key in config}
+    about |= {"paths": config["paths"], "calibration": config.get("calibration")}
     beside = out.with_suffix(".json")
     beside.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"what its inputs and outputs mean: {beside}")

@@ -26,6 +26,7 @@ from distributed import share_cores
 from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
 from jobs import Crew, Job
 from labeller import Labeller
+from memory import keep_freed_memory
 from models.checkpoint import find_checkpoint, read_config
 from options import AMP, MIXED, choose_amp
 from output import Output, caption, table
@@ -133,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
         print(*notes, sep="\n", file=sys.stderr)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", crew.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    if not cuda:
+        keep_freed_memory()
     args.amp = choose_amp(device) if args.amp == "auto" else args.amp
     job = Job(args.out, facts(args, config, source), source.shards, config["attributes"], crew) if args.job else None
     joint, amp = not args.independent, AMP[args.amp]

@@ -1,6 +1,5 @@
 """A checkpoint ready to answer: pictures and titles in, an object for each out, as `infer.py --json` prints it."""
 
-import ctypes
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +17,6 @@ from errors import UserError
 from lora import merge_lora
 from models.checkpoint import load_checkpoint
 from models.decode import Decoder
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class Labeller:
@@ -48,8 +45,6 @@ class Labeller:
         batch_size: int,
         amp: torch.dtype | None = None,
     ):
-        if device.type == "cpu":
-            keep_freed_memory()
         model, config = load_checkpoint(folder, weights)
         self.model, self.device = merge_lora(model).to(device), device
         self.preprocess, self.decoder = Preprocess(**config["preprocess"]), Decoder(config, joint)
@@ -138,14 +133,3 @@ class Labeller:
                     "decision": "accept" if accepted else "review",
                     "top": top,
                 }
-
-
-def keep_freed_memory() -> None:
-    """Let what a batch frees stay with this process for the next one: of glibc, elsewhere nothing is done.
-
-    glibc would give it back to the system, and each batch would have all its pages given and zeroed anew: in fp32 that
-    is a quarter of the time.
-    """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that it allows: larger blocks go back
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -100,4 +100,4 @@ def caption(said: dict) -> str:
 
 def number_text(value: float) -> str:
     """A number to read: 24,500, but 2012, which may be a year."""
-    return f"{value:,g}" if abs(value) >= 10_000 else f"{value:g}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:g}"

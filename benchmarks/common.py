@@ -98,6 +98,7 @@ def training(words: list[str]) -> Iterator[Training]:
         state = TrainingState(args.out, task.model, task.config, optimizer, scaler)
         run = Training(args, device, task, state, Board(args.out, task.names, {}, 0))
         rows = task.store.rows("train")
+        # In this process alone: on the disk the store stays whole.
         task.store.ok[rows[len(rows) // run.window_size * run.window_size :]] = False
         yield run
 

@@ -70,6 +70,7 @@ class Shares:
         run._replace(task=run.task._replace(preprocess=preprocess)).last_steps(STEPS)
         whole = time.perf_counter() - start
         train.windows = plain
+        assert all(self.seconds.values()), "a clock was not read"
         self.runs.append({part: seconds / whole for part, seconds in self.seconds.items()})
 
 

@@ -6,7 +6,6 @@ and what the caller asks for; all others come along.
 
 import codecs
 import csv
-import functools
 import hashlib
 import io
 import logging
@@ -205,7 +204,7 @@ def _read_file(path: Path) -> bytes:
 
 def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     """Parquet or tar files, one or a folder of them; their text columns are copied to the cache."""
-    opens = {".parquet": functools.partial(open_parquet, needs=("id", *needs)), ".tar": open_tars}
+    opens = {".parquet": open_parquet, ".tar": open_tars}
     found = {suffix: sorted(path.rglob(f"*{suffix}")) if path.is_dir() else [path] for suffix in opens}
     suffix = next((s for s, files in found.items() if files and files[0].suffix == s), None)
     if suffix is None:
@@ -213,7 +212,7 @@ def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     files, root = found[suffix], path if path.is_dir() else path.parent
     fingerprint = _stat_fingerprint({str(file.relative_to(root)): file.stat() for file in files})
     name = path.resolve().stem if path.is_file() else path.resolve().name
-    opened = opens[suffix](files, cache_dir / "columns" / f"{name}-{fingerprint}-{VERSION}.arrow")
+    opened = opens[suffix](files, cache_dir / "columns" / f"{name}-{fingerprint}-{VERSION}.arrow", ("id", *needs))
     return Catalogue(name, opened.columns["id"], opened.columns, opened.read, fingerprint, run=opened.run)
 
 

@@ -8,14 +8,14 @@ import contextlib
 import itertools
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 from tqdm import tqdm
 
 from data.cells import text
-from data.columns import Opened, columns_of, kept
+from data.columns import Opened, check_columns, columns_of, kept
 from data.images import ImageError
 from errors import UserError
 
@@ -26,18 +26,20 @@ TEXTS = {".json", ".txt", ".cls"}
 PLACE = ["file #", "offset #", "size #"]  # columns that say where a picture lies
 
 
-def open_tars(paths: list[Path], texts: Path) -> Opened:
+def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
     """Files of one catalogue, in order.
 
     Args:
         texts: where their text is copied to, with the places of the pictures; a file that is there holds both.
+        needs: the text columns that there must be.
 
     Raises:
-        UserError: a file is no tar, or damaged, or no product has a picture.
+        UserError: a file is no tar, or damaged, no product has a picture, or a column is missing.
     """
     schema = None
     if not texts.exists():
         names = {"id": None} | {name: None for _, cells, _ in _products(paths) for name in cells}
+        check_columns(names, needs, paths[0].parent)
         schema = pa.schema([*((name, pa.string()) for name in names), *((name, pa.int64()) for name in PLACE)])
     table = kept(texts, schema, _batches(paths, schema))
     file, start, size = (table.column(name) for name in PLACE)

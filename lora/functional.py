@@ -127,14 +127,14 @@ def frozen_linear(x: Tensor, base: Frozen) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, or where `onto` (n, out) is given, its sum with x Wᵀ, perhaps in place.
 
-    On a CPU, where no gradient is asked for, by oneDNN. In fp32 torch would take MKL, which uses half of what an AMD
-    processor can do; in bf16 oneDNN too, but write the bias into every row first and then add the product to it, which
-    takes a twentieth longer.
+    On a CPU, where no gradient is asked for, oneDNN is called by name. In fp32 torch would take MKL, which uses half of
+    what an AMD processor can do. In bf16 it would take oneDNN too, but have the bias written into every row first and
+    the product added to that.
     """
     if _fits_onednn(x, weight):
         if onto is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        if x.dtype is torch.float32:
+        if x.dtype is torch.float32:  # in bf16 `addmm_` is oneDNN's as well
             return torch.ops.mkldnn._linear_pointwise.binary(x, onto, weight, None, "add")
     return F.linear(x, weight, bias) if onto is None else onto.addmm_(x, weight.T)
 
@@ -143,13 +143,10 @@ def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
     # The cheapest questions first: at batch 1 a microsecond shows.
     return (
         x.dtype is weight.dtype
-        and (
-            ONEDNN_BF16
-            if x.dtype is torch.bfloat16
-            else ONEDNN and x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
-        )
+        and (ONEDNN if x.dtype is torch.float32 else ONEDNN_BF16 and x.dtype is torch.bfloat16)
         and x.device.type == "cpu"
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and (not torch.is_autocast_enabled("cpu") or x.dtype is torch.get_autocast_dtype("cpu"))  # else it casts first
         and not torch.compiler.is_compiling()  # the compiler chooses by itself
     )
 

@@ -129,7 +129,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_save_loses_nothing(killed, whol
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_micro_batch_saves_and_has_its_own_exit_code(options, whole, tmp_path, number):
     run = tmp_path / "run"
-    fault = functools.partial(die_at, 9, "train", "attribute_losses", number)
+    fault = functools.partial(die_at, 9, "step", "attribute_losses", number)
     words = (*options, "--save-every", 1000, "--out", run)
     assert finish(start("train", *words, log=tmp_path / "log", fault=fault)) == train.STOPPED
     assert f"go on with: python train.py --resume --out {run}" in (tmp_path / "log").read_text()
@@ -139,7 +139,7 @@ def test_a_signal_finishes_the_micro_batch_saves_and_has_its_own_exit_code(optio
 
 
 def test_a_signal_within_a_window_does_not_wait_for_its_end(options, tmp_path):
-    fault = functools.partial(die_at, 10, "train", "attribute_losses", signal.SIGTERM)
+    fault = functools.partial(die_at, 10, "step", "attribute_losses", signal.SIGTERM)
     words = (*options, "--accum", 4, "--out", tmp_path / "run")
     assert finish(start("train", *words, log=tmp_path / "log", fault=fault)) == train.STOPPED
     fault = functools.partial(die_at, 1, "train", "train_step")
@@ -156,8 +156,8 @@ def test_a_signal_while_scoring_does_not_wait_for_the_scores(options, whole, tmp
 
 
 def two_signals() -> None:
-    die_at(5, "train", "attribute_losses", signal.SIGTERM)
-    die_at(5, "train", "attribute_losses", signal.SIGTERM, after=True)
+    die_at(5, "step", "attribute_losses", signal.SIGTERM)
+    die_at(5, "step", "attribute_losses", signal.SIGTERM, after=True)
 
 
 def test_a_second_signal_ends_it_at_once(options, tmp_path):
