@@ -14,7 +14,7 @@ from data.preprocess import Preprocess
 from data.shards import Row
 from data.titles import TitleReader
 from errors import UserError
-from lora import merge_lora
+from lora import keep_base_in, merge_lora
 from models.checkpoint import load_checkpoint
 from models.decode import Decoder
 
@@ -47,6 +47,7 @@ class Labeller:
     ):
         model, config = load_checkpoint(folder, weights)
         self.model, self.device = merge_lora(model).to(device), device
+        keep_base_in(self.model, amp or torch.float32)
         self.preprocess, self.decoder = Preprocess(**config["preprocess"]), Decoder(config, joint)
         self.attributes = config["attributes"]
         self.read_titles = TitleReader(config) if config["text"] else None

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .layer import LoRALayer, LowRank
+from .layer import FrozenLinear, LoRALayer, LowRank
 
 
 def get_adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -54,9 +54,9 @@ def load_params(params: Mapping[str, nn.Parameter], state: Mapping[str, Tensor])
 
 
 def keep_base_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the frozen layers under LoRA in autocast's dtype too, so that they are cast once and not at every call."""
+    """Keep frozen layers, LoRA on them or merged in, ready to compute with in `dtype`, instead of at every call."""
     for module in model.modules():
-        if isinstance(module, LoRALayer):
+        if isinstance(module, LoRALayer | FrozenLinear):
             module.keep_base_in(dtype)
 
 

@@ -72,7 +72,7 @@ def test_gradcheck_with_ranks_that_differ(dropped):
         dropped = torch.tensor(dropped)
     weight, bias = fresh(6, 5).detach(), fresh(6).detach()
     rows = (slice(4, 6), slice(0, 2))
-    inputs = (fresh(4, 5), None, weight, bias, None, dropped, fresh(4, 5), rows, fresh(2, 3), fresh(2, 1))
+    inputs = (fresh(4, 5), None, weight, bias, None, None, dropped, fresh(4, 5), rows, fresh(2, 3), fresh(2, 1))
     assert torch.autograd.gradcheck(_LoRALinearFunction.apply, inputs)
 
 
@@ -196,3 +196,21 @@ def test_products_with_a_gradient_or_of_another_dtype_stay_with_torch():
             narrow = x.bfloat16(), weight.bfloat16()
             assert functional._fits_onednn(*narrow) == functional.ONEDNN_BF16, "nothing is left for autocast to choose"
             assert torch.equal(functional.linear(*narrow), F.linear(*narrow))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 50, 394])
+def test_a_packed_weight_gives_what_a_plain_one_gives(rows, dtype):
+    torch.manual_seed(0)
+    x, weight, bias, onto = (torch.randn(shape).to(dtype) for shape in ((rows, 48), (72, 48), (72,), (rows, 48)))
+    packed = functional.pack(functional.Frozen(weight, bias), for_gradients=True)
+    assert packed.weight.is_mkldnn == (dtype is torch.float32 or functional.ONEDNN_BF16)
+    y = functional.linear(x, weight, bias)
+    torch.testing.assert_close(functional.linear(x, packed.weight, bias), y)
+    dx = functional.linear(y, weight.T, onto=onto.clone())
+    torch.testing.assert_close(functional.linear(y, packed.transposed, onto=onto.clone()), dx)
+
+
+def test_what_onednn_does_not_compute_is_not_packed():
+    for weight in torch.randn(3, 4, dtype=torch.float64), torch.ones(3, 4, dtype=torch.int8):
+        assert functional.pack(functional.Frozen(weight)).weight is weight

@@ -150,8 +150,10 @@ def test_the_base_cast_once_gives_the_same_as_cast_at_every_call():
 
     before, in_fp32 = run(), layer(x)
     layer.keep_base_in(torch.bfloat16)
-    kept = layer.cast.weight
+    kept = layer.kept.weight
     assert all(map(torch.equal, run(), before))
-    assert layer.cast.weight is kept
+    assert layer.kept.weight is kept
     assert torch.equal(layer(x), in_fp32), "outside autocast the base is used as it is"
-    assert "cast" not in "".join(layer.state_dict())
+    assert "kept" not in "".join(layer.state_dict())
+    assert copy.deepcopy(layer).kept is None
+    assert layer.kept.weight is kept
