@@ -3,6 +3,7 @@
 import csv
 import json
 import platform
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,7 @@ if sys.argv[1] == "keep":
     keep_freed_memory()
 model, images = timm.create_model("vit_tiny_patch16_224", img_size=112, depth=1).eval(), torch.zeros(256, 3, 112, 112)
 with torch.inference_mode():
-    for _ in range(6):
+    for _ in range(8):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         model(images)  # its largest tensors have 39 MB
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -75,7 +76,8 @@ with torch.inference_mode():
         subprocess.run([sys.executable, "-c", script, how], stdout=subprocess.PIPE, check=True, cwd=ROOT).stdout.split()
         for how in ("keep", "let go")
     )
-    assert 10 * sum(map(int, keep[3:])) < sum(map(int, let_go[3:]))
+    # The median: what is kept may still not lie in one piece where a tensor needs it.
+    assert 10 * statistics.median(map(int, keep[3:])) < statistics.median(map(int, let_go[3:]))
 
 
 def test_on_a_cpu_freed_memory_is_kept(command, demo_run, photos, monkeypatch):
