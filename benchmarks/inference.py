@@ -39,7 +39,7 @@ from data.preprocess import Preprocess
 from data.sources import load_source
 from data.store import default_cache_dir
 from errors import Parser, UserError, exits_cleanly, positive_int
-from lora import merge_lora, quantize_base
+from lora import keep_base_in, merge_lora, quantize_base
 from models.backbone import bare_backbone
 from models.checkpoint import load_checkpoint
 from models.classifier import AttributeClassifier
@@ -94,14 +94,19 @@ def onnx_runtime(model: AttributeClassifier, config: dict, folder: Path) -> Call
 def in_bf16(model: nn.Module, compiled: bool = False) -> Callable[[Tensor], object]:
     """The model with its weights in bf16, for fp32 images."""
     narrow = copy.deepcopy(model).bfloat16()
+    keep_base_in(narrow, torch.bfloat16)
     narrow = torch.compile(narrow, dynamic=False) if compiled else narrow
     return lambda images: narrow(images.bfloat16())
 
 
 def in_autocast(model: nn.Module, device: torch.device) -> Callable[[Tensor], object]:
+    """As `infer.py --amp bf16` runs it."""
+    narrow = copy.deepcopy(model)
+    keep_base_in(narrow, torch.bfloat16)
+
     def run(images):
         with torch.autocast(device.type, torch.bfloat16):
-            return model(images)
+            return narrow(images)
 
     return run
 
@@ -115,6 +120,7 @@ def model_ways(
     onnx = onnx_runtime(model, config, folder) if device == CPU else None
     for module in (model, merged, vanilla, hf):
         module.to(device)
+    keep_base_in(merged, torch.float32)
     ways = {
         f"{TIMM}, fp32": vanilla,
         f"{TIMM}, bf16": in_bf16(vanilla),
@@ -149,6 +155,7 @@ def label_ways(
 ) -> dict[str, Callable[[list[Image.Image]], object]]:
     """Decoded pictures -> labels with their confidence, each way."""
     merged, preprocess, decoder = merge_lora(model).to(device), Preprocess(**config["preprocess"]), Decoder(config)
+    keep_base_in(merged, torch.float32)
 
     def label(pictures: list[Image.Image], run: Callable[[Tensor], dict[str, Tensor]]) -> list[list[tuple[str, float]]]:
         pixels = torch.from_numpy(np.stack([preprocess.to_canvas(picture) for picture in pictures])).to(device)
@@ -163,7 +170,7 @@ def label_ways(
         FIRST: pipeline(dtype=torch.float32),
         "HF pipeline, bf16": pipeline(dtype=torch.bfloat16),
         "this project, fp32": partial(label, run=merged),
-        "this project, bf16": partial(label, run=in_bf16(merged)),
+        "this project, bf16": partial(label, run=in_autocast(merged, device)),
     }
 
 
