@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import in_turn, machine, ratios
 
-from lora import LoRALayer, apply_lora, keep_base_in
+from lora import apply_lora, keep_base_in
 from models.attention import use_packed_attention
 from models.backbone import VIT_TARGETS
 
@@ -102,8 +102,7 @@ class Step:
     def __init__(self, make, dropout: float, args: argparse.Namespace, device: torch.device):
         torch.manual_seed(0)
         backbone = make(args.backbone, dropout).to(device)
-        if AMP[args.amp] and any(isinstance(module, LoRALayer) for module in backbone.modules()):
-            keep_base_in(backbone, AMP[args.amp])
+        keep_base_in(backbone, AMP[args.amp] or torch.float32)  # of LoRA layers: the rivals have none of ours
         width = timm.create_model(args.backbone, num_classes=0).num_features
         self.model = nn.Sequential(backbone, nn.Linear(width, CLASSES, device=device)).train()
         self.run = torch.compile(self.model) if args.compile else self.model

@@ -122,10 +122,10 @@ class LoRALayer(Prepared):
         return merged.train(base.training)
 
     def keep_base_in(self, dtype: torch.dtype) -> None:
-        """Keep a copy of the base in the dtype that autocast will compute in, rather than cast it at every call.
+        """Keep the base as it is computed with in `dtype`, autocast's or its own, rather than make it so at every call.
 
-        On a CPU in the layout too, see `pack`. To be called once the layer is on its device; a base changed later needs
-        another call.
+        That is a copy in that dtype, and on a CPU two, see `pack`. To be called once the layer is on its device; a base
+        changed later needs another call.
         """
         self.kept = None
         self.kept = pack(self._frozen(dtype), for_gradients=True)
