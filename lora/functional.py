@@ -132,8 +132,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor |
     """x Wᵀ + b, or where `onto` (n, out) is given, its sum with x Wᵀ, perhaps in place.
 
     On a CPU, where no gradient is asked for, oneDNN is called by name. In fp32 torch would take MKL, which uses half of
-    what some AMD processors can do. In bf16 it would take oneDNN too, but have the bias written into every row first and
-    the product added to that.
+    what some AMD processors can do. In bf16 it would take oneDNN too, but have the bias written into every row first
+    and the product added to that.
     """
     if weight.is_mkldnn or _fits_onednn(x, weight):
         if onto is None:
