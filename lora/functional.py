@@ -91,15 +91,17 @@ class _LoRALinearFunction(torch.autograd.Function):
             y[:, block].addmm_(h_k, B_k.T)  # into y: the update never exists as a tensor of its own
         ctx.rows, ctx.x_dtype = rows, x.dtype
         ctx.make, kept = source or (torch.clone, (cast,))
-        transposed = weight.T if transposed is None else transposed
-        ctx.save_for_backward(h, dropped, transposed, scale, lora_A, *lora_B, *kept)
+        ctx.transposed = transposed  # a constant, in a layout that hooks on saved tensors do not know
+        plain = weight.T if transposed is None else None
+        ctx.save_for_backward(h, dropped, plain, scale, lora_A, *lora_B, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         pairs = len(ctx.rows)
-        h, dropped, transposed, scale, lora_A, *rest = ctx.saved_tensors
+        h, dropped, plain, scale, lora_A, *rest = ctx.saved_tensors
+        transposed = ctx.transposed if plain is None else plain
         lora_B, kept = rest[:pairs], rest[pairs:]
         needs_x, needs_A, needs_B = ctx.needs_input_grad[0], ctx.needs_input_grad[7], ctx.needs_input_grad[9:]
         dx = dA = None

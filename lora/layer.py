@@ -75,7 +75,15 @@ class Prepared:
     kept: Frozen | None = None
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"kept": None}  # oneDNN's layout cannot be copied: a copy computes without
+        return self.__dict__ | {"kept": None}  # oneDNN's layout cannot be copied: a copy has to be prepared anew
+
+    def _apply(self, *args, **kwargs):
+        self.kept = None  # moved, or of another dtype
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.kept = None
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class LoRALayer(Prepared):
@@ -121,11 +129,13 @@ class LoRALayer(Prepared):
             merged.bias = nn.Parameter(base.bias.clone(), requires_grad=False)
         return merged.train(base.training)
 
+    @torch.no_grad()
     def keep_base_in(self, dtype: torch.dtype) -> None:
         """Keep the base as it is computed with in `dtype`, autocast's or its own, rather than make it so at every call.
 
-        That is a copy in that dtype, and on a CPU two, see `pack`. To be called once the layer is on its device; a base
-        changed later needs another call.
+        That is a copy in that dtype, and where oneDNN computes two, see `pack`; torch.compile computes without. To be
+        called once the layer is on its device. What is then moved, loaded or copied is not prepared any more, and a
+        base changed in place needs another call.
         """
         self.kept = None
         self.kept = pack(self._frozen(dtype), for_gradients=True)
@@ -156,16 +166,18 @@ class LoRALayer(Prepared):
 class FrozenLinear(Prepared, nn.Linear):
     """`nn.Linear` where nothing trains: the same numbers, on a CPU sooner (see `linear`)."""
 
+    @torch.no_grad()
     def keep_base_in(self, dtype: torch.dtype) -> None:
         """As `LoRALayer.keep_base_in`, for inference."""
         self.kept = pack(cast(self, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if serves(self.kept, dtype) and not (x.requires_grad and torch.is_grad_enabled()):
-            return linear(x.to(dtype), self.kept.weight, self.kept.bias)
+        if self.kept and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            if serves(self.kept, dtype):
+                return linear(x.to(dtype), self.kept.weight, self.kept.bias)
         return linear(x, self.weight, self.bias)
 
 

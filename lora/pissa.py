@@ -27,4 +27,4 @@ def start_at_principal(layer: LoRALayer) -> None:
     rest = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     rest.weight = nn.Parameter((base.weight - layer.delta_weight()).to(base.weight.dtype), requires_grad=False)
     rest.bias = base.bias
-    layer.base_layer = rest.train(base.training)
+    layer.base_layer, layer.kept = rest.train(base.training), None

@@ -157,3 +157,38 @@ def test_the_base_cast_once_gives_the_same_as_cast_at_every_call():
     assert "kept" not in "".join(layer.state_dict())
     assert copy.deepcopy(layer).kept is None
     assert layer.kept.weight is kept
+
+
+@pytest.mark.parametrize("how", ["load", "to", "pissa"])
+def test_a_base_that_changes_is_not_computed_with_as_it_was(how):
+    torch.manual_seed(0)
+    layer, x = LoRALinear(nn.Linear(16, 8), rank=2, alpha=math.pi), torch.randn(4, 16)
+    layer.keep_base_in(torch.float32)
+    if how == "load":
+        layer.load_state_dict({name: torch.randn_like(tensor) for name, tensor in layer.state_dict().items()})
+    elif how == "to":
+        layer.double()
+        x = x.double()
+    else:
+        with torch.no_grad():
+            start_at_principal(layer)
+    assert layer.kept is None
+    torch.testing.assert_close(layer(x), layer.reference_forward(x))
+
+
+def test_a_merged_layer_that_is_made_to_train_does_so():
+    layer = LoRALinear(nn.Linear(16, 8), rank=2, alpha=math.pi).merge()
+    layer.keep_base_in(torch.float32)
+    layer.requires_grad_(True)
+    layer(torch.ones(1, 16)).sum().backward()
+    assert torch.equal(layer.weight.grad, torch.ones(8, 16))
+
+
+def test_hooks_on_saved_tensors_see_plain_tensors_alone():
+    layer = LoRALinear(nn.Linear(16, 8), rank=2, alpha=math.pi)
+    layer.keep_base_in(torch.float32)
+    x = torch.randn(4, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().numpy(), torch.from_numpy):
+        y = layer(x)
+    y.sum().backward()
+    assert x.grad.isfinite().all()
