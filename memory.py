@@ -1,18 +1,32 @@
-"""Memory of a process that labels on a CPU."""
+"""How glibc keeps the memory that a process frees; elsewhere nothing is done."""
 
 import ctypes
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 OLD_MOST = 32 << 20  # what older glibc allows
 
 
+def share_one_arena() -> None:
+    """Let all threads take their memory from one arena; to be called before there are any.
+
+    glibc would give each an arena of its own. Those of threads that decode pictures fill with holes that only they can
+    fill again, and grow with the number of pictures (`benchmarks/large_catalogue.py`).
+    """
+    _set(M_ARENA_MAX, 1)
+
+
 def keep_freed_memory() -> None:
-    """Let what a batch frees stay with this process for the next one: of glibc, elsewhere nothing is done.
+    """Let what a batch frees stay with this process for the next one.
 
     glibc would give it back to the system, and each batch would have all its pages given and zeroed anew: where
     ViT-Tiny labels in fp32, that is a quarter of the time.
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, OLD_MOST)
+    _set(M_TRIM_THRESHOLD, 2**31 - 1)
+    _set(M_MMAP_THRESHOLD, 1 << 30) or _set(M_MMAP_THRESHOLD, OLD_MOST)
+
+
+def _set(option: int, value: int) -> bool:
+    """Whether glibc is there and takes it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return bool(mallopt and mallopt(option, value))

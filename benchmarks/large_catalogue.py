@@ -27,6 +27,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import startup  # noqa: F401
+
+# isort: split
 from common import machine
 
 from data.attributes import encode_labels, encode_numbers, fit_label_maps, known_paths

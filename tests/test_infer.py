@@ -80,6 +80,32 @@ with torch.inference_mode():
     assert 10 * statistics.median(map(int, keep[3:])) < statistics.median(map(int, let_go[3:]))
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc alone")
+def test_all_threads_share_one_arena(tmp_path):
+    script = """
+import ctypes, sys, threading
+if sys.argv[2] == "one":
+    import startup
+libc, together = ctypes.CDLL(None), threading.Barrier(4)
+libc.fopen.restype = ctypes.c_void_p
+def take():
+    together.wait()
+    libc.malloc(10_000)
+    together.wait()
+threads = [threading.Thread(target=take) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+    arenas = {}
+    for how in ("one", "many"):
+        subprocess.run([sys.executable, "-c", script, tmp_path / how, how], check=True, cwd=ROOT)
+        arenas[how] = (tmp_path / how).read_text().count("<heap nr=")
+    assert arenas["one"] == 1 < arenas["many"]
+
+
 def test_on_a_cpu_freed_memory_is_kept(command, demo_run, photos, monkeypatch):
     kept = []
     monkeypatch.setattr(infer, "keep_freed_memory", lambda: kept.append(True))
