@@ -57,12 +57,15 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def exits_cleanly(main):
-    """Decorate a command's `main`: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Decorate a command's `main`: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130, and
+    output that nobody reads any more 141: what shells say of both signals."""
 
     @functools.wraps(main)
     def command(*args, **kwargs):
         try:
-            sys.exit(main(*args, **kwargs))
+            code = main(*args, **kwargs)
+            sys.stdout.flush()
+            sys.exit(code)
         except UserError as error:
             process = int(os.environ.get("RANK", 0))  # torchrun's; most errors are the same in all
             print(f"error{f' in process {process}' if process else ''}: {error}", file=sys.stderr)
@@ -70,5 +73,8 @@ def exits_cleanly(main):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:  # as of `| head`: nobody reads on, and what is still to be flushed goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
 
     return command

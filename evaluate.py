@@ -113,10 +113,16 @@ def predict(
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
+def same_catalogue(task: Task) -> bool:
+    """Whether the checkpoint was trained on this very catalogue, or on a choice of its rows by `--limit`."""
+    ours, theirs = task.catalogue.fingerprint, task.config["data"]["fingerprint"]
+    return ours.startswith(theirs) or theirs.startswith(ours)
+
+
 def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device) -> None:
     """What the command does, in each of the processes that share the rows."""
     folder, joint = find_checkpoint(args.checkpoint), not args.independent
-    if args.report and not args.calibrate and "calibration" not in read_config(folder):
+    if "calibration" not in read_config(folder) and args.report and not args.calibrate:
         raise UserError(f"--report: {folder} is not calibrated; do so first with --calibrate, on validation rows")
     if args.calibrate:
         check_writable(folder / "config.json.new", "--calibrate")
@@ -126,6 +132,8 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
     )
     print(f"checkpoint {folder}")
     name, rows = task.catalogue.name, task.store.rows(split)
+    if args.calibrate and split == "all" and same_catalogue(task):
+        raise UserError(f"--calibrate --split all: {name} is what {folder} was trained on; leave out --split")
     if not len(rows):
         raise UserError(f"{args.data} has no readable row in the {split} split")
     found = evaluate(task, split, device, args.batch_size, joint)

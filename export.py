@@ -105,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.out.suffix.lower() != KINDS[args.to]:
         raise UserError(f"--out {args.out}: --to {args.to} makes a {KINDS[args.to] or 'folder, without a suffix'}")
+    if args.to == "peft" and args.out.is_file():
+        raise UserError(f"--out {args.out}: it is a file, and --to peft makes a folder")
     check_writable(args.out / "adapter_config.json" if args.out.is_dir() else args.out, "--out")
     folder = find_checkpoint(args.checkpoint)
     model, config = load_checkpoint(folder, args.weights)

@@ -34,7 +34,9 @@ def contact_sheet(pictures: list[np.ndarray], captions: list[list[tuple[str, str
         axes.axis("off")
         for line, (text, colour) in enumerate(caption):
             y = top - (2.2 + 0.17 * line) / (height * rows)
-            figure.text(left + 0.06 / columns, y, text, fontsize=7.5, color=colour, va="center")
+            figure.text(
+                left + 0.06 / columns, y, text, fontsize=7.5, color=colour, va="center", parse_math=False
+            )  # a label may hold a $
     return figure
 
 

@@ -13,6 +13,7 @@ import startup  # noqa: F401
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,7 +37,10 @@ PLOT_KINDS = (".png", ".jpg", ".pdf", ".svg")
 
 
 def find_titles(title: str | None, table: Path | None, column: str, source: Source) -> Callable[[Row], str | None]:
-    """Row -> its title: the one given, or from a table in whose rows `image` or `id` names it, or the row's own."""
+    """Row -> its title: the one given, or from a table, or the row's own.
+
+    A table's `image` or `id` names a row: by the name that answers have, else by the file's, its suffix or not.
+    """
     if title is not None:
         if source.rows != 1:
             count = "more" if source.rows is None else f"{source.rows:,}"
@@ -44,17 +48,29 @@ def find_titles(title: str | None, table: Path | None, column: str, source: Sour
         return lambda row: title
     if table is None:
         return lambda row: row.title
-    named = {}
+    titles: dict[str, str | None] = {}
     try:
         for _, cells in read_rows(table, [column]):
-            if isinstance(cells, dict):
-                named[Path(cells["image"]).name if cells.get("image") else cells.get("id")] = cells[column]
+            if isinstance(cells, dict) and (name := cells.get("image") or cells.get("id")):
+                titles[name] = cells[column]
     except OSError as error:
         raise UserError(f"cannot read --titles {table}: {error.strerror}") from None
+    of_file, times = {Path(name).name: title for name, title in titles.items()}, Counter(Path(n).name for n in titles)
+
+    def find(row: Row) -> str | None:
+        if row.name in titles:
+            return titles[row.name]
+        for name in (Path(row.name).name, Path(row.name).stem):
+            if times[name] > 1:
+                raise UserError(f"--titles {table} has {times[name]} titles for {name}; call this one {row.name} there")
+            if of_file.get(name):
+                return of_file[name]
+        return None
+
     files = source.files
-    if len(files) == source.rows and not any(named.get(path.name) or named.get(path.stem) for path in files):
+    if len(files) == source.rows and not any(find(Row(str(path), path)) for path in files):
         raise UserError(f"--titles {table} has a title for none of the pictures: its image or id must be a file's name")
-    return lambda row: named.get(Path(row.name).name) or named.get(Path(row.name).stem)
+    return find
 
 
 def parse_args(argv: list[str] | None, crew: Crew):
@@ -148,7 +164,13 @@ def main(argv: list[str] | None = None) -> int:
         return ((batch, labeller(batch)) for batch in labeller.batches(rows))
 
     if job is None:
-        return alone(args, source, answered(source.shards), config["attributes"])
+        try:
+            return alone(args, source, answered(source.shards), config["attributes"])
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            kept = "; with a folder as --out what is done is kept" if args.out else ""
+            raise UserError(f"cannot write {args.out or 'the answers'}: {error.strerror or error}{kept}") from None
     job.run(lambda shard: (answers for _, answers in answered([shard])))
     if crew.rank:
         return 0

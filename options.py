@@ -187,12 +187,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("warp", "drop_patches", "label_smoothing"):
         if not 0 <= (value := getattr(args, name)) < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} is not a number from 0 to below 1")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed} is negative")
-    if args.resume:
-        given = [n for n in vars(args) if n not in ("out", "resume") and getattr(args, n) != p.get_default(n)]
-        if given:
-            raise UserError(f"--resume goes on with the run's own options; leave out --{given[0].replace('_', '-')}")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed {args.seed} is not between 0 and {2**32 - 1}")
+    unset = object()
+    said = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
+    given = [name for name, value in said.items() if value is not unset]  # a default's value counts too
+    if args.resume and (others := [name for name in given if name not in ("out", "resume")]):
+        raise UserError(f"--resume goes on with the run's own options; leave out --{others[0].replace('_', '-')}")
+    idle = [name for name in given if name in ("vocab", "title_length", "mask_title_leaks")]
+    if idle and "title" not in args.inputs:
+        raise UserError(f"--{idle[0].replace('_', '-')} is of titles, which --inputs {args.inputs} does not read")
     for name in PATHS:  # a run may be resumed from another folder
         if path := getattr(args, name):
             setattr(args, name, path.absolute())

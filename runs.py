@@ -81,11 +81,23 @@ def open_run(args: argparse.Namespace) -> argparse.Namespace:
             raise UserError(f"--resume: cannot read {path}: {error}") from None
     if any(args.out.glob("*/config.json")):
         raise UserError(f"--out {args.out} already holds a run: go on with it by --resume, or name another folder")
+    text = options_text(args)
+    there = [*args.out.glob("options.json"), *args.out.glob("skipped.csv"), *args.out.glob(Board.FILES)]
+    if there and not _has_options_of_a_run(path, text):  # as one has that was killed before its first save
+        raise UserError(f"--out {args.out} holds {there[0].name}, which is not of a run; name another folder")
     try:
-        replace_file(path, options_text(args).encode())
+        replace_file(path, text.encode())
     except OSError as error:
         raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
     return args
+
+
+def _has_options_of_a_run(path: Path, text: str) -> bool:
+    """Whether the file has the options that the text has, whatever their values."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).keys() == json.loads(text).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def discard_run(out: Path) -> None:
@@ -188,7 +200,9 @@ class Board:
     def outcome(self, args: argparse.Namespace, scores: dict) -> None:
         """The options as TensorBoard's hyperparameters, beside what they led to on test."""
         options = {name: str(value) for name, value in vars(args).items() if name not in ("out", "resume", *PATHS)}
-        self.writer.add_hparams(options, {"hparam/test_mean_accuracy": scores["mean_accuracy"]}, run_name=".")
+        accuracy = scores["mean_accuracy"]  # None where no test row has a label
+        found = {} if accuracy is None else {"hparam/test_mean_accuracy": accuracy}
+        self.writer.add_hparams(options, found, run_name=".")
 
     def close(self) -> None:
         self.writer.close()

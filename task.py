@@ -99,6 +99,8 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     kept = f"decoded images: {store.path} ({store.nbytes / 1e6:,.0f} MB, " if store.nbytes else "images are not kept ("
     print(f"{kept}{'new' if store.built else 'reused'})")
     entries, known = fit_targets(catalogue, train_rows, attributes, args.min_brand_count)
+    if not (known.labels[store.rows("val")] >= 0).any():
+        raise UserError(f"{catalogue.name}: no row of the val split has a label of a class; label more of its rows")
     config = {
         "backbone": {"name": args.backbone}
         | {name: getattr(args, name) for name in ("img_size", "patch_size", "keep_patches")}

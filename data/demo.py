@@ -306,6 +306,8 @@ def main():
     args = parser.parse_args()
     if args.rows < 1:
         raise UserError(f"--rows {args.rows} draws nothing; give 1 or more")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} is negative")
     try:
         (args.out / "images").mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -94,6 +94,8 @@ def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:
         if name in TAKEN:
             raise UserError(f"{path}: {name} is a column of what infer.py writes; give the attribute another name")
         _check_table(f"{path}: {name}", table)
+        if (other := name.removesuffix("_confidence").removesuffix("_decision")) != name and other in tables:
+            raise UserError(f"{path}: infer.py writes {name} of {other}; give the attribute another name")
     _check_parents(path, tables)
 
     levels: dict[str, int] = {}

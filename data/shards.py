@@ -92,7 +92,7 @@ def open_source(
     Args:
         title: the column of titles, where they are asked for.
         rows: of a shard, at most, where a shard can be cut.
-        without: a folder of results, which are no input.
+        without: a job's folder, whose results are no input.
 
     Raises:
         UserError: there is no such input, or none of its rows; a parquet file that is none, or lacks `image`.
@@ -143,7 +143,8 @@ def _find(item: str, without: Path | None, notes: list[str]) -> list[str | Path]
     files = sorted(p for p in matches if p.suffix.lower() in every and p.is_file())
     by_kind = {kind: [p for p in files if _kind(p) == kind] for kind in KINDS}
     if without:  # results of an earlier run are parquet too
-        by_kind["parquet"] = [p for p in by_kind["parquet"] if without.resolve() not in p.resolve().parents]
+        labels = (without / "labels").resolve()
+        by_kind["parquet"] = [p for p in by_kind["parquet"] if labels not in p.resolve().parents]
     chosen, *others = [kind for kind, some in by_kind.items() if some] or [None]
     if chosen is None:
         where = f"no image in folder {item}" if path.is_dir() else f"no image file, folder or match for {item!r}"

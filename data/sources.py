@@ -25,7 +25,7 @@ from data.cells import text
 from data.columns import VERSION, Column, check_columns
 from data.images import ImageError
 from data.parquet import BUFFER, open_parquet
-from data.tars import open_tars
+from data.tars import IMAGES, open_tars
 from errors import UserError
 
 UNQUOTED = "productDisplayName"  # of Kaggle's columns the one whose commas are not quoted
@@ -137,11 +137,15 @@ def _csv(table: Path) -> Catalogue:
         raise UserError(f"{table.parent} has {table.name} but no folder images/")
     # Looking names up in this listing, never joining them to a path, is also what confines an id like '../x'.
     files = {entry.name: entry.stat() for entry in os.scandir(images) if entry.is_file()}
-    named = {Path(name).stem: name for name in sorted(files, reverse=True)} | {name: name for name in files}
+    # Of files that differ in their suffix alone a picture, then the first.
+    last_wins = sorted(sorted(files, reverse=True), key=lambda name: Path(name).suffix.lower() in IMAGES)
+    named = {Path(name).stem: name for name in last_wins} | {name: name for name in files}
     rows, skipped, seen, pictures = [], [], set(), []
     for number, row in read_rows(table):
         if isinstance(row, str):
             skipped.append(Skipped(f"line {number}", row))
+        elif not row["id"]:
+            skipped.append(Skipped(f"line {number}", "no id"))
         elif (picture := named.get(Path(row["image"]).name if row.get("image") else row["id"])) is None:
             skipped.append(Skipped(str(row["id"]), "no such file in images/"))
         elif row["id"] in seen:

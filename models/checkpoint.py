@@ -222,7 +222,8 @@ def find_checkpoint(given: Path | None, runs: Path = Path("runs")) -> Path:
 
 def newest_checkpoint(runs: Path, which: str) -> Path:
     """The most recently written `best` or `last` folder of any run."""
-    found = sorted(runs.glob(f"*/{which}/config.json"), key=lambda path: path.stat().st_mtime)
+    # By what was trained: calibrating writes config.json anew.
+    found = sorted(runs.glob(f"*/{which}/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"no run under {runs}/ has a {which}/ checkpoint; train one with train.py, or name its folder")
     return found[-1].parent

@@ -2,8 +2,9 @@
 
 Adapters come over whole, and so does the text encoder of the same vocabulary. Of the heads, what an attribute's label
 was computed from comes over: its output rows, the hidden layer of its level, and the columns that read what both
-models know. Columns that read something new start at zero, so that all that is kept answers at first as it did before;
-a number too, though the train rows, by which it is scaled, may be others now.
+models know. Columns that read something new start at zero, so that all that is kept answers at first as it did before,
+unless an attribute of a level above it was left out; a number too, though the train rows, by which it is scaled, may be
+others now.
 """
 
 import json

@@ -76,7 +76,7 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
         rounded=rounded,
         ids=task.catalogue.ids,
         title=lambda row: titles[row] or "",
-        picture=lambda row: picture_uri(store.pixels[row]),
+        picture=lambda row: picture_uri(store.pixels[[row]][0]),
     )
     (folder / "report.html").write_text(text, encoding="utf-8")
 

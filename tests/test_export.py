@@ -46,9 +46,11 @@ def test_peft_gets_its_two_files(command, demo_run, tmp_path):
         (["--to", "peft", "--out", "a.onnx"], "--out a.onnx: --to peft makes a folder, without a suffix"),
         (["--to", "timm", "--out", "no/such/b.safetensors"], "cannot write --out no/such/b.safetensors"),
         (["--to", "tflite", "--out", "x"], "invalid choice: 'tflite'"),
+        (["--to", "peft", "--out", "taken"], "--out taken: it is a file, and --to peft makes a folder"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(command, demo_run, tmp_path, words, message):
+    (tmp_path / "taken").touch()
     done = command("export.py", "--checkpoint", demo_run / "best", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]

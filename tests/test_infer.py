@@ -2,12 +2,16 @@
 
 import csv
 import json
+import os
 import platform
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,6 +19,8 @@ from PIL import Image
 
 import infer
 from data import demo
+from figures import QUIET, contact_sheet
+from models.checkpoint import newest_checkpoint
 from output import number_text
 
 ROOT = Path(__file__).parents[1]
@@ -214,6 +220,11 @@ def test_plot(command, demo_run, photos, tmp_path):
         assert len(sheet.convert("L").getcolors()) > 50, "something is drawn"
 
 
+def test_a_label_is_text_never_a_formula(tmp_path):
+    captions = [[("band: $25 (9% off) [$10 (5% off)]", QUIET)]]
+    contact_sheet([np.zeros((8, 8, 3), np.uint8)], captions).savefig(tmp_path / "sheet.png")
+
+
 def test_newest_run_is_taken_and_named(command, demo_run, photos):
     done = command("infer.py", photos / "0.png", cwd=demo_run.parent.parent)
     assert done.returncode == 2, "there is no runs/ here"
@@ -221,6 +232,34 @@ def test_newest_run_is_taken_and_named(command, demo_run, photos):
     done = command("infer.py", photos / "0.png", cwd=demo_run.parent.parent)
     assert done.returncode == 0, done.stderr
     assert "checkpoint runs/demo/best" in done.stderr
+
+
+def test_calibrating_makes_no_run_the_newest(demo_run, tmp_path):
+    for run, trained, calibrated in (("old", 1, 4), ("new", 2, 3)):
+        best = shutil.copytree(demo_run / "best", tmp_path / run / "best")
+        os.utime(best / "adapter.safetensors", (trained, trained))
+        os.utime(best / "config.json", (calibrated, calibrated))
+    assert newest_checkpoint(tmp_path, "best") == tmp_path / "new" / "best"
+
+
+def test_a_disk_that_is_full_is_one_line(command, demo_run, photos, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        done = command("infer.py", photos, "--checkpoint", demo_run / "best", "--out", tmp_path / "labels.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.returncode == 2
+    assert f"cannot write {tmp_path / 'labels.jsonl'}: File too large; with a folder" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_whoever_stops_reading_ends_it_quietly(demo_run, photos):
+    words = [sys.executable, ROOT / "infer.py", photos, "--checkpoint", demo_run / "best", "--json"]
+    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.close()
+    assert "Traceback" not in run.stderr.read()
+    assert run.wait() == 141
 
 
 @pytest.mark.parametrize(

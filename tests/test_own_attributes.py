@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.sources import load_source
+from data.store import open_store
 from models.checkpoint import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +122,36 @@ def test_a_catalogue_that_does_not_fit_is_one_line(command, shop, cache_dir, tmp
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lacking", ["val", "test"])
+def test_a_split_without_any_label(command, cache_dir, tmp_path, lacking):
+    folder, schema = tmp_path / "shop", tmp_path / "kind.toml"
+    words = [sys.executable, "-m", "data.demo", "--out", str(folder), "--rows", "120", "--seed", "4"]
+    subprocess.run(words, cwd=ROOT, check=True)
+    schema.write_text("[attributes.masterCategory]\n")
+    catalogue = load_source(str(folder), cache_dir)
+    store = open_store(catalogue, (64, 64), cache_dir)
+    unlabelled = {catalogue.ids[row] for row in store.rows(lacking)}
+    with open(folder / "styles.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["masterCategory"] = "" if row["id"] in unlabelled else row["masterCategory"]
+    with open(folder / "styles.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    done = command(
+        *("train.py", "--data", folder, "--attributes", schema, "--backbone", "demo", "--epochs", 1),
+        *("--out", tmp_path / "run", "--cache-dir", cache_dir),
+    )
+    if lacking == "test":
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "run" / "metrics.json").read_text())["mean_accuracy"] is None
+    else:
+        assert done.returncode == 2
+        assert "shop: no row of the val split has a label of a class" in done.stderr.splitlines()[-1]
+        assert not (tmp_path / "run").exists()
 
 
 def test_an_attribute_is_added_to_a_trained_run(command, demo_run, cache_dir, tmp_path):

@@ -15,6 +15,9 @@ import pytest
 from safetensors.torch import load_file
 
 import train
+from data.shards import Row, open_source
+from errors import UserError
+from infer import find_titles
 
 ROOT = Path(__file__).parents[1]
 WORDS = ("train.py", "--data", "demo", "--limit", 600, "--amp", "--epochs")
@@ -86,6 +89,20 @@ def test_a_title_changes_the_answer_and_the_column_for_batches_does_the_same(com
         assert one[name]["confidence"] == pytest.approx(said["confidence"], abs=2e-4)
     assert without != one, "a row without a title has an answer too, another one"
     assert without.keys() == one.keys()
+
+
+def test_pictures_of_one_name_in_two_folders_have_each_its_own_title(tmp_path):
+    paths = [tmp_path / folder / "1.jpg" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.touch()
+    source, table = open_source([str(tmp_path)]), tmp_path / "titles.csv"
+    table.write_text("image,title\n" + "".join(f"{path},Title of {path.parent.name}\n" for path in paths))
+    find = find_titles(None, table, "title", source)
+    assert [find(Row(str(path), path)) for path in paths] == ["Title of a", "Title of b"]
+    table.write_text("image,title\na/1.jpg,Title of a\nb/1.jpg,Title of b\n")
+    with pytest.raises(UserError, match=r"has 2 titles for 1.jpg; call this one .*/a/1.jpg there"):
+        find_titles(None, table, "title", source)
 
 
 def test_titles_in_parquet_and_in_tar_do_the_same(command, both, drawings, tmp_path):

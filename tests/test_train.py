@@ -349,7 +349,9 @@ def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
         (["--img-size", "60"], "60 pixels a side has no whole number of patches of 8"),
         (["--resume", "--out", "nothing", "--limit", "50"], "leave out --data"),
         (["--alpha", "-1"], "alpha must be positive, got -1"),
-        (["--seed", "-1"], "--seed -1 is negative"),
+        (["--seed", "-1"], "--seed -1 is not between 0 and 4294967295"),
+        (["--seed", "1790000000000000"], "--seed 1790000000000000 is not between 0 and 4294967295"),
+        (["--title-length", "13"], "--title-length is of titles, which --inputs image does not read"),
         (["--lr", "nan"], "--lr nan is not a positive number"),
         (["--rank", "query=0"], "--rank: 0 is not a whole number above 0"),
         (["--rank", "query=4"], "no rank for target 'key'"),
@@ -392,6 +394,28 @@ def test_an_out_folder_that_holds_a_run_is_not_overwritten(command, demo_run, ca
     assert done.returncode == 2
     assert "already holds a run" in done.stderr
     assert (demo_run / "metrics.json").read_text() == before
+
+
+def test_resuming_takes_no_option_even_at_its_default(command, demo_run):
+    done = command("train.py", "--resume", "--out", demo_run, "--epochs", 5)
+    assert done.returncode == 2
+    assert "leave out --epochs" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["options.json", "skipped.csv", "events.out.tfevents.1.other"])
+def test_files_that_no_run_made_are_left_alone(command, cache_dir, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    for more in ((), ("--weights", tmp_path / "gone")):
+        done = command("train.py", "--data", "demo", "--limit", 100, "--out", tmp_path, "--cache-dir", cache_dir, *more)
+        assert done.returncode == 2
+        assert f"holds {name}, which is not of a run" in done.stderr.splitlines()[-1]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_run_killed_before_its_first_save_can_be_begun_again(command, demo_run, cache_dir, tmp_path):
+    (tmp_path / "options.json").write_bytes((demo_run / "options.json").read_bytes())
+    words = ("--data", "demo", "--limit", 100, "--epochs", 1, "--cache-dir", cache_dir, "--out", tmp_path)
+    assert command("train.py", *words).returncode == 0
 
 
 def test_without_a_store_a_run_ends_with_the_same_bits(command, demo_run, cache_dir, tmp_path):

@@ -56,6 +56,7 @@ def test_the_built_in_schema_has_optional_attributes():
         ("[attribute.a]", "'attribute' means nothing here"),
         ("attributes.a = 3", "a is no table"),
         ("[attributes.image]", "image is a column of what infer.py writes; give the attribute another name"),
+        ("[attributes.a]\n[attributes.a_decision]", "infer.py writes a_decision of a; give the attribute another name"),
         ("[attributes.a]\ncolum = 'x'", "a has an unknown key 'colum'; nearest: column; there are level, column"),
         ("[attributes.a]\nlevel = 0", "a: level = 0 is not a whole number from 1 to 99"),
         ("[attributes.a]\nlevel = true", "a: level = True is not a whole number from 1 to 99"),

@@ -200,6 +200,7 @@ def test_results_are_no_input(shop):
     assert open_source([str(folder)]).rows == 38
     for asked in (str(folder), f"{folder}/**/*.parquet"):
         assert open_source([asked], without=Path(os.path.relpath(folder / "out"))).rows == 35
+    assert open_source([str(folder)], without=folder).rows == 38, "only its labels/ would be its results"
 
 
 def test_the_fingerprint_follows_names_and_sizes(shop, tmp_path):

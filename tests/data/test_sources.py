@@ -60,6 +60,18 @@ def test_a_quote_left_open_in_kaggles_table_swallows_no_row(tmp_path):
     assert catalogue.columns["productDisplayName"] == ["Plain", "Open Shirt, Blue", "Last"]
 
 
+def test_a_row_without_an_id_is_listed_and_a_file_that_is_no_picture_hides_none(tmp_path):
+    folder = write_kaggle(tmp_path / "shop", [picture(i) for i in range(3)], ["One", "Two", "Three"])
+    (folder / "images" / "100.jpeg.txt").touch()
+    (folder / "images" / "100.json").write_text("{}")
+    table = (folder / "styles.csv").read_text()
+    (folder / "styles.csv").write_text(table.replace("\n102,", "\n,"))
+    catalogue = load_source(str(folder), tmp_path)
+    assert catalogue.ids == ["100", "101"]
+    assert catalogue.read(0) == picture(0)
+    assert catalogue.skipped == [Skipped("line 4", "no id")]
+
+
 def test_kaggle_columns_are_found_by_name(tmp_path):
     folder = write_kaggle(tmp_path / "shop", [picture(0)])
     header, row = [line.split(",") for line in (folder / "styles.csv").read_text().splitlines()]

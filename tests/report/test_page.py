@@ -128,6 +128,13 @@ def test_independent_answers_are_reported_as_such(command, demo_run, cache_dir, 
     assert text != (report[0] / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_page_is_the_same_where_no_pictures_are_kept(command, demo_run, cache_dir, report, tmp_path):
+    words = ("--checkpoint", demo_run / "best", "--data", report[0].parent, "--split", "all", "--cache-dir", cache_dir)
+    done = command("evaluate.py", *words, "--no-store", "--report", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").read_bytes() == (report[0] / "report.html").read_bytes()
+
+
 def test_an_uncalibrated_checkpoint_is_refused(command, demo_run, cache_dir, with_config, tmp_path):
     folder = with_config(demo_run / "best", lambda config: config.pop("calibration"))
     words = ("--checkpoint", folder, "--data", "demo", "--cache-dir", cache_dir, "--report", tmp_path / "r")
