@@ -113,10 +113,9 @@ def predict(
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def same_catalogue(task: Task) -> bool:
-    """Whether the checkpoint was trained on this very catalogue, or on a choice of its rows by `--limit`."""
-    ours, theirs = task.catalogue.fingerprint, task.config["data"]["fingerprint"]
-    return ours.startswith(theirs) or theirs.startswith(ours)
+def same_catalogue(task: Task, limit: int | None) -> bool:
+    """Whether the checkpoint was trained on this very catalogue, on both sides perhaps a choice of its rows."""
+    return task.config["data"]["fingerprint"].startswith(task.catalogue.fingerprint.removesuffix(f"-{limit}"))
 
 
 def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device) -> None:
@@ -132,7 +131,7 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
     )
     print(f"checkpoint {folder}")
     name, rows = task.catalogue.name, task.store.rows(split)
-    if args.calibrate and split == "all" and same_catalogue(task):
+    if args.calibrate and split == "all" and same_catalogue(task, args.limit):
         raise UserError(f"--calibrate --split all: {name} is what {folder} was trained on; leave out --split")
     if not len(rows):
         raise UserError(f"{args.data} has no readable row in the {split} split")
