@@ -170,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         except OSError as error:
             kept = "; with a folder as --out what is done is kept" if args.out else ""
-            raise UserError(f"cannot write {args.out or 'the answers'}: {error.strerror or error}{kept}") from None
+            where = error.filename or args.out or "the answers"
+            raise UserError(f"cannot write {where}: {error.strerror or error}{kept}") from None
     job.run(lambda shard: (answers for _, answers in answered([shard])))
     if crew.rank:
         return 0
