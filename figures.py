@@ -34,9 +34,8 @@ def contact_sheet(pictures: list[np.ndarray], captions: list[list[tuple[str, str
         axes.axis("off")
         for line, (text, colour) in enumerate(caption):
             y = top - (2.2 + 0.17 * line) / (height * rows)
-            figure.text(
-                left + 0.06 / columns, y, text, fontsize=7.5, color=colour, va="center", parse_math=False
-            )  # a label may hold a $
+            plain = {"fontsize": 7.5, "va": "center", "parse_math": False}  # a label may hold a $
+            figure.text(left + 0.06 / columns, y, text, color=colour, **plain)
     return figure
 
 

@@ -18,6 +18,8 @@ from errors import UserError
 from models.checkpoint import newest_checkpoint, previous_of
 from options import PATHS, choose_amp, choose_source, parse_args
 
+SET_UP = ("options.json", "skipped.csv")  # what a run has written before its first checkpoint
+
 
 def choose(argv: list[str] | None, device: torch.device, held: contextlib.ExitStack) -> argparse.Namespace:
     """All that is chosen before there is data; the run's folder is held from here on."""
@@ -82,7 +84,7 @@ def open_run(args: argparse.Namespace) -> argparse.Namespace:
     if any(args.out.glob("*/config.json")):
         raise UserError(f"--out {args.out} already holds a run: go on with it by --resume, or name another folder")
     text = options_text(args)
-    there = [*args.out.glob("options.json"), *args.out.glob("skipped.csv"), *args.out.glob(Board.FILES)]
+    there = [file for name in (*SET_UP, Board.FILES) for file in args.out.glob(name)]
     if there and not _has_options_of_a_run(path, text):  # as one has that was killed before its first save
         raise UserError(f"--out {args.out} holds {there[0].name}, which is not of a run; name another folder")
     try:
@@ -102,7 +104,7 @@ def _has_options_of_a_run(path: Path, text: str) -> bool:
 
 def discard_run(out: Path) -> None:
     """Take away the folder of a run that could not be set up, unless there is more in it than `open_run` put there."""
-    for made in ("options.json", "skipped.csv", ".lock"):
+    for made in (*SET_UP, ".lock"):
         (out / made).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty: it was there before
         out.rmdir()
