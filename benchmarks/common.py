@@ -3,11 +3,14 @@
 import argparse
 import contextlib
 import gc
+import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -119,6 +122,21 @@ def in_turn(
             if round_ >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def in_processes(commands: Mapping[Path, list], jobs: int, what: str) -> None:
+    """Run the command that makes each file, where there is none yet: some at a time, on equal shares of the cores."""
+    shared = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+
+    def make(file: Path) -> None:
+        if file.exists():
+            return
+        done = subprocess.run([sys.executable, *commands[file]], env=shared, capture_output=True)
+        if done.returncode:
+            raise SystemExit(f"{file} was to be made, but:\n{done.stderr.decode()[-2000:]}")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(tqdm(pool.map(make, commands), total=len(commands), desc=what))
 
 
 def ratios(above: list[float], below: list[float]) -> list[float]:

@@ -11,15 +11,12 @@ scores are the test rows', of the epoch that validation chose. What is finished 
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import in_processes
 
 from metrics import rounded
 
@@ -58,20 +55,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "inputs")
     own, words = parser.parse_known_args()
-    threads = max(1, (os.cpu_count() or 1) // own.jobs)
-
-    def metrics(way: str) -> dict:
-        out = own.results / way
-        if not (out / "metrics.json").exists():
-            command = [sys.executable, ROOT / "train.py", *words, "--with-price", "--with-season-year"]
-            command += ["--inputs", *WAYS[way], "--out", out]
-            done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True)
-            if done.returncode:
-                raise SystemExit(f"{way} ended with code {done.returncode}:\n{done.stderr.decode()[-2000:]}")
-        return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-
-    with ThreadPoolExecutor(own.jobs) as pool:
-        print(table(dict(zip(WAYS, tqdm(pool.map(metrics, WAYS), total=len(WAYS), desc="ways"), strict=True))))
+    words += ["--with-price", "--with-season-year"]
+    folders = {way: own.results / way for way in WAYS}
+    commands = {
+        out / "metrics.json": [ROOT / "train.py", *words, "--inputs", *WAYS[way], "--out", out]
+        for way, out in folders.items()
+    }
+    in_processes(commands, own.jobs, "ways")
+    print(table({way: json.loads(file.read_text(encoding="utf-8")) for way, file in zip(WAYS, commands, strict=True)}))
     return 0
 
 

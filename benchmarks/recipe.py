@@ -16,18 +16,17 @@ import json
 import os
 import platform
 import resource
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import in_processes
 
 import train
 from data.schema import FASHION
@@ -150,20 +149,10 @@ def main() -> int:
         return 0
     parse_args(words)  # a mistake is better found now
     own.results.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // own.jobs)
-
-    def start(way: str) -> None:
-        if (own.results / f"{way}.json").exists():
-            return
-        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True)
-        if done.returncode:
-            raise SystemExit(f"{way} ended with code {done.returncode}:\n{done.stderr.decode()[-2000:]}")
-
-    with ThreadPoolExecutor(own.jobs) as pool:
-        list(tqdm(pool.map(start, WAYS), total=len(WAYS), desc="ways"))
-    print(f"{platform.machine()}, {threads} threads each, {own.jobs} at a time, torch {torch.__version__}")
-    print(table({way: json.loads((own.results / f"{way}.json").read_text(encoding="utf-8")) for way in WAYS}))
+    files = {way: own.results / f"{way}.json" for way in WAYS}
+    in_processes({file: [__file__, *sys.argv[1:], "--way", way] for way, file in files.items()}, own.jobs, "ways")
+    print(f"{own.jobs} at a time on {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(table({way: json.loads(file.read_text(encoding="utf-8")) for way, file in files.items()}))
     return 0
 
 
