@@ -16,7 +16,7 @@ from metrics import path_columns
 from models.decode import Answers, Decoder
 
 TARGET_PRECISION = 0.98
-SURE = 1.645  # standard errors: a threshold keeps its promise on other rows with 95 % certainty, not half the time
+SURE = 0.95  # how likely a threshold keeps its promise on other rows; that it did on these would be half the time
 BINS = 15  # of equal width, as Guo et al. have them
 COOLEST, HOTTEST = 0.05, 20.0
 
@@ -71,16 +71,20 @@ def coverage_curve(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarra
 
 
 def precision_threshold(confidence: np.ndarray, right: np.ndarray, target: float) -> float | None:
-    """The lowest threshold whose precision is at least `target`, by the lower end of Wilson's 95 % interval.
+    """The lowest threshold of a precision that is at least `target`, with 95 % certainty.
 
     The plain fraction would promise too much: of the thresholds tried, the lucky ones pass, and of a few rows most do.
+    A precision of just `target` would give m = rows · (1 - target) mistakes on average; as few as were made it must
+    give at most 5 % of the time. That is asked of Poisson's distribution, in which few mistakes are a little likelier
+    than in the binomial one (Anderson and Samuels 1967), so the certainty is kept for any number of rows.
+
     It is above 0.5, as an answer more likely wrong than right is for a person even where the others make up for it.
     None where no threshold is enough.
     """
     thresholds, rows, hits = coverage_curve(confidence, right)
-    p, z = hits / rows, SURE
-    lower = (p + z**2 / (2 * rows) - z * np.sqrt(p * (1 - p) / rows + (z / (2 * rows)) ** 2)) / (1 + z**2 / rows)
-    enough = np.flatnonzero((lower >= target) & (thresholds > 0.5))
+    mistakes, expected = torch.from_numpy(rows - hits).double(), torch.from_numpy(rows * (1 - target))
+    lucky = torch.special.gammaincc(mistakes + 1, expected).numpy()  # chance of no more mistakes than these
+    enough = np.flatnonzero((lucky <= 1 - SURE) & (thresholds > 0.5))
     return float(thresholds[enough[-1]]) if len(enough) else None
 
 

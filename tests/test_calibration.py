@@ -79,8 +79,9 @@ def test_threshold_is_the_lowest_of_all_that_keep_the_promise(target):
     passing = []
     for threshold in np.unique(confidence):
         n, k = (confidence >= threshold).sum(), right[confidence >= threshold].sum()
-        # Wilson's interval is where |k/n - p| <= z sqrt(p (1 - p) / n): the promise holds if `target` lies below it.
-        if threshold > 0.5 and k / n > target and (k / n - target) >= 1.645 * math.sqrt(target * (1 - target) / n):
+        m = n * (1 - target)
+        lucky = sum(math.exp(-m + j * math.log(m) - math.lgamma(j + 1)) for j in range(n - k + 1))
+        if threshold > 0.5 and lucky <= 0.05:
             passing.append(threshold)
     assert passing, "the case is of some use"
     assert precision_threshold(confidence, right, target) == passing[0]
@@ -91,6 +92,27 @@ def test_no_threshold_where_rows_are_few_or_wrong():
     assert precision_threshold(np.full(200, 0.99), np.ones(200, bool), 0.98) == 0.99
     assert precision_threshold(np.linspace(0, 1, 500), np.zeros(500, bool), 0.5) is None
     assert precision_threshold(np.array([]), np.array([], bool), 0.5) is None
+
+
+def accepts(rows: int, mistakes: int, target: float) -> bool:
+    return precision_threshold(np.full(rows, 0.99), np.arange(rows) >= mistakes, target) is not None
+
+
+def test_without_a_mistake_a_promise_of_98_percent_takes_150_rows():
+    assert not accepts(149, 0, 0.98) and accepts(150, 0, 0.98), "exp(-150 * 0.02) is the first below 0.05"
+
+
+@pytest.mark.parametrize(("target", "wasted"), [(0.6, 0.5), (0.9, 0.06), (0.98, 0.01)])
+@pytest.mark.parametrize("mistakes", [0, 1, 2, 5, 10, 20])
+def test_fewest_rows_keep_the_promise_by_the_exact_distribution_of_mistakes(target, wasted, mistakes):
+    def exact(rows: int) -> float:  # chance of no more mistakes than these where each row is right `target` of the time
+        chances = (math.comb(rows, j) * (1 - target) ** j * target ** (rows - j) for j in range(mistakes + 1))
+        return sum(chances)
+
+    fewest = next(rows for rows in range(mistakes + 1, 4000) if accepts(rows, mistakes, target))
+    assert exact(fewest) <= 0.05
+    needed = next(rows for rows in range(mistakes + 1, 4000) if exact(rows) <= 0.05)
+    assert fewest <= needed * (1 + wasted) + 1
 
 
 def test_what_is_more_likely_wrong_than_right_is_never_accepted():
