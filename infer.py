@@ -13,7 +13,6 @@ import startup  # noqa: F401
 import hashlib
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data.shards import SHARD_ROWS, Row, Shard, Source, open_source
-from data.sources import read_rows
+from data.title_table import TitleTable
 from distributed import share_cores
 from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
 from jobs import Crew, Job
@@ -37,10 +36,7 @@ PLOT_KINDS = (".png", ".jpg", ".pdf", ".svg")
 
 
 def find_titles(title: str | None, table: Path | None, column: str, source: Source) -> Callable[[Row], str | None]:
-    """Row -> its title: the one given, or from a table, or the row's own.
-
-    A table's `image` or `id` names a row: by the name that answers have, else by the file's, its suffix or not.
-    """
+    """Row -> its title: the one given, or from a table, or the row's own."""
     if title is not None:
         if source.rows != 1:
             count = "more" if source.rows is None else f"{source.rows:,}"
@@ -48,29 +44,12 @@ def find_titles(title: str | None, table: Path | None, column: str, source: Sour
         return lambda row: title
     if table is None:
         return lambda row: row.title
-    titles: dict[str, str | None] = {}
-    try:
-        for _, cells in read_rows(table, [column]):
-            if isinstance(cells, dict) and (name := cells.get("image") or cells.get("id")):
-                titles[name] = cells[column]
-    except OSError as error:
-        raise UserError(f"cannot read --titles {table}: {error.strerror}") from None
-    of_file, times = {Path(name).name: title for name, title in titles.items()}, Counter(Path(n).name for n in titles)
+    titles = TitleTable(table, column)
+    return lambda row: titles(row.name)
 
-    def find(row: Row) -> str | None:
-        if row.name in titles:
-            return titles[row.name]
-        for name in (Path(row.name).name, Path(row.name).stem):
-            if times[name] > 1:
-                raise UserError(f"--titles {table} has {times[name]} titles for {name}; call this one {row.name} there")
-            if of_file.get(name):
-                return of_file[name]
-        return None
 
-    files = source.files
-    if len(files) == source.rows and not any(find(Row(str(path), path)) for path in files):
-        raise UserError(f"--titles {table} has a title for none of the pictures: its image or id must be a file's name")
-    return find
+def no_titles(table: Path) -> str:
+    return f"--titles {table} has a title for none of the pictures: its image or id must be what answers call them"
 
 
 def parse_args(argv: list[str] | None, crew: Crew):
@@ -139,7 +118,10 @@ def main(argv: list[str] | None = None) -> int:
         title_of = find_titles(args.title, args.titles, config["title"], source)
         notes.append(f"answers from {config['inputs']}")
         if len(source.files) == source.rows:
-            notes[-1] += f"; {sum(bool(title_of(Row(str(path), path))) for path in source.files):,} titles given"
+            given = sum(bool(title_of(Row(str(path), path))) for path in source.files)
+            notes[-1] += f"; {given:,} titles given"
+            if args.titles and not given:
+                raise UserError(no_titles(args.titles))
     elif args.title is not None or args.titles:
         raise UserError(f"{folder} was trained on pictures alone; leave out --title and --titles")
     if simulated := [a["name"] for a in config["attributes"] if a["derive"] == "price"]:
@@ -158,10 +140,15 @@ def main(argv: list[str] | None = None) -> int:
     labeller = Labeller(folder, args.weights, device, joint, args.top_k, args.batch_size, amp)
 
     def answered(shards: Iterable[Shard]) -> Iterator[tuple[list[Row], list[dict]]]:
+        given = 0
         rows = (row for shard in shards for row in shard.read())
         if title_of:
             rows = (row._replace(title=title_of(row)) for row in rows)
-        return ((batch, labeller(batch)) for batch in labeller.batches(rows))
+        for batch in labeller.batches(rows):
+            given += sum(bool(row.title) for row in batch)
+            yield batch, labeller(batch)
+        if args.titles and not given and job is None:  # of a job this may be a shard without any
+            raise UserError(no_titles(args.titles))
 
     if job is None:
         try:

@@ -4,31 +4,25 @@ All give the same `Catalogue`: rows of text columns, and encoded picture bytes o
 and what the caller asks for; all others come along.
 """
 
-import codecs
-import csv
 import hashlib
 import io
 import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from tqdm import tqdm
 
 import hub
-from data.cells import text
 from data.columns import VERSION, Column, check_columns
 from data.images import ImageError
 from data.parquet import BUFFER, open_parquet
+from data.table import read_rows
 from data.tars import IMAGES, open_tars
 from errors import UserError
-
-UNQUOTED = "productDisplayName"  # of Kaggle's columns the one whose commas are not quoted
 
 
 @dataclass(frozen=True)
@@ -131,22 +125,22 @@ def _find_csv(path: Path) -> Path | None:
 
 
 def _csv(table: Path) -> Catalogue:
-    """A CSV file beside `images/`. A row's picture is the file that its `image` names, or ID.jpg or the like."""
+    """A CSV file beside `images/`. A row's picture is the file there that its `image` names, or ID.jpg or the like."""
     images = table.parent / "images"
     if not images.is_dir():
         raise UserError(f"{table.parent} has {table.name} but no folder images/")
     # Looking names up in this listing, never joining them to a path, is also what confines an id like '../x'.
-    files = {entry.name: entry.stat() for entry in os.scandir(images) if entry.is_file()}
+    files = {str(path.relative_to(images)): path.stat() for path in images.rglob("*") if path.is_file()}
     # Of files that differ in their suffix alone a picture, then the first.
     last_wins = sorted(sorted(files, reverse=True), key=lambda name: Path(name).suffix.lower() in IMAGES)
-    named = {Path(name).stem: name for name in last_wins} | {name: name for name in files}
+    named = {str(Path(name).with_suffix("")): name for name in last_wins} | {name: name for name in files}
     rows, skipped, seen, pictures = [], [], set(), []
     for number, row in read_rows(table):
         if isinstance(row, str):
             skipped.append(Skipped(f"line {number}", row))
         elif not row["id"]:
             skipped.append(Skipped(f"line {number}", "no id"))
-        elif (picture := named.get(Path(row["image"]).name if row.get("image") else row["id"])) is None:
+        elif (picture := named.get(_in_images(row["image"]) if row.get("image") else row["id"])) is None:
             skipped.append(Skipped(str(row["id"]), "no such file in images/"))
         elif row["id"] in seen:
             skipped.append(Skipped(row["id"], f"line {number} has an id that came before"))
@@ -165,38 +159,10 @@ def _csv(table: Path) -> Catalogue:
     )
 
 
-def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int, dict[str, str | None] | str]]:
-    """(line number, {column: text}) of each row of a CSV file with the columns `needs`; the reason where none is read.
-
-    Line by line: titles hold no line breaks, and a quote left open must not swallow the rows after it.
-    """
-    with table.open("rb") as lines:
-        header = _cells(next(lines, b"").removeprefix(codecs.BOM_UTF8))
-        if header is None:
-            raise UserError(f"{table} is not UTF-8 text; save it as UTF-8")
-        if twice := [name for name, times in Counter(header).items() if times > 1]:
-            raise UserError(f"{table} has the column {twice[0]} twice")
-        check_columns(header, needs, table)
-        for number, line in enumerate(lines, 2):
-            if (cells := _cells(line)) is None:
-                yield number, "not UTF-8, or no CSV"
-                continue
-            if surplus := max(0, len(cells) - len(header)):
-                if UNQUOTED not in header:
-                    yield number, f"{len(cells)} cells under {len(header)} columns"
-                    continue
-                title = header.index(UNQUOTED)  # whose own commas these are
-                cells[title : title + surplus + 1] = [",".join(cells[title : title + surplus + 1])]
-            if cells:
-                yield number, dict(zip_longest(header, map(text, cells)))
-
-
-def _cells(line: bytes) -> list[str] | None:
-    """The cells of a line; None where it is not UTF-8 or no CSV (a cell of more than 128 kB)."""
-    try:
-        return next(csv.reader([line.decode().rstrip("\r\n")]), [])
-    except (UnicodeDecodeError, csv.Error):
-        return None
+def _in_images(name: str) -> str:
+    """A picture's name in a table -> within `images/`, whose own name, and what leads there, may stand before it."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return str(Path(*parts[parts.index("images") + 1 :] if "images" in parts else parts))
 
 
 def _read_file(path: Path) -> bytes:

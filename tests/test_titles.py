@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 import train
 from data.shards import Row, open_source
-from errors import UserError
 from infer import find_titles
 
 ROOT = Path(__file__).parents[1]
@@ -98,11 +97,18 @@ def test_pictures_of_one_name_in_two_folders_have_each_its_own_title(tmp_path):
         path.touch()
     source, table = open_source([str(tmp_path)]), tmp_path / "titles.csv"
     table.write_text("image,title\n" + "".join(f"{path},Title of {path.parent.name}\n" for path in paths))
-    find = find_titles(None, table, "title", source)
-    assert [find(Row(str(path), path)) for path in paths] == ["Title of a", "Title of b"]
-    table.write_text("image,title\na/1.jpg,Title of a\nb/1.jpg,Title of b\n")
-    with pytest.raises(UserError, match=r"has 2 titles for 1.jpg; call this one .*/a/1.jpg there"):
-        find_titles(None, table, "title", source)
+
+    def found() -> list[str | None]:
+        find = find_titles(None, table, "title", source)
+        return [find(Row(str(path), path)) for path in paths]
+
+    assert found() == ["Title of a", "Title of b"]
+    table.write_text("image,title\na/1.jpg,Title of a\nb/1,Title of b\n")
+    assert found() == ["Title of a", "Title of b"]
+    table.write_text("image,title\na/1.jpg,Title of a\nc/1.jpg,Title of c\n")
+    assert found() == ["Title of a", None], "another folder's picture is another"
+    table.write_text("id,title\n1,Title of both\n1.5,Title of none\n")
+    assert found() == ["Title of both"] * 2
 
 
 def test_titles_in_parquet_and_in_tar_do_the_same(command, both, drawings, tmp_path):
@@ -179,12 +185,17 @@ def test_titles_added_to_a_run_of_pictures_change_no_answer_at_first(command, de
         (["a", "--titles", "other.csv"], "--titles other.csv has a title for none of the pictures"),
         (["a", "--title", "x", "--titles", "other.csv"], "argument --titles: not allowed with argument --title"),
         (["a", "--titles", "bare.csv"], "bare.csv lacks the column productDisplayName"),
+        (["a", "--titles", "nameless.csv"], "names no pictures: it has neither a column image nor id"),
+        (["rows.parquet", "--titles", "other.csv"], "--titles other.csv has a title for none of the pictures"),
     ],
 )
 def test_mistakes_with_titles_are_one_line(command, both, drawings, tmp_path, words, message):
     pictures = sorted((drawings / "images").iterdir())
     (tmp_path / "other.csv").write_text("id,productDisplayName\n77,Red Shoe\n")
     (tmp_path / "bare.csv").write_text("id,name\n77,Red Shoe\n")
+    (tmp_path / "nameless.csv").write_text("key,productDisplayName\n77,Red Shoe\n")
+    rows = {"id": ["5"], "image": [{"bytes": pictures[0].read_bytes(), "path": None}]}
+    pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
     words = [pictures["ab".index(word)] if word in ("a", "b") else word for word in words]
     done = command("infer.py", *words, "--checkpoint", both[0] / "best", cwd=tmp_path)
     assert done.returncode == 2

@@ -196,7 +196,7 @@ def test_a_table_with_every_fault_gives_the_good_rows_and_lists_the_others(tmp_p
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (HEADER.encode("utf-16"), "is not UTF-8 text; save it as UTF-8"),
+        (HEADER.encode("utf-16"), "is not UTF-8 text with a row in each line; save it as such"),
         (b"", "lacks the column id; it has "),
         (f"{HEADER},gender".encode(), "has the column gender twice"),
         (

@@ -1,0 +1,49 @@
+"""Titles from a table of their own, for pictures that bring none."""
+
+from pathlib import Path, PurePosixPath
+
+from data.table import read_rows
+from data.tars import IMAGES
+from errors import UserError
+
+
+class TitleTable:
+    """A picture's name -> its title, None where the table has none.
+
+    A row of the table names its picture in `image` or `id`: by the file's name, with its suffix or not, and with as
+    many of the folders before it as tell it from others; where the picture has no file, by what answers call it.
+
+    Args:
+        path: a CSV file.
+        column: the one that holds titles.
+
+    Raises:
+        UserError: it cannot be read, or lacks the columns.
+    """
+
+    def __init__(self, path: Path, column: str):
+        self.titles: dict[str, str | None] = {}
+        try:
+            for _, cells in read_rows(path, [column]):
+                if isinstance(cells, str):
+                    continue
+                if not {"image", "id"} & cells.keys():
+                    raise UserError(f"--titles {path} names no pictures: it has neither a column image nor id")
+                if name := cells.get("image") or cells.get("id"):
+                    self.titles |= {_plain(name): cells[column], str(PurePosixPath(name)): cells[column]}
+        except OSError as error:
+            raise UserError(f"cannot read --titles {path}: {error.strerror}") from None
+
+    def __call__(self, name: str) -> str | None:
+        for spelt in (str(PurePosixPath(name)), _plain(name)):
+            parts = PurePosixPath(spelt).parts
+            for start in range(len(parts)):  # the most folders first
+                if (found := str(PurePosixPath(*parts[start:]))) in self.titles:
+                    return self.titles[found]
+        return None
+
+
+def _plain(name: str) -> str:
+    """Without a picture's suffix, and only that: an id may hold a dot."""
+    path = PurePosixPath(name)
+    return str(path.with_suffix("") if path.suffix.lower() in IMAGES else path)

@@ -1,0 +1,74 @@
+"""Tables as spreadsheets and shops write them, good or damaged."""
+
+import pytest
+
+from data.sources import Skipped, load_source
+from data.table import LINES, read_rows
+from errors import UserError
+from tests.data.conftest import picture
+
+
+def rows(path, text: str | bytes) -> list:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return [cells if isinstance(cells, str) else tuple(cells.values()) for _, cells in read_rows(path)]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_cell_in_quotes_holds_line_breaks(tmp_path, end):
+    text = end.join(
+        ["id,about,room", '1,"First', "", 'a ""wide"" bed",Bedroom', "2,Short,Office", '3,"Last', 'one",Hall']
+    )
+    assert rows(tmp_path / "shop.csv", text) == [
+        ("1", 'First\n\na "wide" bed', "Bedroom"), ("2", "Short", "Office"), ("3", "Last\none", "Hall")
+    ]  # fmt: skip
+    assert [number for number, _ in read_rows(tmp_path / "shop.csv")] == [2, 5, 6]
+
+
+@pytest.mark.parametrize("column", ["first", "last"])
+def test_a_quote_left_open_takes_no_other_row_with_it(tmp_path, column):
+    bad = '"1,Bed,Bedroom' if column == "first" else '1,Bed,"Bedroom'
+    text = "\n".join(["id,about,room", bad, *(f'{i},"A, B",Office' for i in range(2, 6))])
+    assert rows(tmp_path / "shop.csv", text) == [
+        "a quote that is left open",
+        *((str(i), "A, B", "Office") for i in range(2, 6)),
+    ]
+
+
+def test_a_quote_left_open_in_the_last_column_does_not_take_the_rest_of_the_table(tmp_path):
+    text = "\n".join(["id,room", '1,"Bedroom', *(f"{i},Office" for i in range(2, 3 * LINES))])
+    found = rows(tmp_path / "shop.csv", text)
+    assert found == ["a quote that is left open", *((str(i), "Office") for i in range(2, 3 * LINES))]
+
+
+def test_a_mark_of_inches_is_no_quote(tmp_path):
+    assert rows(tmp_path / "shop.csv", 'id,about\n1,A 15" screen\n2,x\n') == [("1", 'A 15" screen'), ("2", "x")]
+
+
+def test_empty_columns_of_a_spreadsheet_are_none(tmp_path):
+    assert rows(tmp_path / "shop.csv", "id,room,,\n1,Bedroom,,\n2,Office\n") == [("1", "Bedroom"), ("2", "Office")]
+    with pytest.raises(UserError, match="has the column without a name twice"):
+        rows(tmp_path / "shop.csv", "id,,room,,x\n")
+
+
+def test_a_file_whose_lines_end_in_carriage_returns_alone_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="is not UTF-8 text with a row in each line"):
+        rows(tmp_path / "shop.csv", "id,room\r1,Bedroom\r")
+
+
+def test_a_picture_is_found_in_its_own_folder_and_no_other(tmp_path):
+    for name in ("500/front.png", "501/front.png", "front.png"):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(len(name) + int(name[2] == "1")))
+    lines = [
+        "1,500/front.png",
+        "2,images/501/front.png",
+        "3,front.png",
+        r"4,C:\shop\images\500\front.png",
+        "5,502/front.png",
+    ]
+    (tmp_path / "items.csv").write_text("\n".join(["id,image", *lines]))
+    catalogue = load_source(str(tmp_path), tmp_path / "cache")
+    wanted = ["500/front.png", "501/front.png", "front.png", "500/front.png"]
+    assert [catalogue.read(row) for row in range(4)] == [(tmp_path / "images" / name).read_bytes() for name in wanted]
+    assert catalogue.skipped == [Skipped("5", "no such file in images/")]
