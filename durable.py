@@ -32,8 +32,11 @@ def sync_folder(folder: Path) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Give a file new content: whoever looks sees the old or the new, whole."""
     part = path.with_name(path.name + ".part")
-    write_synced(part, data)
-    os.replace(part, path)
+    try:
+        write_synced(part, data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -1,11 +1,15 @@
 """What a user can get wrong ends a command with one line and exit code 2; everything else keeps its traceback."""
 
 import argparse
+import errno
 import functools
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a user's share of it, a file
 
 
 class UserError(Exception):
@@ -46,10 +50,12 @@ def make_folder(path: Path, option: str) -> None:
     check_writable(path / "file", option)
 
 
-def check_writable(path: Path, option: str) -> None:
-    """Raise a `UserError` now, not after the work, where a file of this name could not be made."""
+def check_writable(path: Path, option: str, inputs: Iterable[Path | None] = ()) -> None:
+    """Raise a `UserError` now, not after the work, where a file of this name could not be made, or is itself read."""
     if path.is_dir():
         raise UserError(f"cannot write {option} {path}: it is a folder")
+    if path.exists() and any(read and read.exists() and path.samefile(read) for read in inputs):
+        raise UserError(f"{option} {path} would replace what is read; give another name")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
@@ -57,8 +63,8 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def exits_cleanly(main):
-    """Decorate a command's `main`: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130, and
-    output that nobody reads any more 141: what shells say of both signals."""
+    """Decorate a command's `main`: a `UserError` or a full disk becomes one line on stderr and exit code 2, Ctrl-C exit
+    code 130, and output that nobody reads any more 141: what shells say of both signals."""
 
     @functools.wraps(main)
     def command(*args, **kwargs):
@@ -76,5 +82,10 @@ def exits_cleanly(main):
         except BrokenPipeError:  # as of `| head`: nobody reads on, and what is still to be flushed goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            print(f"error: cannot write {error.filename or 'all'}: {error.strerror}; make room", file=sys.stderr)
+            sys.exit(2)
 
     return command

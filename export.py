@@ -1,6 +1,6 @@
 """A trained run in other formats.
 
-python export.py --to timm --out backbone.safetensors    merged weights, for timm.create_model and --weights
+python export.py --to timm --out backbone.safetensors    merged weights, for timm.create_model
 python export.py --to peft --out adapter/                LoRA alone, for PEFT on Hugging Face's ViT
 python export.py --to onnx --out model.onnx              merged backbone and heads, for onnxruntime
 """
@@ -13,20 +13,21 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as tensor_bytes
 from torch import nn
 
+from durable import replace_file
 from errors import Parser, UserError, check_writable, exits_cleanly
 from lora import merge_lora, to_peft
 from models.backbone import DEMO, DEMO_ARCHITECTURE, DEMO_BACKBONE, hf_name
-from models.checkpoint import find_checkpoint, load_checkpoint
+from models.checkpoint import find_checkpoint, load_checkpoint, remembered_weights
 
 KINDS = {"timm": ".safetensors", "peft": "", "onnx": ".onnx"}
 
 
 def export_timm(model: nn.Module, config: dict, out: Path) -> None:
     """The backbone with LoRA merged in, in timm's names; the heads stay behind."""
-    save_file(merge_lora(model.backbone).state_dict(), out, metadata={"format": "pt"})
+    replace_file(out, tensor_bytes(merge_lora(model.backbone).state_dict(), metadata={"format": "pt"}))
     base = config["backbone"]
     name, changed = base["name"], {key: base[key] for key in ("img_size", "patch_size") if base[key]}
     options = {"num_classes": 0} | (DEMO_BACKBONE if name == DEMO else {}) | changed
@@ -40,8 +41,8 @@ def export_peft(model: nn.Module, config: dict, out: Path, old: bool) -> None:
     """PEFT's two files; the heads stay behind, as PEFT has no place for them."""
     adapter, tensors = to_peft(model.backbone, lambda name: hf_name(name, old), config["lora"]["dropout"])
     out.mkdir(parents=True, exist_ok=True)
-    (out / "adapter_config.json").write_text(json.dumps(adapter, indent=1) + "\n", encoding="utf-8")
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    replace_file(out / "adapter_config.json", (json.dumps(adapter, indent=1) + "\n").encode())
+    replace_file(out / "adapter_model.safetensors", tensor_bytes(tensors, metadata={"format": "pt"}))
     if config["backbone"]["patch_size"] or config["backbone"]["keep_patches"] < 1:
         print("trained with --patch-size or --keep-patches, for which Hugging Face's ViT has no option")
     since = "up to 5.8" if old else "from 5.9 on"
@@ -90,7 +91,7 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
     about = {"preprocess": config["preprocess"], "labels": labels} | ({"numbers": numbers} if numbers else {})
     about |= {"paths": config["paths"], "calibration": config.get("calibration")}
     beside = out.with_suffix(".json")
-    beside.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_file(beside, (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
     print(f"what its inputs and outputs mean: {beside}")
 
 
@@ -107,8 +108,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--out {args.out}: --to {args.to} makes a {KINDS[args.to] or 'folder, without a suffix'}")
     if args.to == "peft" and args.out.is_file():
         raise UserError(f"--out {args.out}: it is a file, and --to peft makes a folder")
-    check_writable(args.out / "adapter_config.json" if args.out.is_dir() else args.out, "--out")
     folder = find_checkpoint(args.checkpoint)
+    weights = args.weights or remembered_weights(folder)
+    check_writable(args.out / "adapter_config.json" if args.out.is_dir() else args.out, "--out", [weights])
+    if args.to == "onnx" and args.out.with_suffix(".json").exists() and not args.out.exists():
+        raise UserError(f"--out {args.out}: {args.out.with_suffix('.json')} is there already, and would be replaced")
     model, config = load_checkpoint(folder, args.weights)
     if config["inputs"] != "image":
         raise UserError(f"{folder} reads titles, which none of these formats has a place for")

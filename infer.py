@@ -97,8 +97,6 @@ def parse_args(argv: list[str] | None, crew: Crew):
         if path and path.suffix.lower() not in kinds:
             folder = "; a folder's, in none of the kind" if option == "--out" else ""
             raise UserError(f"{option} {path}: the name must end in {', '.join(kinds)}{folder}")
-        if path:
-            check_writable(path, option)
     return args
 
 
@@ -112,6 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     source = open_source(
         args.images, config["title"] if config["text"] else None, args.shard_rows, args.out if args.job else None
     )
+    for option, path in (("--out", None if args.job else args.out), ("--plot", args.plot)):
+        if path:
+            check_writable(path, option, [*source.paths, args.titles, args.weights])
     notes = [f"checkpoint {folder}", *source.notes]
     title_of = None
     if config["text"]:

@@ -15,6 +15,7 @@ from data.shards import Row
 from data.titles import TitleReader
 from errors import UserError
 from lora import keep_base_in, merge_lora
+from memory import ran_out
 from models.checkpoint import load_checkpoint
 from models.decode import Decoder
 
@@ -31,7 +32,7 @@ class Labeller:
         weights: the backbone's base weights, as `load_checkpoint` takes them.
         joint: let the attributes of a path fit together.
         top_k: guesses for each attribute.
-        batch_size: pictures at a time; halved as often as the GPU's memory runs out.
+        batch_size: pictures at a time; halved as often as memory runs out.
         amp: dtype of mixed precision.
     """
 
@@ -81,11 +82,12 @@ class Labeller:
         while len(answers) < len(batch):
             try:
                 answers += self._answer(batch[len(answers) : len(answers) + self.most])
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
                 if self.most == 1:
-                    raise UserError(
-                        "out of memory at a single image; free the GPU or hide it: CUDA_VISIBLE_DEVICES="
-                    ) from None
+                    hint = "; free the GPU or hide it: CUDA_VISIBLE_DEVICES=" if self.device.type == "cuda" else ""
+                    raise UserError(f"out of memory at a single image{hint}") from None
                 self.most //= 2
                 print(f"out of memory: going on with batches of {self.most}", file=sys.stderr)
         return answers

@@ -1,4 +1,4 @@
-"""How glibc keeps the memory that a process frees; elsewhere nothing is done."""
+"""How glibc keeps the memory that a process frees (elsewhere nothing is done); how torch says that there is no more."""
 
 import ctypes
 import sys
@@ -24,6 +24,11 @@ def keep_freed_memory() -> None:
     """
     _set(M_TRIM_THRESHOLD, 2**31 - 1)
     _set(M_MMAP_THRESHOLD, 1 << 30) or _set(M_MMAP_THRESHOLD, OLD_MOST)
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether memory was not enough: of a GPU torch says so by a class of its own, of a CPU by its words alone."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
 def _set(option: int, value: int) -> bool:

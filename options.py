@@ -176,6 +176,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--cache-dir", type=Path, default=default_cache_dir(), help="for decoded images (default: %(default)s)"
     )
     args = p.parse_args(argv)
+    for name in ("data", "backbone"):
+        if getattr(args, name) == "":
+            raise UserError(f"--{name} is empty; name one, or leave it out")
     if not 0 < args.lr < math.inf:
         raise UserError(f"--lr {args.lr} is not a positive number")
     if not 0 < args.lora_plus < math.inf:

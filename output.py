@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,7 +31,8 @@ class Output:
 
     def __init__(self, path: Path, attributes: list[dict]):
         self.path, self.kind = path, path.suffix.lower()
-        self.part = path.with_name(f".{path.name}.part")  # hidden: readers of a folder of parquet pass over it
+        # Hidden: readers of a folder of parquet pass over it. Of this process: another may write to the same name.
+        self.part = path.with_name(f".{path.name}.{os.getpid()}.part")
         classes = [a["name"] for a in attributes if a["kind"] == "class"]
         numbers = [a["name"] for a in attributes if a["kind"] == "number"]
         said = ((name, f"{name}_confidence", f"{name}_decision") for name in classes)

@@ -1,6 +1,7 @@
 """A model and the labelled pictures that it is trained or scored on: set up for a new run, or from a checkpoint."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -37,6 +38,7 @@ from models.backbone import create_backbone
 from models.checkpoint import attach, load_checkpoint
 from models.classifier import AttributeClassifier
 from models.inherit import inherit
+from models.schema import misfit
 from options import AMP, EXTRA
 
 LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
@@ -118,6 +120,8 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     if reads:
         config["text"] = fit_text(args, config, list(chosen(catalogue.columns[schema.title], train_rows)))
         known = known._replace(tokens=read_titles(config, catalogue))
+    if where := misfit(json.loads(json.dumps(config))):  # better now than when a checkpoint of it is read
+        raise UserError(f"no checkpoint of this run could be read: its {where} is not what it should be")
     model = attach(backbone, config)
     model.drop_patches = args.drop_patches
     if args.base == "int8":  # before anything is inherited, which a resumed run does not do again

@@ -29,8 +29,9 @@ from durable import replace_file
 from errors import UserError, exits_cleanly
 from evaluate import evaluate
 from figures import label_sheet
+from memory import ran_out
 from metrics import scores_table, trust_table
-from models.checkpoint import load_tensors, read_config, trained_params
+from models.checkpoint import amend_config, load_checkpoint, load_tensors, read_config, trained_params
 from options import warn_if_slow
 from runs import Board, Stopped, StopRequest, choose, discard_run
 from state import TrainingState, check_finite
@@ -163,6 +164,8 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
                 state.progress |= {"best_accuracy": scores["mean_accuracy"], "best_epoch": epoch}
                 state.save_best(calibration=calibrate(found.logits, task.labels[rows], task.config))
 
+        if args.base == "int8":
+            task = on_float_base(args, task, state, stop, device)
         chosen = f"epoch {state.progress['best_epoch']} of {args.epochs} (best on validation)"
         if args.no_test:
             print(f"\nkept: {chosen}; the test rows are left alone")
@@ -172,6 +175,21 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
             board.close()
         return True
     return False
+
+
+def on_float_base(
+    args: argparse.Namespace, task: Task, state: TrainingState, stop: StopRequest, device: torch.device
+) -> Task:
+    """The best epoch as everybody will load it, on the base as it was before it was quantised, and calibrated there."""
+    distributed.any_of(False)  # the first process has written it
+    model, config = load_checkpoint(state.best, args.weights)
+    task = task._replace(model=model.to(device), config=config)
+    with stop.at_once():
+        found = evaluate(task, "val", device)
+    if distributed.first():
+        amend_config(state.best, calibration=calibrate(found.logits, task.labels[found.rows], config))
+    print(f"\non the float base:\n{scores_table(found.scores)}")
+    return task
 
 
 def score_test(
@@ -222,7 +240,9 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     again = f"python train.py --resume --out {args.out}"
     try:
         finished = fit(args, task, device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         raise UserError(
             f"out of memory at --batch-size {args.batch_size}; start anew with half of it and twice --accum "
             f"{args.accum}, which takes the same steps, or with --amp. The last checkpoint is {args.out / 'last'}"

@@ -2,8 +2,9 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 
@@ -87,7 +88,10 @@ def fit_scales(columns: Columns, train_rows: Sequence[int], attributes: Sequence
         values = numbers(columns, a)[train_rows]
         values = values[~np.isnan(values)]
         _check_varied(a, np.unique(values).tolist(), "leave it out")
-        scales[a.name] = Scale(float(values.mean()), float(values.std()), float(np.median(values)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            scales[a.name] = Scale(float(values.mean()), float(values.std()), float(np.median(values)))
+        if not all(map(math.isfinite, astuple(scales[a.name]))):
+            raise UserError(f"{a.name} is up to {abs(values).max():g} (column {a.column}), too large for a mean")
     return scales
 
 

@@ -9,7 +9,6 @@ metal bracelet or a golden hem. The brands are invented. A few fresh drawings, i
 `--catalogue furniture` draws the other catalogue, see `data.furniture`.
 """
 
-import argparse
 import csv
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from PIL import Image
 
 from data import furniture
 from data.pen import DARK, GOLD, METAL, PALE, Pen, box, circle, mirrored, rounded
-from errors import UserError, exits_cleanly
+from errors import Parser, UserError, exits_cleanly
 
 ROWS = 4000
 MISSING = 0.01  # share of rows without a usage, without a colour, without a title
@@ -298,7 +297,7 @@ def draw(index: int, seed: int = 0) -> tuple[dict, Image.Image]:
 
 @exits_cleanly
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--catalogue", choices=("fashion", "furniture"), default="fashion", help="(default: fashion)")
     parser.add_argument("--out", type=Path, required=True, help="folder for a CSV file and images/")
     parser.add_argument("--rows", type=int, default=8, help="how many articles to draw")
@@ -308,8 +307,11 @@ def main():
         raise UserError(f"--rows {args.rows} draws nothing; give 1 or more")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} is negative")
+    table = args.out / ("items.csv" if args.catalogue == "furniture" else "styles.csv")
+    if table.exists() or (args.out / "images").exists():
+        raise UserError(f"--out {args.out} holds a catalogue already; name another folder")
     try:
-        (args.out / "images").mkdir(parents=True, exist_ok=True)
+        (args.out / "images").mkdir(parents=True)
     except OSError as error:
         raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
     rows, drawing = [], furniture.draw if args.catalogue == "furniture" else draw
@@ -317,7 +319,6 @@ def main():
         row, image = drawing(index, args.seed)
         image.save(args.out / "images" / row.get("image", f"{row['id']}.jpg"), quality=92)
         rows.append(row)
-    table = args.out / ("items.csv" if args.catalogue == "furniture" else "styles.csv")
     with open(table, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

@@ -37,9 +37,11 @@ def decode(source: bytes | Path) -> Image.Image:
         ImageError: not an image, truncated or damaged, or more than `MAX_PIXELS` (known before decoding).
     """
     image = _open(source)
+    if image.mode in ("I", "F"):  # 32 bits a pixel, and nothing says which number is white
+        raise ImageError("32 bits a pixel, of no known scale; save it with 8 or 16")
     try:
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would clip at 255 where it should scale
+        if image.mode.startswith("I;16"):  # 16 bits a pixel: convert("RGB") would clip at 255 where it should scale
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")

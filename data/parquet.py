@@ -6,7 +6,7 @@ within a few runs, reads each run once.
 """
 
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
@@ -57,6 +57,8 @@ def open_file(path: Path | str, filesystem: FileSystem | None = None) -> File:
             found = found._replace(rows=file.metadata.num_rows, nbytes=nbytes, schema=file.schema_arrow)
     except found.failures as error:
         raise UserError(f"{path} cannot be read as parquet: {error}".splitlines()[0]) from None
+    if twice := [name for name, times in Counter(found.schema.names).items() if times > 1]:
+        raise UserError(f"{path} has the column {twice[0]} twice")
     if "image" not in found.schema.names:
         raise UserError(f"{path} lacks the column image; it has {', '.join(found.schema.names)}")
     image = found.schema.field("image").type

@@ -89,12 +89,15 @@ def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:
     for name in extra:
         if name not in optional:
             raise UserError(f"{path} has no [optional.{name}]{nearest(name, optional)}")
+        if name in tables:
+            raise UserError(f"{path} has {name} twice, in [attributes] and in [optional]; call one otherwise")
         tables[name] = optional[name]
     for name, table in tables.items():
         if name in TAKEN:
             raise UserError(f"{path}: {name} is a column of what infer.py writes; give the attribute another name")
         _check_table(f"{path}: {name}", table)
-        if (other := name.removesuffix("_confidence").removesuffix("_decision")) != name and other in tables:
+        other = next((name.removesuffix(end) for end in ("_confidence", "_decision") if name.endswith(end)), None)
+        if other in tables and tables[other].get("kind", "class") == "class":
             raise UserError(f"{path}: infer.py writes {name} of {other}; give the attribute another name")
     _check_parents(path, tables)
 

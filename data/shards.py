@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
     Attributes:
         name: what an answer calls it: the file; of parquet and the hub its `id`, else image.path, else FILE#ROW; of a
-            tar the member's name.
+            tar the member's name, of several TAR/MEMBER.
         picture: encoded, or the file it lies in, or the reason why there is none.
         title: None where none is given, or nobody asked for titles.
     """
@@ -67,12 +67,14 @@ class Source:
     shards: in order; their rows are all that was asked for.
     fingerprint: changes with the name or the size of any input.
     files: the picture files among the inputs.
+    paths: all files among them.
     notes: what the user should know about how the inputs were understood.
     """
 
     shards: list[Shard]
     fingerprint: str
     files: list[Path]
+    paths: list[Path]
     notes: list[str]
 
     @property
@@ -117,11 +119,12 @@ def open_source(
             for path in some:
                 shards += _parquet_shards(path, rows, title, notes)
         else:
-            shards += [Shard(None, functools.partial(_tar_rows, path, title)) for path in some]
+            several = sum(_kind(name) == "tar" for name in found) > 1
+            shards += [Shard(None, functools.partial(_tar_rows, path, title, several)) for path in some]
     if not shards:
         raise UserError(f"{', '.join(asked)} has no rows")
     fingerprint = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
-    return Source(shards, fingerprint, files, notes)
+    return Source(shards, fingerprint, files, [name for name in found if isinstance(name, Path)], notes)
 
 
 def _kind(name: str | Path) -> str:
@@ -133,6 +136,8 @@ def _kind(name: str | Path) -> str:
 
 def _find(item: str, without: Path | None, notes: list[str]) -> list[str | Path]:
     """The files that a word of the command line means, or the word itself where it names a dataset on the hub."""
+    if not item:
+        raise UserError("one of the inputs is an empty word; name files or folders")
     if item.startswith("hub:"):
         return [item]
     path = Path(item)
@@ -191,13 +196,15 @@ def _row(cells: dict, otherwise: str, title: str | None) -> Row:
     return Row(name, image.get("bytes") or "no image in this row", text(cells.get(title)) if title else None)
 
 
-def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
+def _tar_rows(path: Path, title: str | None, several: bool) -> Iterator[Row]:
+    """Rows of a tar; of several, with its own name before theirs, which may be the same in another."""
     titles, count = read_titles(path, title) if title else {}, 0
     try:
         for tar, member in members(path, IMAGES):
             plain = member.isreg() and not member.issparse()  # a sparse one may claim any size
             picture = tar.extractfile(member).read() if plain else "not a plain file"
-            yield Row(clean(member.name), picture, titles.get(product(member.name)))
+            name = f"{path}/{member.name}" if several else member.name
+            yield Row(clean(name), picture, titles.get(product(member.name)))
             count += 1
     except (tarfile.TarError, OSError) as error:
         yield Row(str(path), f"damaged or cut short after {count:,} pictures: {error}")

@@ -92,7 +92,19 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
     if not len(catalogue):
         raise UserError(f"{spec} has no rows with an image ({len(catalogue.skipped)} skipped)")
     check_columns(catalogue.columns, needs, catalogue.name)
+    catalogue = replace(catalogue, read=_identified(catalogue))
     return catalogue if limit is None or limit >= len(catalogue) else _take(catalogue, limit)
+
+
+def _identified(catalogue: Catalogue) -> Callable[[int], bytes]:
+    """Its `read`, for rows with an id: one without could not be told from others in any list."""
+
+    def read(i: int) -> bytes:
+        if catalogue.ids[int(i)] is None:
+            raise ImageError("no id")
+        return catalogue.read(i)
+
+    return read
 
 
 def _take(catalogue: Catalogue, limit: int) -> Catalogue:
@@ -175,8 +187,9 @@ def _read_file(path: Path) -> bytes:
 def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     """Parquet or tar files, one or a folder of them; their text columns are copied to the cache."""
     opens = {".parquet": open_parquet, ".tar": open_tars}
-    found = {suffix: sorted(path.rglob(f"*{suffix}")) if path.is_dir() else [path] for suffix in opens}
-    suffix = next((s for s, files in found.items() if files and files[0].suffix == s), None)
+    there = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    found = {suffix: [file for file in there if file.suffix.lower() == suffix] for suffix in opens}
+    suffix = next((s for s, files in found.items() if files), None)
     if suffix is None:
         raise UserError(f"{path} holds neither a CSV file with images/ nor *.parquet nor *.tar")
     files, root = found[suffix], path if path.is_dir() else path.parent

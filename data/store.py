@@ -155,7 +155,8 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, m
         pixels=pixels,
         hashes=hashes,
         ok=ok,
-        skipped=catalogue.skipped + [Skipped(catalogue.ids[row], reason) for row, reason in failures.items()],
+        skipped=catalogue.skipped
+        + [Skipped(catalogue.ids[row] or f"row {row}", reason) for row, reason in failures.items()],
         path=path,
         built=built,
         run=None if keep else catalogue.run,

@@ -70,6 +70,8 @@ def lora_layers(
     for what, setting in (("rank", rank), ("alpha", alpha)):
         if isinstance(setting, Mapping) and (missing := [name for name in target_modules if name not in setting]):
             raise ValueError(f"no {what} for target {missing[0]!r}; {what} has {', '.join(setting)}")
+        if isinstance(setting, Mapping) and (idle := [name for name in setting if name not in target_modules]):
+            raise ValueError(f"{what} of {idle[0]!r}, which is no target; there are {', '.join(target_modules)}")
     plan = _resolve(model, target_modules, table or {})
     if layers is not None:
         plan = _only(plan, set(layers))

@@ -77,6 +77,11 @@ def from_peft(
     foreign = [key for key in ("modules_to_save", "fan_in_fan_out", "lora_bias", "use_qalora") if config.get(key)]
     if foreign or config.get("bias", "none") != "none":
         raise ValueError(f"the adapter uses {', '.join(foreign) or 'bias'}, which is not supported")
+    if isinstance(start := config.get("init_lora_weights"), str) and start not in ("gaussian", "eva", "orthogonal"):
+        raise ValueError(
+            f"the adapter was started with {start}, which changes the base too; have PEFT convert it "
+            "(path_initial_model_for_weight_conversion)"
+        )
     state, settings = {}, {}
     for name, tensor in tensors.items():
         key = next((key for key, end in KEYS.items() if name.endswith(f".{end}")), None)

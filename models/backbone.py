@@ -76,9 +76,16 @@ def create_backbone(
 
 
 def hf_name(pair: str, old: bool = False) -> str:
-    """A LoRA pair of a timm ViT -> its layer in `ViTModel`; `old`: in transformers up to 5.8."""
+    """A LoRA pair of a timm ViT -> its layer in `ViTModel`; `old`: in transformers up to 5.8.
+
+    Raises:
+        UserError: it has none, as a fused `qkv` that LoRA takes as a whole.
+    """
     number = pair.split(".")[1]
-    return HF_LAYERS[pair.replace(f".{number}.", ".{}.", 1)][0 if old else 1].format(number)
+    names = HF_LAYERS.get(pair.replace(f".{number}.", ".{}.", 1))
+    if names is None:
+        raise UserError(f"{pair} has no counterpart in Hugging Face's ViT; train with --targets query key value dense")
+    return names[0 if old else 1].format(number)
 
 
 def timm_name(layer: str) -> str:

@@ -21,8 +21,8 @@ from lora import apply_lora, get_adapter_params, load_params, set_trainable_para
 from models.backbone import VIT_TARGETS, create_backbone, read_tensors
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
-from models.schema import misfit
-from models.text import PAD, SPECIAL, TextEncoder
+from models.schema import contradiction, misfit
+from models.text import PAD, TextEncoder
 from models.text import WIDTH as TEXT_WIDTH
 
 FORMAT = 4  # raise it when older code could not read what is written
@@ -125,7 +125,7 @@ def read_config(folder: Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        hint = f"; {before} holds the one before" if (before := previous_of(folder)).is_dir() else ""
+        hint = f"; {before} holds the one before" if (before := previous_of(folder.resolve())).is_dir() else ""
         raise UserError(
             f"no checkpoint at {folder} (no config.json there{hint}); give --checkpoint runs/NAME/best"
         ) from None
@@ -151,14 +151,8 @@ def read_config(folder: Path) -> dict:
             raise UserError(f"{folder / name} is damaged: its checksum differs")
     if where := misfit(config):
         raise UserError(f"{path} does not describe a model: {where} is missing or not what it should be")
-    for kind, names in [("attributes", [a["name"] for a in config["attributes"]])] + [
-        (f"labels of {a['name']}", a["labels"]) for a in config["attributes"] if a["kind"] == "class"
-    ]:
-        if not names or len(set(names)) < len(names):
-            raise UserError(f"{path} does not describe a model: its {kind} are none, or one comes twice")
-    reads, text = "title" in config["inputs"], config["text"]
-    if reads != (text is not None) or (reads and not (config["title"] and set(SPECIAL) <= set(text["vocab"]))):
-        raise UserError(f"{path} does not describe a model: its inputs and its text do not go together")
+    if what := contradiction(config):
+        raise UserError(f"{path} does not describe a model: {what}")
     return config
 
 
@@ -198,6 +192,8 @@ def load_checkpoint(folder: Path, weights: Path | None = None) -> tuple[Attribut
             f"{folder} was trained on {name} weights {fingerprint}, but {weights or 'the hub copy'} holds {found}; "
             "name the right file with --weights"
         )
+    if list(backbone.patch_embed.img_size) != config["preprocess"]["size"]:
+        raise UserError(f"{folder} contradicts itself: its preprocess.size is not what its backbone reads")
     model = attach(backbone, config)
     load_tensors(folder, model)
     return model.eval(), config

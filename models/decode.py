@@ -6,8 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from errors import UserError
-
 
 class Answers(NamedTuple):
     """What is said of a batch, class attributes in declaration order.
@@ -37,13 +35,9 @@ class Decoder:
     Args:
         config: a checkpoint's: `attributes`, `paths` (see `data.attributes.known_paths`) and, once calibrated,
             `calibration`. Without the latter temperatures are 1 and nothing is accepted.
-
-    Raises:
-        UserError: the paths or the temperatures are not those of the attributes.
     """
 
     def __init__(self, config: dict, joint: bool = True):
-        _check_fit(config)
         self.names = [attribute["name"] for attribute in config["attributes"] if attribute["kind"] == "class"]
         known = [path for path in config["paths"] if joint and path["known"]]
         self.paths = [(path["attributes"], torch.tensor(path["known"])) for path in known]  # (P, names) each
@@ -67,21 +61,3 @@ class Decoder:
         )
         needed = [float("inf") if self.threshold[name] is None else self.threshold[name] for name in self.names]
         return Answers(said, confidence, confidence >= torch.tensor(needed, device=confidence.device), probabilities)
-
-
-def _check_fit(config: dict) -> None:
-    """A stranger may have written the config: a class that is not there would be an index out of range later."""
-    classes = {a["name"]: range(len(a["labels"])) for a in config["attributes"] if a["kind"] == "class"}
-    for path in config["paths"]:
-        names = path["attributes"]
-        if not names or not set(names) <= classes.keys():
-            raise UserError(
-                "the checkpoint's config.json contradicts itself: a path is of attributes that are not there"
-            )
-        if any(
-            len(p) != len(names) or any(c not in classes[n] for n, c in zip(names, p, strict=True))
-            for p in path["known"]
-        ):
-            raise UserError("the checkpoint's config.json contradicts itself: a path names a class that no label has")
-    if (fitted := config.get("calibration")) and fitted["temperature"].keys() != classes.keys():
-        raise UserError("the checkpoint's config.json contradicts itself: its temperatures are of other attributes")

@@ -25,7 +25,7 @@ def forward_features(backbone: VisionTransformer, images: Tensor, keep: float = 
     tokens = backbone._pos_embed(backbone.patch_embed(images))  # (B, prefix + patches, d)
     prefix, patches = tokens.tensor_split([backbone.num_prefix_tokens], dim=1)
     if keep < 1:
-        chosen = by_contrast(images, backbone.patch_embed.patch_size)[:, : max(1, round(keep * patches.shape[1]))]
+        chosen = by_contrast(images, backbone.patch_embed.grid_size)[:, : max(1, round(keep * patches.shape[1]))]
     else:
         chosen = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
     if drop:
@@ -35,8 +35,9 @@ def forward_features(backbone: VisionTransformer, images: Tensor, keep: float = 
     return backbone.norm(backbone.blocks(backbone.norm_pre(torch.cat([prefix, patches], dim=1))))
 
 
-def by_contrast(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+def by_contrast(images: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, 3, S, S) -> (B, patches) their indices, row by row, the greatest difference within a channel first."""
-    highest, lowest = F.max_pool2d(images, patch_size), -F.max_pool2d(-images, patch_size)
+    side = [size // count for size, count in zip(images.shape[2:], grid, strict=True)]  # a hybrid's is not its patch's
+    highest, lowest = F.max_pool2d(images, side), -F.max_pool2d(-images, side)
     contrast = (highest - lowest).amax(1).flatten(1)  # (B, patches)
     return contrast.argsort(dim=1, descending=True, stable=True)

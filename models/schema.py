@@ -1,39 +1,54 @@
 """What a checkpoint's `config.json` must look like before anything is built from it: a stranger may have written it."""
 
 import math
+from collections.abc import Collection
 
-SIDE, RANK = range(1, 4097), range(1, 4097)  # bounds, so that no number in a file makes us allocate without end
-NUMBER = float  # a JSON number that is finite
-PAIR, TRIPLE = [SIDE], [NUMBER]
+from models.text import SPECIAL
 
-# A type; a range of whole numbers; a literal text; None; a tuple of alternatives; [shape] for a list of it;
-# {str: shape} for a mapping; else an object of these keys, "?" where one may be absent, and of others too where `...`
-# is among them.
+
+def number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def positive(value) -> bool:
+    return number(value) and value > 0
+
+
+def share(value) -> bool:
+    return positive(value) and value <= 1
+
+
+# Bounds, so that no number in a file makes us allocate without end.
+SIDE, PATCH, RANK, MANY = range(1, 4097), range(1, 257), range(1, 4097), range(10**9)
+
+# A type; a test; a range of whole numbers; a literal text; None; a tuple of alternatives; [shape] for a list of it, of
+# any length, and [shape, shape] for one of two; {str: shape} for a mapping; else an object of these keys, "?" where one
+# may be absent, and of others too where `...` is among them.
 ATTRIBUTE = {
     "name": str,
     "level": range(1, 100),
     "column": str,
     "derive": ("brand", "price", None),
-    "weight": NUMBER,
+    "weight": positive,
     "parents": [str],
     ...: None,
 }
-CLASS = ATTRIBUTE | {"kind": "class", "labels": [str], "aliases": ({str: str}, None)}
-QUANTITY = ATTRIBUTE | {"kind": "number", "mean": NUMBER, "std": NUMBER, "median": NUMBER}
+CLASS = ATTRIBUTE | {"kind": "class", "labels": [str], "counts": [MANY], "aliases": ({str: str}, None)}
+QUANTITY = ATTRIBUTE | {"kind": "number", "mean": number, "std": positive, "median": number}
 CONFIG = {
     "backbone": {
         "name": str,
         "img_size": (SIDE, None),
-        "patch_size": (SIDE, None),
-        "keep_patches": NUMBER,
+        "patch_size": (PATCH, None),
+        "keep_patches": share,
         "fingerprint": str,
         ...: None,
     },
     "lora": {
         "targets": [str],
         "rank": (RANK, {str: RANK}),
-        "alpha": (NUMBER, {str: NUMBER}),
-        "dropout": NUMBER,
+        "alpha": (number, {str: number}),
+        "dropout": number,
         "layers?": ([range(1000)], None),
         "rslora?": bool,
         "dora?": bool,
@@ -45,16 +60,17 @@ CONFIG = {
     "inputs": ("image", "title", "image+title"),
     "text": (None, {"vocab": [str], "length": range(3, 513), "mask": bool}),
     "preprocess": {
-        "canvas": PAIR,
-        "size": PAIR,
+        "canvas": [SIDE, SIDE],
+        "size": [SIDE, SIDE],
         "interpolation": ("bicubic", "bilinear"),
-        "mean": TRIPLE,
-        "std": TRIPLE,
+        "mean": [number] * 3,
+        "std": [positive] * 3,
     },
     "calibration?": {
-        "temperature": {str: NUMBER},
-        "threshold": {str: {str: (NUMBER, None)}},
-        ...: None,
+        "target_precision": share,
+        "rows": MANY,
+        "temperature": {str: positive},
+        "threshold": {"joint": {str: (number, None)}, "independent": {str: (number, None)}},
     },
     ...: None,
 }
@@ -65,9 +81,11 @@ def misfit(value, shape=CONFIG, where: str = "") -> str | None:
     if isinstance(shape, tuple):
         return where if all(misfit(value, option, where) for option in shape) else None
     if isinstance(shape, list):
-        if not isinstance(value, list):
+        if not isinstance(value, list) or len(shape) not in (1, len(value)):
             return where
-        return next(filter(None, (misfit(v, shape[0], f"{where}[{i}]") for i, v in enumerate(value))), None)
+        shapes = shape * len(value) if len(shape) == 1 else shape
+        found = (misfit(v, one, f"{where}[{i}]") for i, (v, one) in enumerate(zip(value, shapes, strict=True)))
+        return next(filter(None, found), None)
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return where or "all of it"
@@ -85,8 +103,38 @@ def misfit(value, shape=CONFIG, where: str = "") -> str | None:
         return None
     if isinstance(shape, range):
         return None if type(value) is int and value in shape else where
-    if shape is NUMBER:
-        return None if type(value) in (int, float) and math.isfinite(value) else where
     if isinstance(shape, type):
         return None if isinstance(value, shape) else where
+    if callable(shape):
+        return None if shape(value) else where
     return None if value == shape else where
+
+
+def contradiction(config: dict) -> str | None:
+    """In what a config that is of the right shape contradicts itself; None where it does not."""
+    names = [a["name"] for a in config["attributes"]]
+    classes = {a["name"]: a for a in config["attributes"] if a["kind"] == "class"}
+    for kind, given in [("attributes", names), *((f"labels of {name}", a["labels"]) for name, a in classes.items())]:
+        if not given or len(set(given)) < len(given):
+            return f"its {kind} are none, or one comes twice"
+    for name, a in classes.items():
+        if len(a["counts"]) != len(a["labels"]):
+            return f"its counts of {name} are not of its labels"
+    if strangers := {parent for a in config["attributes"] for parent in a["parents"]} - classes.keys():
+        return f"{min(strangers)} is a parent, and no attribute with labels"
+    for path in config["paths"]:
+        if not path["attributes"] or not set(path["attributes"]) <= classes.keys():
+            return "a path is of attributes that are not there"
+        sizes = [len(classes[name]["labels"]) for name in path["attributes"]]
+        if not all(_within(known, sizes) for known in path["known"]):
+            return "a path names a class that no label has"
+    if (fitted := config.get("calibration")) and fitted["temperature"].keys() != classes.keys():
+        return "its temperatures are of other attributes"
+    reads, text = "title" in config["inputs"], config["text"]
+    if reads != (text is not None) or (reads and not (config["title"] and set(SPECIAL) <= set(text["vocab"]))):
+        return "its inputs and its text do not go together"
+    return None
+
+
+def _within(path: Collection[int], sizes: Collection[int]) -> bool:
+    return len(path) == len(sizes) and all(0 <= c < size for c, size in zip(path, sizes, strict=True))

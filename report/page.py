@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from calibration import judged
+from durable import replace_file
 from metrics import path_distance, rounded
 from models.decode import Decoder
 from report import charts
@@ -78,7 +79,7 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
         title=lambda row: titles[row] or "",
         picture=lambda row: picture_uri(store.pixels[[row]][0]),
     )
-    (folder / "report.html").write_text(text, encoding="utf-8")
+    replace_file(folder / "report.html", text.encode())
 
 
 def chains(task, given: np.ndarray, said: np.ndarray) -> list[tuple[list[str], list[int]]]:

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
+from models.backbone import DEMO_WEIGHTS
 from models.checkpoint import load_checkpoint
 
 
@@ -47,10 +49,18 @@ def test_peft_gets_its_two_files(command, demo_run, tmp_path):
         (["--to", "timm", "--out", "no/such/b.safetensors"], "cannot write --out no/such/b.safetensors"),
         (["--to", "tflite", "--out", "x"], "invalid choice: 'tflite'"),
         (["--to", "peft", "--out", "taken"], "--out taken: it is a file, and --to peft makes a folder"),
+        (["--to", "timm", "--out", "base.safetensors"], "--out base.safetensors would replace what is read"),
+        (
+            ["--to", "onnx", "--out", "table.onnx"],
+            "--out table.onnx: table.json is there already",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(command, demo_run, tmp_path, words, message):
     (tmp_path / "taken").touch()
+    (tmp_path / "table.json").touch()
+    shutil.copy(DEMO_WEIGHTS, tmp_path / "base.safetensors")
+    words = ["--weights", "base.safetensors", *words]
     done = command("export.py", "--checkpoint", demo_run / "best", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]

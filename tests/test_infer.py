@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -254,6 +255,38 @@ def test_a_disk_that_is_full_is_one_line(command, demo_run, photos, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_two_that_write_to_one_name_mix_no_rows(tmp_path):
+    """In two processes, as their hidden files are told apart by that."""
+    script = """
+import sys
+from pathlib import Path
+from output import Output
+with Output(Path("labels.csv"), []) as output:
+    for _ in range(3):
+        output.write([{"image": sys.argv[1] * 3000, "error": "x"}] * 5)
+        print("written", flush=True)
+        sys.stdin.readline()
+"""
+    words = [sys.executable, "-c", script]
+    both = [
+        subprocess.Popen(
+            [*words, name], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        for name in "ab"
+    ]  # fmt: skip
+    for _ in range(3):
+        for one in both:
+            assert one.stdout.readline() == "written\n"
+        for one in both:
+            one.stdin.write("\n")
+            one.stdin.flush()
+    assert [one.wait(60) for one in both] == [0, 0]
+    with open(tmp_path / "labels.csv", newline="") as file:
+        assert len({row["image"] for row in csv.DictReader(file)}) == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_whoever_stops_reading_ends_it_quietly(demo_run, photos):
     words = [sys.executable, ROOT / "infer.py", photos, "--checkpoint", demo_run / "best", "--json"]
     run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -274,14 +307,22 @@ def test_whoever_stops_reading_ends_it_quietly(demo_run, photos):
         (["{photos}/0.png", "--plot", "sheet"], "--plot sheet: the name must end in .png"),
         (["{photos}/*.gif"], "no image file, folder or match for"),
         (["{photos}/0.png", "--weights", "gone.safetensors"], "no weights file at gone.safetensors"),
+        ([""], "one of the inputs is an empty word"),
+        (["{photos}", "--plot", "{photos}/0.png"], "--plot {photos}/0.png would replace what is read"),
+        (["{parquet}", "--out", "{parquet}"], "--out {parquet} would replace what is read"),
+        (["{photos}/0.png", "--checkpoint", "."], "no checkpoint at . (no config.json there)"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(command, demo_run, photos, tmp_path, words, message):
     (tmp_path / "empty").mkdir()
-    words = [word.format(photos=photos, empty=tmp_path / "empty") for word in words]
-    done = command("infer.py", *words, "--checkpoint", demo_run / "best", cwd=tmp_path)
+    places = {"photos": photos, "empty": tmp_path / "empty", "parquet": tmp_path / "rows.parquet"}
+    row = {"id": "1", "image": {"bytes": (photos / "0.png").read_bytes(), "path": None}}
+    pq.write_table(pa.Table.from_pylist([row]), places["parquet"])
+    done = command(
+        "infer.py", "--checkpoint", demo_run / "best", *(word.format(**places) for word in words), cwd=tmp_path
+    )
     assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
+    assert message.format(**places) in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 

@@ -1,5 +1,6 @@
 """`--base int8` with real weights and real pictures, and in a run: rounded for train pictures, merged without it."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,3 +124,14 @@ def test_a_trained_run_is_merged_onto_the_original_weights(command, cache_dir, t
     original = create_backbone(DEMO)[0].blocks[3].mlp.fc2.weight
     assert layer.delta_weight().abs().max() > 0
     assert torch.equal(merged.weight, original + layer.delta_weight())
+
+
+def test_what_is_scored_is_what_is_loaded(command, cache_dir, tmp_path):
+    """The float base, though it was trained on one of 8 bits."""
+    words = ("--data", "demo", "--limit", 1000, "--epochs", 1, "--cache-dir", cache_dir)
+    done = command("train.py", *words, "--base", "int8", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    words = ("--data", "demo", "--limit", 1000, "--cache-dir", cache_dir, "--json", tmp_path / "scores.json")
+    done = command("evaluate.py", "--checkpoint", tmp_path / "run" / "best", *words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "scores.json").read_text()) == json.loads((tmp_path / "run/metrics.json").read_text())

@@ -364,6 +364,9 @@ def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
         (["--label-smoothing", "-0.1"], "--label-smoothing -0.1 is not a number from 0 to below 1"),
         (["--amp", "fp8"], "argument --amp: invalid choice: 'fp8'"),
         (["--limit", "3"], "is too small"),
+        (["--data", ""], "--data is empty; name one, or leave it out"),
+        (["--rank", "5000"], "no checkpoint of this run could be read: its lora.rank is not what it should be"),
+        (["--rank", "query=8,key=4,value=4,dense=4,dens=2"], "rank of 'dens', which is no target"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(command, cache_dir, tmp_path, words, message):

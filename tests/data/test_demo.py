@@ -57,6 +57,9 @@ def test_some_values_are_missing_and_some_pictures_appear_twice(drawn):
 def test_the_command_writes_the_layout_of_the_kaggle_dataset(tmp_path):
     command = [sys.executable, "-m", "data.demo", "--out", str(tmp_path), "--rows", "3", "--seed", "5"]
     subprocess.run(command, check=True, cwd=Path(demo.__file__).parents[1])
+    again = subprocess.run(command, capture_output=True, text=True, cwd=Path(demo.__file__).parents[1])
+    assert again.returncode == 2
+    assert again.stderr == f"error: --out {tmp_path} holds a catalogue already; name another folder\n"
     with open(tmp_path / "styles.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     expected = [demo.draw(index, seed=5)[0] for index in range(3)]

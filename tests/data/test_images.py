@@ -69,6 +69,12 @@ def test_too_many_pixels_are_refused_before_decoding(monkeypatch):
         decode(bomb)
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_of_no_known_scale_are_refused(kind):
+    with pytest.raises(ImageError, match="32 bits a pixel, of no known scale"):
+        decode(encoded(Image.fromarray(np.eye(8, dtype=kind)), "tiff"))
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [

@@ -57,6 +57,7 @@ def test_the_built_in_schema_has_optional_attributes():
         ("attributes.a = 3", "a is no table"),
         ("[attributes.image]", "image is a column of what infer.py writes; give the attribute another name"),
         ("[attributes.a]\n[attributes.a_decision]", "infer.py writes a_decision of a; give the attribute another name"),
+        ("[attributes.a]\n[attributes.a_confidence]", "infer.py writes a_confidence of a"),
         ("[attributes.a]\ncolum = 'x'", "a has an unknown key 'colum'; nearest: column; there are level, column"),
         ("[attributes.a]\nlevel = 0", "a: level = 0 is not a whole number from 1 to 99"),
         ("[attributes.a]\nlevel = true", "a: level = True is not a whole number from 1 to 99"),
@@ -85,6 +86,16 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_names_that_infer_writes_of_no_attribute_are_free(tmp_path):
+    tables = ["[attributes.a]", "kind = 'number'", "[attributes.a_confidence]", "[attributes.a_confidence_decision_x]"]
+    assert len(read_schema(write(tmp_path, "\n".join(tables))).attributes) == 3
+
+
+def test_an_optional_attribute_replaces_none_of_ones_own(tmp_path):
+    with pytest.raises(UserError, match=r"has year twice, in \[attributes\] and in \[optional\]"):
+        read_schema(write(tmp_path, "[attributes.year]\n[optional.year]\nkind = 'number'"), ["year"])
+
+
 def test_a_file_that_is_not_there_and_an_optional_attribute_that_is_not(tmp_path):
     with pytest.raises(UserError, match=r"cannot read gone.toml as TOML: .*No such file"):
         read_schema(tmp_path.__class__("gone.toml"))
@@ -110,6 +121,11 @@ def test_a_number_that_is_none_is_named(text):
     columns = {"id": ["a", "b", "c"], "cm": ["1", "2", text]}
     with pytest.raises(UserError, match=f"'{text}' in column cm, id c, is not a number"):
         fit_scales(columns, [0, 1], WIDTH)
+
+
+def test_a_number_too_large_for_a_mean_is_an_error():
+    with pytest.raises(UserError, match=r"width is up to 1e\+308 \(column cm\), too large for a mean"):
+        fit_scales({"id": ["a", "b"], "cm": ["1e308", "-1e308"]}, [0, 1], WIDTH)
 
 
 def test_a_number_without_variety_is_an_error():

@@ -14,6 +14,7 @@ import pytest
 from data import demo
 from data.images import ImageError, decode
 from data.sources import Catalogue, Skipped, load_source
+from data.store import open_store
 from errors import UserError
 from tests.data.conftest import HEADER, picture, write_kaggle
 
@@ -117,6 +118,18 @@ def test_parquet_at_any_depth_in_the_order_of_names(tmp_path):
     with pytest.raises(ImageError, match="no image in this row"):
         catalogue.read(1)
     assert list(load_source(str(tmp_path / "shop" / "data" / "b.parquet"), tmp_path / "cache").ids) == ["3"]
+
+
+def test_of_parquet_too_a_row_without_an_id_is_none_and_a_column_is_there_once(tmp_path):
+    write_parquet(tmp_path / "shop" / "a.PARQUET", [1, None, 3])
+    catalogue = load_source(str(tmp_path / "shop"), tmp_path / "cache")
+    assert catalogue.read(2) == picture(3)
+    store = open_store(catalogue, (80, 60), tmp_path / "cache")
+    assert (store.skipped, store.ok.tolist()) == ([Skipped("row 1", "no id")], [True, False, True])
+    table = pq.read_table(tmp_path / "shop" / "a.PARQUET")
+    pq.write_table(table.append_column("gender", table.column("gender")), tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"twice.parquet has the column gender twice"):
+        load_source(str(tmp_path / "twice.parquet"), tmp_path / "cache")
 
 
 def test_limit_is_spread_and_stable(tmp_path):

@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory):
     config = {
         "backbone": {"name": DEMO, **OWN_PATCHES, "fingerprint": fingerprint},
         "lora": {"targets": ["query"], "rank": 2, "alpha": 4, "dropout": 0.1, "layers": [0]},
-        "attributes": [plain | {"labels": ["a", "b"], "aliases": None}, number],
+        "attributes": [plain | {"labels": ["a", "b"], "counts": [3, 4], "aliases": None}, number],
         "paths": [{"attributes": ["gender"], "known": [[0], [1]]}],
         "title": "productDisplayName",
         "inputs": "image+title",
@@ -225,7 +225,7 @@ def test_what_is_no_safetensors_of_this_model_is_refused_with_the_reason(checkpo
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda c: c["attributes"][0]["labels"].append("c"), r"misshaped heads\.levels\.0"),
+        (lambda c: c["attributes"][0].update(labels=list("abc"), counts=[1] * 3), r"misshaped heads\.levels\.0"),
         (lambda c: c["attributes"][0]["labels"].append("a"), "labels of gender are none, or one comes twice"),
         (lambda c: c["lora"].update(rank=10**9), r"lora\.rank is missing or not what it should be"),
         (lambda c: c["lora"].update(rank=3), r"misshaped backbone"),
@@ -233,6 +233,16 @@ def test_what_is_no_safetensors_of_this_model_is_refused_with_the_reason(checkpo
         (lambda c: c["lora"].update(code="x"), r"lora\.code is missing or not"),
         (lambda c: c["preprocess"].update(size=[10**6, 10**6]), r"preprocess\.size\[0\]"),
         (lambda c: c.pop("attributes"), "attributes is missing"),
+        (lambda c: c["preprocess"].update(size=[32, 32]), r"its preprocess\.size is not what its backbone reads"),
+        (lambda c: c["preprocess"].update(canvas=[32]), r"preprocess\.canvas is missing or not"),
+        (lambda c: c["preprocess"].update(mean=[0.5] * 4), r"preprocess\.mean is missing or not"),
+        (lambda c: c["preprocess"].update(std=[0, 0, 0]), r"preprocess\.std\[0\]"),
+        (lambda c: c["backbone"].update(keep_patches=-3), r"backbone\.keep_patches"),
+        (lambda c: c["backbone"].update(img_size=4096, patch_size=4096), r"backbone\.patch_size"),
+        (lambda c: c["attributes"][0].update(parents=["nope"]), "nope is a parent, and no attribute with labels"),
+        (lambda c: c["attributes"][0].pop("counts"), r"attributes\[0\]"),
+        (lambda c: c["attributes"][0].update(counts=[]), "counts of gender are not of its labels"),
+        (lambda c: c.update(calibration={"temperature": {"gender": 0}}), r"calibration\.target_precision"),
         (lambda c: c["backbone"].update(name="hf_hub:stranger/model"), "unknown backbone"),
     ],
 )

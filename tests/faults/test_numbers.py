@@ -105,6 +105,13 @@ def no_memory(most: int) -> None:
     torch.nn.modules.module.register_module_forward_pre_hook(hook)
 
 
+def test_a_cpu_without_enough_memory_is_told_by_torchs_own_words(command, cache_dir, tmp_path):
+    words = ("--data", "demo", "--limit", 200, "--cache-dir", cache_dir, "--out", tmp_path / "run")
+    done = command("train.py", *words, "--batch-size", 10**12)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: out of memory at --batch-size {10**12}; ")
+
+
 def test_out_of_memory_in_training_says_what_helps_and_keeps_the_checkpoint(options, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     process = start("train", *options, "--out", run, log=log, fault=functools.partial(no_memory, 8))

@@ -177,6 +177,10 @@ def test_what_cannot_be_read_is_said(vits):
         ({"peft_type": "IA3"}, "PEFT type 'IA3', not LORA"),
         ({"peft_type": "LORA", "modules_to_save": ["classifier"]}, "modules_to_save, which is not supported"),
         ({"peft_type": "LORA", "bias": "all"}, "bias, which is not supported"),
+        (
+            {"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"},
+            "started with pissa_niter_4, which changes",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             from_peft(copy.deepcopy(ours), config, {}, timm_name, VIT_TARGETS)

@@ -68,6 +68,7 @@ def test_vit_base_has_the_published_number_of_parameters(table):
         (["query"], {"rank": 0}, "rank must be at least 1, got 0"),
         (["query"], {"alpha": 0}, "alpha must be positive, got 0"),
         (["query"], {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        (["query"], {"rank": {"query": 4, "quary": 8}}, "rank of 'quary', which is no target; there are query"),
         (["query", "qkv"], {}, "targets query, qkv split blocks.0.attn.qkv in different ways"),
     ],
 )

@@ -21,7 +21,7 @@ from models.checkpoint import (
 )
 from tests.conftest import OWN_PATCHES
 
-PLAIN = {"column": "x", "derive": None, "kind": "class", "weight": 1.0, "parents": []}
+PLAIN = {"column": "x", "derive": None, "kind": "class", "weight": 1.0, "parents": [], "aliases": None}
 NAMES = {"gender": (1, 5), "masterCategory": (1, 7), "subCategory": (2, 9), "articleType": (3, 20), "brand": (4, 4)}
 SIDES = {"canvas": [64, 64], "size": [64, 64]}
 PREPROCESS = SIDES | {"interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -37,7 +37,7 @@ def trained(tmp_path):
         "backbone": {"name": DEMO, **OWN_PATCHES, "fingerprint": fingerprint},
         "lora": {"targets": ["query", "value", "dense"], "rank": 4, "alpha": 8, "dropout": 0.1},
         "attributes": [
-            PLAIN | {"name": name, "level": level, "labels": [str(i) for i in range(classes)], "aliases": None}
+            PLAIN | {"name": name, "level": level, "labels": [str(i) for i in range(classes)], "counts": [1] * classes}
             for name, (level, classes) in NAMES.items()
         ],
         "paths": [],
@@ -84,7 +84,8 @@ def test_saving_again_replaces_the_whole_folder(trained):
 def test_amending_the_config_adds_facts_and_leaves_the_rest(trained):
     folder, _ = trained
     before, tensors = read_config(folder), (folder / "adapter.safetensors").read_bytes()
-    fitted = {"temperature": {"gender": 1.5}, "threshold": {"joint": {"gender": None}}}
+    fitted = {"target_precision": 0.9, "rows": 7, "temperature": dict.fromkeys(NAMES, 1.5)}
+    fitted["threshold"] = {how: dict.fromkeys(NAMES) for how in ("joint", "independent")}
     amend_config(folder, calibration=fitted)
     after = read_config(folder)
     assert after.pop("sha256") != before.pop("sha256"), "sealed anew"
@@ -166,7 +167,7 @@ def test_variants_round_trip(tmp_path, variant):
     config = {
         "backbone": {"name": DEMO, **OWN_PATCHES, "fingerprint": fingerprint},
         "lora": {"targets": ["query", "value", "dense"], "rank": 4, "alpha": 8, "dropout": 0.1} | variant,
-        "attributes": [PLAIN | {"name": "gender", "level": 1, "labels": ["a", "b"], "aliases": None}],
+        "attributes": [PLAIN | {"name": "gender", "level": 1, "labels": ["a", "b"], "counts": [1, 1]}],
         "paths": [],
         "title": None,
         "inputs": "image",

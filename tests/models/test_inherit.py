@@ -18,7 +18,8 @@ def described(attributes: dict, rank: int = 4) -> dict:
     for name, (level, labels) in attributes.items():
         about = PLAIN | {"name": name, "level": level}
         number = {"kind": "number", "mean": 1.0, "std": 2.0, "median": 1.0}
-        made.append(about | ({"labels": list(labels), "aliases": None} if labels else number))
+        given = {"labels": list(labels), "counts": [1] * len(labels), "aliases": None}
+        made.append(about | (given if labels else number))
     _, fingerprint = create_backbone(DEMO)
     return {
         "backbone": {"name": DEMO, **OWN_PATCHES, "fingerprint": fingerprint},

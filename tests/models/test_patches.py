@@ -1,6 +1,7 @@
 """Leaving out empty patches: which ones, that positions go with the kept ones, and what a checkpoint remembers."""
 
 import pytest
+import timm
 import torch
 
 from errors import UserError
@@ -14,7 +15,7 @@ def test_fullest_patches_come_first_and_ties_in_order():
     images[0, 1, 8:16, 24:32] = torch.linspace(0, 5, 64).view(8, 8)  # row 1, column 3 of 4 x 4
     images[0, 2, 24:32, 0:8] = torch.linspace(0, -3, 64).view(8, 8)  # row 3, column 0
     images[0, :, 0:8, 8:16] = 9.0  # flat, however bright
-    assert by_contrast(images, (8, 8))[0].tolist() == [7, 12, *(i for i in range(16) if i not in (7, 12))]
+    assert by_contrast(images, (4, 4))[0].tolist() == [7, 12, *(i for i in range(16) if i not in (7, 12))]
 
 
 @torch.no_grad()
@@ -30,6 +31,12 @@ def test_kept_tokens_are_those_of_a_model_that_masks_the_others():
     assert found.shape == (2, 17, model.num_features)
     torch.testing.assert_close(found[:, 0], masked[:, 0])
     torch.testing.assert_close(found[:, 1:], masked[:, 1:].gather(1, kept[..., None].expand(-1, -1, found.shape[-1])))
+
+
+@torch.no_grad()
+def test_the_patches_of_a_hybrid_are_those_of_its_grid():
+    model = timm.create_model("vit_tiny_r_s16_p8_224", num_classes=0).eval()  # patches of 8, of a map of 28 x 28 pixels
+    assert forward_features(model, torch.randn(1, 3, 224, 224), 0.5).shape == (1, 1 + 24, model.num_features)
 
 
 @torch.no_grad()
