@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
     Attributes:
         name: what an answer calls it: the file; of parquet and the hub its `id`, else image.path, else FILE#ROW; of a
-            tar the member's name, of several TAR/MEMBER.
+            tar the member's name, which in a set of tars is there once.
         picture: encoded, or the file it lies in, or the reason why there is none.
         title: None where none is given, or nobody asked for titles.
     """
@@ -119,8 +119,7 @@ def open_source(
             for path in some:
                 shards += _parquet_shards(path, rows, title, notes)
         else:
-            several = sum(_kind(name) == "tar" for name in found) > 1
-            shards += [Shard(None, functools.partial(_tar_rows, path, title, several)) for path in some]
+            shards += [Shard(None, functools.partial(_tar_rows, path, title)) for path in some]
     if not shards:
         raise UserError(f"{', '.join(asked)} has no rows")
     fingerprint = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
@@ -196,15 +195,13 @@ def _row(cells: dict, otherwise: str, title: str | None) -> Row:
     return Row(name, image.get("bytes") or "no image in this row", text(cells.get(title)) if title else None)
 
 
-def _tar_rows(path: Path, title: str | None, several: bool) -> Iterator[Row]:
-    """Rows of a tar; of several, with its own name before theirs, which may be the same in another."""
+def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
     titles, count = read_titles(path, title) if title else {}, 0
     try:
         for tar, member in members(path, IMAGES):
             plain = member.isreg() and not member.issparse()  # a sparse one may claim any size
             picture = tar.extractfile(member).read() if plain else "not a plain file"
-            name = f"{path}/{member.name}" if several else member.name
-            yield Row(clean(name), picture, titles.get(product(member.name)))
+            yield Row(clean(member.name), picture, titles.get(product(member.name)))
             count += 1
     except (tarfile.TarError, OSError) as error:
         yield Row(str(path), f"damaged or cut short after {count:,} pictures: {error}")

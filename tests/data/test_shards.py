@@ -134,12 +134,6 @@ def test_tar_with_titles(tmp_path):
     assert rows_of(open_source([str(tmp_path)], title="name")) == titled
 
 
-def test_of_several_tars_a_row_says_which_it_is_of(tmp_path):
-    paths = [write_tar(tmp_path / f"{name}.tar", {"0.jpg": picture(0)}) for name in "ab"]
-    assert [row.name for row in rows_of(open_source([str(tmp_path)]))] == [f"{path}/0.jpg" for path in paths]
-    assert [row.name for row in rows_of(open_source([str(paths[0])]))] == ["0.jpg"]
-
-
 def test_a_tar_cut_anywhere_gives_what_came_before_and_says_so(tmp_path):
     pictures = {f"{i}.png": picture(i, (6, 8)) for i in range(4)}
     whole = write_tar(tmp_path / "a.tar", pictures).read_bytes()
