@@ -85,7 +85,9 @@ def exits_cleanly(main):
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            print(f"error: cannot write {error.filename or 'all'}: {error.strerror}; make room", file=sys.stderr)
+            print(
+                f"error: cannot write {error.filename or 'the results'}: {error.strerror}; make room", file=sys.stderr
+            )
             sys.exit(2)
 
     return command

@@ -12,6 +12,7 @@ import startup  # noqa: F401
 # isort: split
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -193,7 +194,7 @@ def alone(args, source: Source, answered: Iterator[tuple[list[Row], list[dict]]]
     """Answer to the screen or a file; the exit code."""
     rows, unreadable, sheet = 0, 0, []
     with ExitStack() as stack:
-        output = stack.enter_context(Output(args.out, attributes)) if args.out else None
+        output = stack.enter_context(Output(args.out, attributes, f".{os.getpid()}")) if args.out else None
         few = source.rows is not None and source.rows <= args.batch_size
         bar = stack.enter_context(tqdm(total=source.rows, unit="img", disable=few))
         for batch, answers in answered:

@@ -122,8 +122,6 @@ class Job:
             with claim(self.locks / f"{number:05}") as ours:
                 if not ours or path.exists():
                     return False
-                for left in self.labels.glob(f".{path.name}.*"):  # by one that was killed
-                    left.unlink()
                 with Output(path, self.attributes) as output:
                     for answers in answer(self.shards[number]):
                         output.write(answers)

@@ -3,7 +3,6 @@
 import csv
 import itertools
 import json
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,14 +24,14 @@ class Output:
 
     Args:
         attributes: a checkpoint's.
+        mark: what tells the file from another's meanwhile, where nothing keeps two from writing it.
     """
 
     KINDS = (".csv", ".jsonl", ".parquet")
 
-    def __init__(self, path: Path, attributes: list[dict]):
+    def __init__(self, path: Path, attributes: list[dict], mark: str = ""):
         self.path, self.kind = path, path.suffix.lower()
-        # Hidden: readers of a folder of parquet pass over it. Of this process: another may write to the same name.
-        self.part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        self.part = path.with_name(f".{path.name}{mark}.part")  # hidden: readers of a folder of parquet pass over it
         classes = [a["name"] for a in attributes if a["kind"] == "class"]
         numbers = [a["name"] for a in attributes if a["kind"] == "number"]
         said = ((name, f"{name}_confidence", f"{name}_decision") for name in classes)

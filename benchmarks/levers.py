@@ -173,6 +173,7 @@ LEVERS = {
     "weights averaged": Lever(averaged),
     "heads at 3 x the rate": Lever(heads_rate(3)),
     "LoRA+ 4": Lever(words=("--lora-plus", "4")),
+    "a learning rate of 2e-4": Lever(words=("--lr", "2e-4")),
 }
 SEEDS = {GIVEN: 3}  # of all others one
 

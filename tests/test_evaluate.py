@@ -90,4 +90,4 @@ def test_a_full_disk_is_one_line(command, demo_run, cache_dir):
     words = ("--checkpoint", demo_run / "best", "--data", "demo", "--limit", 200, "--cache-dir", cache_dir)
     done = command("evaluate.py", *words, "--json", "/dev/full")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "error: cannot write all: No space left on device; make room"
+    assert done.stderr.splitlines()[-1] == "error: cannot write the results: No space left on device; make room"

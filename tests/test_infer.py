@@ -22,7 +22,7 @@ import infer
 from data import demo
 from figures import QUIET, contact_sheet
 from models.checkpoint import newest_checkpoint
-from output import number_text
+from output import Output, number_text
 
 ROOT = Path(__file__).parents[1]
 PATH = ["masterCategory", "subCategory", "articleType"]
@@ -256,32 +256,10 @@ def test_a_disk_that_is_full_is_one_line(command, demo_run, photos, tmp_path):
 
 
 def test_two_that_write_to_one_name_mix_no_rows(tmp_path):
-    """In two processes, as their hidden files are told apart by that."""
-    script = """
-import sys
-from pathlib import Path
-from output import Output
-with Output(Path("labels.csv"), []) as output:
-    for _ in range(3):
-        output.write([{"image": sys.argv[1] * 3000, "error": "x"}] * 5)
-        print("written", flush=True)
-        sys.stdin.readline()
-"""
-    words = [sys.executable, "-c", script]
-    both = [
-        subprocess.Popen(
-            [*words, name], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        for name in "ab"
-    ]  # fmt: skip
-    for _ in range(3):
-        for one in both:
-            assert one.stdout.readline() == "written\n"
-        for one in both:
-            one.stdin.write("\n")
-            one.stdin.flush()
-    assert [one.wait(60) for one in both] == [0, 0]
+    with Output(tmp_path / "labels.csv", [], ".1") as one, Output(tmp_path / "labels.csv", [], ".2") as other:
+        for _ in range(3):
+            for output, name in ((one, "one"), (other, "other")):
+                output.write([{"image": name * 3000, "error": "x"}] * 5)
     with open(tmp_path / "labels.csv", newline="") as file:
         assert len({row["image"] for row in csv.DictReader(file)}) == 1
     assert len(list(tmp_path.iterdir())) == 1
