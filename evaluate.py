@@ -114,7 +114,8 @@ def predict(
 
 
 def same_catalogue(task: Task, limit: int | None) -> bool:
-    """Whether the checkpoint was trained on this very catalogue, on both sides perhaps a choice of its rows."""
+    """Whether the checkpoint was trained on these very files, on both sides perhaps a choice of their rows. A copy of
+    them is not told from another catalogue."""
     return task.config["data"]["fingerprint"].startswith(task.catalogue.fingerprint.removesuffix(f"-{limit}"))
 
 
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--data",
         required=True,
-        help="hub id (hub:OWNER/NAME: not downloaded), folder of parquet or of CSV and images/, or demo",
+        help="hub id (hub:OWNER/NAME: not downloaded), folder of parquet, tar, or CSV and images/, or demo",
     )
     parser.add_argument(
         "--split", choices=[*SPLITS, "all"], help="rows to score (default: test; with --calibrate: val)"
@@ -192,7 +193,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.calibrate and split not in ("val", "all"):
         raise UserError(f"--calibrate --split {split}: fit on val, or on all of a catalogue new to the checkpoint")
     if args.json:
-        check_writable(args.json, "--json")
+        data = Path(args.data)
+        files = data.rglob("*") if data.is_dir() and args.json.exists() else [data]
+        run = find_checkpoint(args.checkpoint).resolve().parent
+        check_writable(args.json, "--json", [args.weights, *files, run / "options.json", *run.glob("*/*")])
     if args.report:
         make_folder(args.report, "--report")
 

@@ -19,7 +19,7 @@ from torch import nn
 from durable import replace_file
 from errors import Parser, UserError, check_writable, exits_cleanly
 from lora import merge_lora, to_peft
-from models.backbone import DEMO, DEMO_ARCHITECTURE, DEMO_BACKBONE, hf_name
+from models.backbone import DEMO, DEMO_ARCHITECTURE, DEMO_BACKBONE, DEMO_WEIGHTS, hf_name
 from models.checkpoint import find_checkpoint, load_checkpoint, remembered_weights
 
 KINDS = {"timm": ".safetensors", "peft": "", "onnx": ".onnx"}
@@ -109,8 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.to == "peft" and args.out.is_file():
         raise UserError(f"--out {args.out}: it is a file, and --to peft makes a folder")
     folder = find_checkpoint(args.checkpoint)
-    weights = args.weights or remembered_weights(folder)
-    check_writable(args.out / "adapter_config.json" if args.out.is_dir() else args.out, "--out", [weights])
+    read = [args.weights or remembered_weights(folder), DEMO_WEIGHTS, *folder.glob("*")]
+    check_writable(args.out / "adapter_config.json" if args.out.is_dir() else args.out, "--out", read)
     if args.to == "onnx" and args.out.with_suffix(".json").exists() and not args.out.exists():
         raise UserError(f"--out {args.out}: {args.out.with_suffix('.json')} is there already, and would be replaced")
     model, config = load_checkpoint(folder, args.weights)

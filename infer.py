@@ -4,7 +4,7 @@
     python infer.py photos/ --out labels.csv --plot sheet.png
     torchrun --nproc-per-node 8 infer.py catalogue/ --out labels      # parquet, tar or photos; any number of machines
 
-Exit code 1 says that some image could not be read; its answer is the reason.
+Exit code 1 says that some image could not be read; its answer is the reason. (Of several processes it is 0.)
 """
 
 import startup  # noqa: F401

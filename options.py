@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(description="Train LoRA adapters and hierarchical heads on a frozen timm ViT.")
     p.add_argument(
         "--data",
-        help="hub id (hub:OWNER/NAME: not downloaded), folder of parquet or of CSV and images/, or demo "
+        help="hub id (hub:OWNER/NAME: not downloaded), folder of parquet, tar, or CSV and images/, or demo "
         f"(default: {HUB_DATA})",
     )
     p.add_argument("--backbone", help=f"timm ViT by name, or demo (default: {HUB_BACKBONE})")

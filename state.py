@@ -1,7 +1,7 @@
 """The whole state of a training run: what is saved every `--save-every` steps and what `--resume` goes on from.
 
-The order of the rows, the flips and the dropout masks are functions of the seed and the step, so the step is also the
-state of every generator, and the place within the epoch.
+The order of the rows, the flips and the dropout masks are functions of the seed and the step (the masks also of how
+many processes there are), so the step is also the state of every generator, and the place within the epoch.
 """
 
 import json

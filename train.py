@@ -3,8 +3,9 @@
     python train.py --amp --accum 2
     torchrun --standalone --nproc-per-node 8 train.py --amp --out runs/NAME
 
-The order of the rows, the flips, the dropout masks and the learning rate are functions of the seed and the step alone,
-so a run that was stopped and resumed goes the way of one that never was. What a step does is in `step.py`.
+The order of the rows, the flips, the dropout masks and the learning rate are functions of the seed and the step (the
+masks also of how many processes there are), so a run that was stopped and resumed goes the way of one that never was.
+What a step does is in `step.py`.
 """
 
 import startup  # noqa: F401
@@ -162,7 +163,9 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
             state.progress["epochs_scored"] = epoch
             if scores["mean_accuracy"] >= state.progress["best_accuracy"]:  # of equals, the one trained longer
                 state.progress |= {"best_accuracy": scores["mean_accuracy"], "best_epoch": epoch}
-                state.save_best(calibration=calibrate(found.logits, task.labels[rows], task.config))
+                # Of a base in 8 bits it follows at the end, on the float one.
+                fitted = {"calibration": calibrate(found.logits, task.labels[rows], task.config)}
+                state.save_best(**(fitted if args.base == "float" else {}))
 
         if args.base == "int8":
             task = on_float_base(args, task, state, stop, device)

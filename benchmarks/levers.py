@@ -32,7 +32,7 @@ from quality import table
 import step
 import train
 from data.schema import FASHION_FILE
-from errors import exits_cleanly
+from errors import UserError, exits_cleanly
 from models.checkpoint import trained_params
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
@@ -110,7 +110,8 @@ def uncertainty(task: Task) -> None:
 def logit_adjustment(task: Task) -> None:
     """Logits that training sees are log of a class's share higher (Menon et al. 2021, arXiv:2007.07314)."""
     counts = {a["name"]: torch.tensor(a["counts"], dtype=torch.float) for a in task.config["attributes"]}
-    prior = {name: (n.clamp(min=1) / n.sum()).log() for name, n in counts.items()}
+    device = next(task.model.parameters()).device
+    prior = {name: (n.clamp(min=1) / n.sum()).log().to(device) for name, n in counts.items()}
     given = step.attribute_losses
     step.attribute_losses = lambda outputs, *args: given({n: out + prior[n] for n, out in outputs.items()}, *args)
 
@@ -214,7 +215,8 @@ def main() -> int:
         figures = run(LEVERS[name], words, int(seed))
         (own.results / f"{name}-{seed}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         return 0
-    parse_args(words)  # a mistake is better found now
+    if parse_args(words).accum > 1:
+        raise UserError("--accum: uncertainty weighting has its price once a step; give a larger --batch-size instead")
     own.results.mkdir(parents=True, exist_ok=True)
     files = {name: [own.results / f"{name}-{seed}.json" for seed in range(SEEDS.get(name, 1))] for name in own.only}
     commands = {

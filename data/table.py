@@ -19,11 +19,12 @@ LINES = 500  # of a row, at most
 def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int, dict[str, str | None] | str]]:
     """(line number, {column: text}) of each row of a CSV file with the columns `needs`; the reason where none is read.
 
-    A cell in quotes may hold line breaks. A quote left open must not swallow the rows after it: its line is left out.
+    A cell in quotes may hold line breaks. A quote left open swallows no rows after it, unless a later one ends a row
+    of the right width: its line is left out.
     """
     with table.open("rb") as lines:
-        header, _ = _row([next(lines, b"").removeprefix(codecs.BOM_UTF8)])
-        if header is None:
+        header, taken = _row([next(lines, b"").removeprefix(codecs.BOM_UTF8)])
+        if header is None or taken > 1:
             raise UserError(f"{table} is not UTF-8 text with a row in each line; save it as such")
         header = _trimmed(header, 0)
         if twice := [name for name, times in Counter(header).items() if times > 1]:

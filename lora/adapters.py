@@ -49,7 +49,11 @@ class Adapters:
         if name is not None and name not in self.layers:
             raise ValueError(f"no adapter {name!r}; there are {', '.join(self.layers) or 'none'}")
         for path, layer in self.base.items():
-            self.model.set_submodule(path, layer)
+            self._put(path, layer)
         for path, layer in self.layers.get(name, {}).items():
-            self.model.set_submodule(path, layer.merge() if merged else layer)
+            self._put(path, layer.merge() if merged else layer)
         return self.model
+
+    def _put(self, path: str, layer: nn.Module) -> None:
+        """In its place, in the mode of what was there: `model.eval()` reached that alone."""
+        self.model.set_submodule(path, layer.train(self.model.get_submodule(path).training))

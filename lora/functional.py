@@ -69,7 +69,7 @@ def lora_linear(
         rows,
         *(B.to(dtype) for B in scaled_B),
     )
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _LoRALinearFunction(torch.autograd.Function):
@@ -78,7 +78,8 @@ class _LoRALinearFunction(torch.autograd.Function):
     y  = x Wᵀ + b + h Bᵀ
     dh = dy B,    dA = dhᵀ d(x),    dB = dyᵀ h,    dx = dy W + d(dh A)
 
-    Of its input it keeps what `source` makes it from, else x: not d(x), as another operation may keep x too.
+    Of its input it keeps what `source` makes it from, else x, which another operation may keep too; or its own cast of
+    x, in which the dropped elements are 0 already.
     """
 
     @staticmethod

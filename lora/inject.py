@@ -28,7 +28,7 @@ Table = Mapping[str, Target | Iterable[Target]]
 def apply_lora(model: nn.Module, target_modules: Iterable[str], *settings, **options) -> nn.Module:
     """Put LoRA on the target layers of `model`, in place, and freeze all of it but the LoRA parameters.
 
-    Takes what `lora_layers` takes, and raises what it raises; the model is then unchanged. Returns `model`.
+    Takes what `lora_layers` takes, and raises what it raises; no layer is then replaced. Returns `model`.
     """
     for path, layer in lora_layers(model, target_modules, *settings, **options).items():
         model.set_submodule(path, layer)
@@ -48,7 +48,7 @@ def lora_layers(
     pissa: bool = False,
     **variant: bool,
 ) -> dict[str, LoRALayer]:
-    """LoRA layers over the target layers of `model`, by dotted name; `model` itself stays as it is.
+    """LoRA layers over the target layers of `model`, by dotted name; the model keeps its own, frozen.
 
     Args:
         model: any module.
@@ -123,6 +123,8 @@ def _adapt(base_layer: nn.Linear, targets: dict[str, Target], rank, alpha, dropo
     num_blocks = next(iter(targets.values())).of
     if num_blocks == 1:
         name = next(iter(targets))
+        if len({(choose(rank, target), choose(alpha, target)) for target in targets}) > 1:
+            raise ValueError(f"targets {', '.join(targets)} are one layer, of different rank or alpha")
         return LoRALinear(base_layer, choose(rank, name), choose(alpha, name), dropout, **variant)
     blocks = {name: target.block for name, target in targets.items()}
     return LoRAFusedLinear(base_layer, blocks, num_blocks, rank, alpha, dropout, **variant)

@@ -82,6 +82,8 @@ def from_peft(
             f"the adapter was started with {start}, which changes the base too; have PEFT convert it "
             "(path_initial_model_for_weight_conversion)"
         )
+    if "lora_alpha" not in config:
+        raise ValueError("the adapter's configuration lacks lora_alpha")
     state, settings = {}, {}
     for name, tensor in tensors.items():
         key = next((key for key, end in KEYS.items() if name.endswith(f".{end}")), None)
@@ -92,11 +94,12 @@ def from_peft(
         if key == "lora_A":
             settings[rename(path)] = len(tensor), _pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
     variant = {"rslora": config.get("use_rslora", False), "dora": config.get("use_dora", False)}
-    for path, layer in _layers(model, settings, config.get("lora_dropout", 0.0), table or {}, variant).items():
-        model.set_submodule(path, layer)
-    params = get_adapter_params(model)
+    layers = _layers(model, settings, config.get("lora_dropout", 0.0), table or {}, variant)
+    params = {f"{path}.{name}": p for path, layer in layers.items() for name, p in get_adapter_params(layer).items()}
     load_params(params, state)
-    set_trainable_params(model, params)
+    for path, layer in layers.items():
+        model.set_submodule(path, layer)
+    set_trainable_params(model, get_adapter_params(model))
     return model
 
 

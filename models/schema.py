@@ -20,6 +20,7 @@ def share(value) -> bool:
 
 # Bounds, so that no number in a file makes us allocate without end.
 SIDE, PATCH, RANK, MANY = range(1, 4097), range(1, 257), range(1, 4097), range(10**9)
+MOST_PATCHES = 256  # a side
 
 # A type; a test; a range of whole numbers; a literal text; None; a tuple of alternatives; [shape] for a list of it, of
 # any length, and [shape, shape] for one of two; {str: shape} for a mapping; else an object of these keys, "?" where one
@@ -57,6 +58,7 @@ CONFIG = {
     "attributes": [(CLASS, QUANTITY)],
     "paths": [{"attributes": [str], "known": [[range(10**6)]]}],
     "title": (str, None),
+    "data": {"fingerprint": str, ...: None},
     "inputs": ("image", "title", "image+title"),
     "text": (None, {"vocab": [str], "length": range(3, 513), "mask": bool}),
     "preprocess": {
@@ -114,22 +116,30 @@ def contradiction(config: dict) -> str | None:
     """In what a config that is of the right shape contradicts itself; None where it does not."""
     names = [a["name"] for a in config["attributes"]]
     classes = {a["name"]: a for a in config["attributes"] if a["kind"] == "class"}
+    if not classes:
+        return "none of its attributes has labels"
     for kind, given in [("attributes", names), *((f"labels of {name}", a["labels"]) for name, a in classes.items())]:
         if not given or len(set(given)) < len(given):
             return f"its {kind} are none, or one comes twice"
     for name, a in classes.items():
         if len(a["counts"]) != len(a["labels"]):
             return f"its counts of {name} are not of its labels"
-    if strangers := {parent for a in config["attributes"] for parent in a["parents"]} - classes.keys():
-        return f"{min(strangers)} is a parent, and no attribute with labels"
+    for a in config["attributes"]:
+        for parent in a["parents"]:
+            if parent not in classes or classes[parent]["level"] >= a["level"]:
+                return f"its {parent} is a parent of {a['name']}, and no attribute with labels above it"
     for path in config["paths"]:
         if not path["attributes"] or not set(path["attributes"]) <= classes.keys():
             return "a path is of attributes that are not there"
         sizes = [len(classes[name]["labels"]) for name in path["attributes"]]
         if not all(_within(known, sizes) for known in path["known"]):
             return "a path names a class that no label has"
-    if (fitted := config.get("calibration")) and fitted["temperature"].keys() != classes.keys():
-        return "its temperatures are of other attributes"
+    fitted = config.get("calibration")
+    if fitted and any(k.keys() != classes.keys() for k in (fitted["temperature"], *fitted["threshold"].values())):
+        return "its temperatures or thresholds are of other attributes"
+    backbone = config["backbone"]
+    if (backbone["img_size"] or 1) > MOST_PATCHES * (backbone["patch_size"] or 16):
+        return f"its img_size has more than {MOST_PATCHES} patches a side"
     reads, text = "title" in config["inputs"], config["text"]
     if reads != (text is not None) or (reads and not (config["title"] and set(SPECIAL) <= set(text["vocab"]))):
         return "its inputs and its text do not go together"

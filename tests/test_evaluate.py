@@ -86,6 +86,14 @@ def test_errors(command, demo_run, cache_dir, tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_scores_replace_nothing_that_is_read(command, demo_run):
+    for file in ("best/config.json", "options.json"):
+        words = ("--checkpoint", demo_run / "best", "--data", "demo", "--json", demo_run / file)
+        done = command("evaluate.py", *words)
+        assert done.returncode == 2
+        assert f"--json {demo_run / file} would replace what is read" in done.stderr.splitlines()[-1]
+
+
 def test_a_full_disk_is_one_line(command, demo_run, cache_dir):
     words = ("--checkpoint", demo_run / "best", "--data", "demo", "--limit", 200, "--cache-dir", cache_dir)
     done = command("evaluate.py", *words, "--json", "/dev/full")

@@ -50,6 +50,7 @@ def test_peft_gets_its_two_files(command, demo_run, tmp_path):
         (["--to", "tflite", "--out", "x"], "invalid choice: 'tflite'"),
         (["--to", "peft", "--out", "taken"], "--out taken: it is a file, and --to peft makes a folder"),
         (["--to", "timm", "--out", "base.safetensors"], "--out base.safetensors would replace what is read"),
+        (["--to", "timm", "--out", "{run}/best/adapter.safetensors"], "adapter.safetensors would replace what is read"),
         (
             ["--to", "onnx", "--out", "table.onnx"],
             "--out table.onnx: table.json is there already",
@@ -60,7 +61,7 @@ def test_errors_are_one_line_and_exit_code_2(command, demo_run, tmp_path, words,
     (tmp_path / "taken").touch()
     (tmp_path / "table.json").touch()
     shutil.copy(DEMO_WEIGHTS, tmp_path / "base.safetensors")
-    words = ["--weights", "base.safetensors", *words]
+    words = ["--weights", "base.safetensors", *(word.format(run=demo_run) for word in words)]
     done = command("export.py", "--checkpoint", demo_run / "best", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]

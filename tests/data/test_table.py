@@ -51,8 +51,9 @@ def test_empty_columns_of_a_spreadsheet_are_none(tmp_path):
 
 
 def test_a_file_whose_lines_end_in_carriage_returns_alone_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="is not UTF-8 text with a row in each line"):
-        rows(tmp_path / "shop.csv", "id,room\r1,Bedroom\r")
+    for text in ("id,room\r1,Bedroom\r", 'id,"ro\nom"\n1,Bedroom\n'):
+        with pytest.raises(UserError, match="is not UTF-8 text with a row in each line"):
+            rows(tmp_path / "shop.csv", text)
 
 
 def test_a_picture_is_found_in_its_own_folder_and_no_other(tmp_path):

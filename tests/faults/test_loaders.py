@@ -43,6 +43,7 @@ def checkpoint(tmp_path_factory):
         "inputs": "image+title",
         "text": {"vocab": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "shirt"], "length": 5, "mask": True},
         "preprocess": preprocess,
+        "data": {"fingerprint": "x"},
     }
     folder = tmp_path_factory.mktemp("checkpoint") / "best"
     save_checkpoint(folder, attach(backbone, config), config)
@@ -239,7 +240,11 @@ def test_what_is_no_safetensors_of_this_model_is_refused_with_the_reason(checkpo
         (lambda c: c["preprocess"].update(std=[0, 0, 0]), r"preprocess\.std\[0\]"),
         (lambda c: c["backbone"].update(keep_patches=-3), r"backbone\.keep_patches"),
         (lambda c: c["backbone"].update(img_size=4096, patch_size=4096), r"backbone\.patch_size"),
-        (lambda c: c["attributes"][0].update(parents=["nope"]), "nope is a parent, and no attribute with labels"),
+        (lambda c: c["attributes"][0].update(parents=["nope"]), "its nope is a parent of gender, and no"),
+        (lambda c: c["attributes"][0].update(parents=["gender"]), "its gender is a parent of gender, and no"),
+        (lambda c: c["attributes"].pop(0), "none of its attributes has labels"),
+        (lambda c: c["backbone"].update(img_size=4096, patch_size=1), "its img_size has more than 256 patches a side"),
+        (lambda c: c.pop("data"), "data is missing"),
         (lambda c: c["attributes"][0].pop("counts"), r"attributes\[0\]"),
         (lambda c: c["attributes"][0].update(counts=[]), "counts of gender are not of its labels"),
         (lambda c: c.update(calibration={"temperature": {"gender": 0}}), r"calibration\.target_precision"),

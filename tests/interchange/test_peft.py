@@ -171,16 +171,24 @@ def test_our_own_export_is_read_back(vits, old):
     assert get_adapter_params(back).keys() == get_adapter_params(model).keys()
 
 
+def test_an_adapter_that_does_not_fit_leaves_no_trace(vits):
+    ours = copy.deepcopy(vits[0])
+    config, tensors = to_peft(adapted(vits[0]), hf_name)
+    name = next(name for name in tensors if name.endswith("lora_B.weight"))
+    tensors[name] = tensors[name][:-1]
+    with pytest.raises(ValueError, match="misshaped"):
+        from_peft(ours, config, tensors, timm_name, VIT_TARGETS)
+    assert not get_adapter_params(ours)
+
+
 def test_what_cannot_be_read_is_said(vits):
     ours, _ = vits
     for config, message in (
         ({"peft_type": "IA3"}, "PEFT type 'IA3', not LORA"),
         ({"peft_type": "LORA", "modules_to_save": ["classifier"]}, "modules_to_save, which is not supported"),
         ({"peft_type": "LORA", "bias": "all"}, "bias, which is not supported"),
-        (
-            {"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"},
-            "started with pissa_niter_4, which changes",
-        ),
+        ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "started with pissa_niter_4, which changes"),
+        ({"peft_type": "LORA"}, "lacks lora_alpha"),
     ):
         with pytest.raises(ValueError, match=message):
             from_peft(copy.deepcopy(ours), config, {}, timm_name, VIT_TARGETS)

@@ -37,6 +37,14 @@ def test_each_is_what_it_is_alone(made):
         assert torch.equal(adapters.use(None)(x), base)
 
 
+def test_all_layers_are_in_the_mode_of_the_model(made):
+    adapters, _ = made
+    for training in (True, False):
+        adapters.model.train(training)
+        for name in ("men", None, "shoes"):
+            assert {module.training for module in adapters.use(name).modules()} == {training}
+
+
 def test_the_base_comes_back_bit_for_bit_and_is_shared(made):
     adapters, _ = made
     before = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in adapters.use(None).state_dict().items()}

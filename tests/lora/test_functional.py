@@ -25,6 +25,11 @@ def make_layer(kind, dropout=0.0, bias=True, dtype=torch.float64):
     return layer
 
 
+def test_a_batch_of_none_has_outputs_of_none():
+    layer, x = make_layer("plain"), torch.zeros(0, 3, 5, dtype=torch.float64)
+    assert layer(x).shape == (0, 3, 12)
+
+
 def keep_mask(x, p):
     """What the next `draw_dropped` will keep; leaves the generator as it found it."""
     state = torch.get_rng_state()

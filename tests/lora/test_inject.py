@@ -69,6 +69,11 @@ def test_vit_base_has_the_published_number_of_parameters(table):
         (["query"], {"alpha": 0}, "alpha must be positive, got 0"),
         (["query"], {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         (["query"], {"rank": {"query": 4, "quary": 8}}, "rank of 'quary', which is no target; there are query"),
+        (
+            ["fc1", "mlp.fc1"],
+            {"rank": {"fc1": 2, "mlp.fc1": 4}},
+            "fc1, mlp.fc1 are one layer, of different",
+        ),
         (["query", "qkv"], {}, "targets query, qkv split blocks.0.attn.qkv in different ways"),
     ],
 )

@@ -45,6 +45,7 @@ def trained(tmp_path):
         "inputs": "image",
         "text": None,
         "preprocess": PREPROCESS,
+        "data": {"fingerprint": "x"},
     }
     model = attach(backbone, config).eval()
     for name, p in trained_params(model).items():
@@ -173,6 +174,7 @@ def test_variants_round_trip(tmp_path, variant):
         "inputs": "image",
         "text": None,
         "preprocess": PREPROCESS,
+        "data": {"fingerprint": "x"},
     }
     model = attach(backbone, config).eval()
     with torch.no_grad():

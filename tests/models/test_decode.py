@@ -20,7 +20,7 @@ def config(paths, threshold=None) -> dict:
         for name, size in CLASSES.items()
     ]
     made = {"attributes": attributes, "paths": [{"attributes": list(PATH), "known": paths}]}
-    made |= {"inputs": "image", "text": None}
+    made |= {"inputs": "image", "text": None, "backbone": {"img_size": None, "patch_size": None}}
     if threshold is not None:
         made["calibration"] = {"temperature": TEMPERATURE, "threshold": threshold}
     return made
@@ -96,4 +96,4 @@ def test_a_path_to_a_class_that_is_not_there_is_an_error(path):
 def test_temperatures_of_other_attributes_are_an_error(paths):
     made = config(paths, {"joint": {}})
     made["calibration"]["temperature"] = {"gender": 1.0}
-    assert contradiction(made) == "its temperatures are of other attributes"
+    assert contradiction(made) == "its temperatures or thresholds are of other attributes"

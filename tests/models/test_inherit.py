@@ -30,6 +30,7 @@ def described(attributes: dict, rank: int = 4) -> dict:
         "inputs": "image",
         "text": None,
         "preprocess": PREPROCESS,
+        "data": {"fingerprint": "x"},
     }
 
 
