@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import in_processes
+from common import in_processes, markdown
 
 from metrics import rounded
 
@@ -34,7 +34,7 @@ WAYS = {
 def table(found: dict[str, dict]) -> str:
     """Markdown, a column each way: accuracies; of a number R² and MAE, with those of the best constant and of noise."""
     attributes = found["image"]["attributes"]
-    lines = [["", *found], ["---"] * (1 + len(found))]
+    lines = []
     for name, a in attributes.items():
         key = "accuracy" if "accuracy" in a else "r2"
         lines.append([f"{name}{'' if key == 'accuracy' else ', R²'}", *(score(m, name, key) for m in found.values())])
@@ -43,7 +43,7 @@ def table(found: dict[str, dict]) -> str:
             bounds = f"MAE (best constant {rounded(a['constant_mae'])}{noise})"
             lines.append([f"{name}, {bounds}", *(rounded(m["attributes"][name]["mae"]) for m in found.values())])
     lines.append(["path", *(f"{m['path_accuracy']:.3f}" for m in found.values())])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(["", *found], lines)
 
 
 def score(metrics: dict, name: str, key: str) -> str:

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import in_processes
+from common import in_processes, markdown
 
 import train
 from data.schema import FASHION
@@ -129,14 +129,14 @@ def table(found: dict[str, dict]) -> str:
     """Markdown, a row each way."""
     names = [a.name for a in FASHION]
     head = ["", "trained", "file, MB", "images/s", "peak, MB", *names, "mean"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     shown = {way: found[way] for way in WAYS if way not in SINGLE} | {"seven models, rank 16": seven(found)}
     for way, m in shown.items():
         accuracy = [m["accuracy"][name] for name in names]
         figures = [f"{m['trainable']:,}", f"{m['bytes'] / 1e6:.1f}", f"{m['images_per_second']:.0f}"]
         figures += [f"{m['peak_memory'] / 1e6:,.0f}", *(f"{a:.3f}" for a in accuracy)]
         lines.append([way, *figures, f"{sum(accuracy) / len(accuracy):.3f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(head, lines)
 
 
 @exits_cleanly

@@ -143,9 +143,10 @@ def _csv(table: Path) -> Catalogue:
         raise UserError(f"{table.parent} has {table.name} but no folder images/")
     # Looking names up in this listing, never joining them to a path, is also what confines an id like '../x'.
     files = {str(path.relative_to(images)): path.stat() for path in images.rglob("*") if path.is_file()}
-    # Of files that differ in their suffix alone a picture, then the first.
-    last_wins = sorted(sorted(files, reverse=True), key=lambda name: Path(name).suffix.lower() in IMAGES)
-    named = {str(Path(name).with_suffix("")): name for name in last_wins} | {name: name for name in files}
+    named: dict[str, str] = {}
+    for name in sorted(files, key=lambda name: (Path(name).suffix.lower() not in IMAGES, name)):  # pictures first
+        named.setdefault(str(Path(name).with_suffix("")), name)
+    named |= {name: name for name in files}
     rows, skipped, seen, pictures = [], [], set(), []
     for number, row in read_rows(table):
         if isinstance(row, str):
