@@ -79,9 +79,8 @@ def precision_threshold(confidence: np.ndarray, right: np.ndarray, target: float
     in the binomial one (Anderson and Samuels 1967).
 
     Of many thresholds some pass by luck. Where precision falls as confidence does, that makes little difference: the
-    promise is broken in 4 to 5 % of samples. Where it is the same everywhere and just too low, it is in 13 % of those
-    of 1,000 rows and 17 % of those of 4,000, by a precision that is just too low. Testing each at 1 % would end that,
-    and accept much less of what is good enough.
+    promise is broken in 5 % of samples at most. Where it is the same everywhere and just too low, it is in up to 20 %
+    (`tests/test_calibration.py` draws samples). Testing each at 1 % would end that, and accept much less.
 
     It is above 0.5, as an answer more likely wrong than right is for a person even where the others make up for it.
     None where no threshold is enough.

@@ -122,8 +122,7 @@ def same_catalogue(task: Task, limit: int | None) -> bool:
 def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device) -> None:
     """What the command does, in each of the processes that share the rows."""
     folder, joint = find_checkpoint(args.checkpoint), not args.independent
-    calibrated = "calibration" in read_config(folder)
-    if args.report and not args.calibrate and not calibrated:
+    if args.report and not args.calibrate and "calibration" not in read_config(folder):
         raise UserError(f"--report: {folder} is not calibrated; do so first with --calibrate, on validation rows")
     if args.calibrate:
         check_writable(folder / "config.json.new", "--calibrate")

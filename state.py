@@ -129,7 +129,7 @@ def check_finite(
             continue
         bad = [name for name, loss in zip(attributes, losses, strict=True) if not math.isfinite(loss)]
         what = f"the loss of {', '.join(bad)} is" if bad else f"the losses are finite but the gradient norm is {norm},"
-        products = ", ".join(str(ids[row]) for row in rows)
+        products = ", ".join(ids[row] for row in rows)
         raise UserError(
             f"step {step}: {what} not finite; this update was not made, and {state.last} holds the last good state. "
             f"Look at these products, or try a lower --lr. Product ids: {products}"

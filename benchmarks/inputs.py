@@ -56,10 +56,9 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "inputs")
     own, words = parser.parse_known_args()
     words += ["--with-price", "--with-season-year"]
-    folders = {way: own.results / way for way in WAYS}
     commands = {
-        out / "metrics.json": [ROOT / "train.py", *words, "--inputs", *WAYS[way], "--out", out]
-        for way, out in folders.items()
+        own.results / way / "metrics.json": [ROOT / "train.py", *words, "--inputs", *inputs, "--out", own.results / way]
+        for way, inputs in WAYS.items()
     }
     in_processes(commands, own.jobs, "ways")
     print(table({way: json.loads(file.read_text(encoding="utf-8")) for way, file in zip(WAYS, commands, strict=True)}))

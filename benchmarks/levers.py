@@ -33,6 +33,7 @@ import step
 import train
 from data.schema import FASHION_FILE
 from errors import UserError, exits_cleanly
+from evaluate import Evaluation
 from models.checkpoint import trained_params
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
@@ -187,8 +188,14 @@ def run(lever: Lever, words: list[str], seed: int) -> dict[str, float]:
         task = setup(args, device)
         lever.change(task)
         task.model.to(device)
-        evaluate = train.evaluate
-        train.evaluate = lambda *args: (found := evaluate(*args), scores.append(found.scores))[0]
+        evaluate = train.evaluate  # the lever's
+
+        def scoring(*args) -> Evaluation:
+            found = evaluate(*args)
+            scores.append(found.scores)
+            return found
+
+        train.evaluate = scoring
         return task
 
     train.setup = changed

@@ -48,8 +48,8 @@ def _rows(lines: Iterable[bytes], width: int, most: int) -> Iterator[tuple[int, 
     """(number of its first line, cells) of each row of at most so many lines, or the reason why there are none."""
     lines, ahead, number = iter(lines), deque(), 2
     while ahead.extend(islice(lines, most - len(ahead))) or ahead:
-        cells, taken = _row(ahead, strict=True)
-        if most == 1 or cells is None or (taken > 1 and len(_trimmed(cells, width)) != width):
+        cells, taken = _row(ahead, strict=True) if most > 1 else (None, 1)
+        if cells is None or (taken > 1 and len(_trimmed(cells, width)) != width):
             cells, taken = _row([ahead[0]])
             if cells is None:
                 cells = "not UTF-8, or no CSV"
