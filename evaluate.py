@@ -122,7 +122,8 @@ def same_catalogue(task: Task, limit: int | None) -> bool:
 def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device) -> None:
     """What the command does, in each of the processes that share the rows."""
     folder, joint = find_checkpoint(args.checkpoint), not args.independent
-    if args.report and not args.calibrate and "calibration" not in read_config(folder):
+    calibrated = "calibration" in read_config(folder)  # a folder that holds no checkpoint is told here
+    if args.report and not args.calibrate and not calibrated:
         raise UserError(f"--report: {folder} is not calibrated; do so first with --calibrate, on validation rows")
     if args.calibrate:
         check_writable(folder / "config.json.new", "--calibrate")
