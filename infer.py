@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None, crew: Crew):
     parser.add_argument("--batch-size", type=positive_int, default=64)
     parser.add_argument("--independent", action="store_true", help="each attribute's most probable class, paths or not")
     parser.add_argument(
-        "--amp", **MIXED, help="mixed precision: sooner, and confidences differ a little (default: off)"
+        "--amp", **MIXED, help="half precision: sooner, and confidences differ a little (default: off)"
     )
     one_or_many = parser.add_mutually_exclusive_group()
     one_or_many.add_argument("--title", help="the picture's title, for a model that reads titles")
@@ -138,8 +138,8 @@ def main(argv: list[str] | None = None) -> int:
         keep_freed_memory()
     args.amp = choose_amp(device) if args.amp == "auto" else args.amp
     job = Job(args.out, facts(args, config, source), source.shards, config["attributes"], crew) if args.job else None
-    joint, amp = not args.independent, AMP[args.amp]
-    labeller = Labeller(folder, args.weights, device, joint, args.top_k, args.batch_size, amp)
+    joint, dtype = not args.independent, AMP[args.amp] or torch.float32
+    labeller = Labeller(folder, args.weights, device, joint, args.top_k, args.batch_size, dtype)
 
     def answered(shards: Iterable[Shard]) -> Iterator[tuple[list[Row], list[dict]]]:
         given = 0

@@ -92,7 +92,7 @@ def onnx_runtime(model: AttributeClassifier, config: dict, folder: Path) -> Call
 
 
 def in_bf16(model: nn.Module, compiled: bool = False) -> Callable[[Tensor], object]:
-    """The model with its weights in bf16, for fp32 images."""
+    """The model with its weights in bf16, for fp32 images: as `infer.py --amp bf16` runs it, once merged."""
     narrow = copy.deepcopy(model).bfloat16()
     keep_base_in(narrow, torch.bfloat16)
     narrow = torch.compile(narrow, dynamic=False) if compiled else narrow
@@ -100,7 +100,7 @@ def in_bf16(model: nn.Module, compiled: bool = False) -> Callable[[Tensor], obje
 
 
 def in_autocast(model: nn.Module, device: torch.device) -> Callable[[Tensor], object]:
-    """As `infer.py --amp bf16` runs it."""
+    """Products in bf16, the tokens between layers in fp32: as `train.py --amp bf16` runs it."""
     narrow = copy.deepcopy(model)
     keep_base_in(narrow, torch.bfloat16)
 
@@ -170,7 +170,7 @@ def label_ways(
         FIRST: pipeline(dtype=torch.float32),
         "HF pipeline, bf16": pipeline(dtype=torch.bfloat16),
         "this project, fp32": partial(label, run=merged),
-        "this project, bf16": partial(label, run=in_autocast(merged, device)),
+        "this project, bf16": partial(label, run=in_bf16(merged)),
     }
 
 

@@ -304,15 +304,16 @@ def test_errors_are_one_line_and_exit_code_2(command, demo_run, photos, tmp_path
     assert "Traceback" not in done.stderr
 
 
-def test_mixed_precision_says_the_same_with_about_the_same_confidence(command, demo_run, photos, tmp_path):
-    for name, extra in (("full", ()), ("mixed", ("--amp", "bf16"))):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_says_the_same_with_about_the_same_confidence(command, demo_run, photos, tmp_path, precision):
+    for name, extra in (("full", ()), ("half", ("--amp", precision))):
         words = (photos, "--checkpoint", demo_run / "best", "--out", tmp_path / f"{name}.jsonl", *extra)
         assert command("infer.py", *words).returncode == 1, "one picture cannot be read"
-    full, mixed = (
+    full, half = (
         [json.loads(line).get("attributes") for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("full", "mixed")
+        for name in ("full", "half")
     )
-    pairs = [(a[name], b[name]) for a, b in zip(full, mixed, strict=True) if a for name in a]
+    pairs = [(a[name], b[name]) for a, b in zip(full, half, strict=True) if a for name in a]
     assert max(abs(a["confidence"] - b["confidence"]) for a, b in pairs if a["label"] == b["label"]) < 0.1
     assert sum(a["label"] == b["label"] for a, b in pairs) >= 0.9 * len(pairs)
-    assert full != mixed
+    assert full != half
