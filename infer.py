@@ -65,9 +65,7 @@ def parse_args(argv: list[str] | None, crew: Crew):
     )
     parser.add_argument("--batch-size", type=positive_int, default=64)
     parser.add_argument("--independent", action="store_true", help="each attribute's most probable class, paths or not")
-    parser.add_argument(
-        "--amp", **MIXED, help="half precision: sooner, and confidences differ a little (default: off)"
-    )
+    parser.add_argument("--amp", **MIXED, help="half precision: sooner, and confidences differ a little (default: off)")
     one_or_many = parser.add_mutually_exclusive_group()
     one_or_many.add_argument("--title", help="the picture's title, for a model that reads titles")
     one_or_many.add_argument("--titles", type=Path, metavar="FILE.csv", help="titles of many, named by id or image")

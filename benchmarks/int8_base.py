@@ -2,9 +2,10 @@
 
     python benchmarks/int8_base.py --data FOLDER --backbone vit_tiny_patch16_224 --weights FILE [--limit 3000]
 
-Takes the options of `train.py`. Errors are |y - y₀| / |y₀| over `SCORED` test pictures, y₀ from the float backbone: of
-each linear layer's output for the float model's input, and of the whole embedding, CLS and the mean of the patches.
-Memory is of the backbone's parameters and buffers. The run's adapters are merged away: untrained, they add nothing.
+Takes the options of `train.py`; with --init-from CHECKPOINT the adapters and heads are trained ones. Errors are
+|y - y₀| / |y₀| over `SCORED` test pictures, y₀ on the float base: of each linear layer's output for the float model's
+input, of the whole embedding, CLS and the mean of the patches, and of the answers, the logits of all attributes at once
+and of the worst one. Memory is of the backbone's parameters and buffers.
 """
 
 import copy
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import machine, markdown, training
 
 from errors import exits_cleanly
-from lora import merge_lora, quantize_base
+from lora import LoRALayer, get_adapter_params, quantize_base
 from models.classifier import AttributeClassifier
 from task import shrink
 
@@ -33,10 +34,10 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def layer_errors(model: AttributeClassifier, other: AttributeClassifier, images: Tensor) -> dict[str, float]:
-    """Of each linear layer of `other`'s backbone, given what the same layer of `model` is given."""
+    """Of each linear layer of `other`'s backbone, LoRA on it or not, given what the same layer of `model` is given."""
     errors, hooks = {}, []
     for path, layer in model.backbone.named_modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, (LoRALayer, nn.Linear)):
 
             def compare(_, x, y, path=path):
                 errors[path] = relative(other.backbone.get_submodule(path)(x[0]), y)
@@ -48,8 +49,14 @@ def layer_errors(model: AttributeClassifier, other: AttributeClassifier, images:
     return errors
 
 
-def size(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+def base_size(module: nn.Module) -> int:
+    adapters = {id(parameter) for parameter in get_adapter_params(module).values()}
+    return sum(t.nbytes for t in [*module.parameters(), *module.buffers()] if id(t) not in adapters)
+
+
+def worst(errors: dict[str, float]) -> str:
+    name = max(errors, key=errors.get)
+    return f"{errors[name]:.2%} ({name})"
 
 
 @exits_cleanly
@@ -57,7 +64,7 @@ def size(module: nn.Module) -> int:
 def main() -> None:
     with training([*sys.argv[1:], "--base", "float"]) as run:
         task, device, args = run.task, run.device, run.args
-        model = merge_lora(task.model).eval().requires_grad_(False)
+        model = task.model.eval()
         rows = task.store.rows("test")[:SCORED]
         images = task.preprocess(torch.from_numpy(task.store.pixels[rows]).to(device))
         nearest, rounded = copy.deepcopy(model), copy.deepcopy(model)
@@ -66,16 +73,18 @@ def main() -> None:
         shrink(rounded, args.seed, task.preprocess, task.store, device)
         seconds = time.perf_counter() - start
     print(f"{args.backbone}, {len(rows)} test pictures, rounded in {seconds:.0f} s\n{machine(device)}\n")
-    wanted, lines = model.embed(images), []
+    embedding, answers, base, lines = model.embed(images), model(images), base_size(model.backbone), []
     for name, other in (("to the nearest", nearest), ("for train pictures", rounded)):
-        errors = layer_errors(model, other, images)
-        worst = max(errors, key=errors.get)
-        parts = [relative(y, y0) for y, y0 in zip(other.embed(images), wanted, strict=True)]
-        figures = [statistics.median(errors.values()), *parts]
-        share = size(other.backbone) / size(model.backbone)
-        lines.append([name, f"{errors[worst]:.2%} ({worst})", *(f"{error:.2%}" for error in figures), f"{share:.3f}"])
-    head = ["rounded", "worst layer", "median layer", "CLS", "mean of patches", "memory, of fp32"]
-    print(markdown(head, lines))
+        layers = layer_errors(model, other, images)
+        found = other(images)
+        of_attributes = {name: relative(found[name], answers[name]) for name in answers}
+        logits = relative(*(torch.cat(list(outputs.values()), dim=1) for outputs in (found, answers)))
+        parts = [relative(y, y0) for y, y0 in zip(other.embed(images), embedding, strict=True)]
+        errors = [f"{error:.2%}" for error in (statistics.median(layers.values()), *parts, logits)]
+        share = f"{base_size(other.backbone) / base:.3f}"
+        lines.append([name, worst(layers), *errors, worst(of_attributes), share])
+    head = ["rounded", "worst layer", "median layer", "CLS", "mean of patches", "all logits", "worst attribute's"]
+    print(markdown([*head, "memory, of fp32"], lines))
 
 
 if __name__ == "__main__":
