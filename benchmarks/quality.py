@@ -5,8 +5,8 @@
 
 Takes folders of `train.py`, which leaves the test rows alone under `--no-test`. Runs that differ in nothing but their
 seed are one row: mean and, of several, standard deviation. A row is named by the options that vary among those given.
-Scores are of each run's `best`, decoded along the known paths. Minutes are from a run's start to its last save, and
-mean nothing of a run that was stopped between, or copied.
+Scores are of each run's `best`, decoded along the known paths. Minutes are from a run's start to its last save, with
+those of the run that it was started from (--init-from), and mean nothing of a run that was stopped between, or copied.
 """
 
 import json
@@ -37,15 +37,22 @@ def levers(run: Path) -> tuple[dict, dict]:
     except (OSError, ValueError) as error:
         raise UserError(f"{run} is no run of train.py: {error}") from None
     weights = {f"loss of {a['name']}": a["weight"] for a in read_config(run / "best")["attributes"]}
-    return options, {name.replace("_", "-"): v for name, v in options.items() if name not in NO_LEVERS} | weights
+    recipe = options | {"init_from": "a run" if options["init_from"] else None}
+    return options, {name.replace("_", "-"): v for name, v in recipe.items() if name not in NO_LEVERS} | weights
+
+
+def minutes(run: Path, options: dict) -> float:
+    start, end = ((run / name).stat().st_mtime for name in ("options.json", "last/config.json"))
+    taken = (end - start) / 60
+    before = Path(options["init_from"]).parent if options["init_from"] else None  # of RUN/best the run, if it is one
+    return taken + minutes(before, levers(before)[0]) if before and (before / "options.json").is_file() else taken
 
 
 def figures(run: Path, options: dict, data: str, split: str, device: torch.device) -> dict[str, float]:
     task = load_task(run / "best", None, data, Path(options["cache_dir"]), options["limit"], device, STORE_GB)
     scores = evaluate(task, split, device).scores
-    start, end = ((run / name).stat().st_mtime for name in ("options.json", "last/config.json"))
     found = {name: a.get("accuracy") for name, a in scores["attributes"].items()}
-    found |= {"mean": scores["mean_accuracy"], "path": scores["path_accuracy"], "minutes": (end - start) / 60}
+    found |= {"mean": scores["mean_accuracy"], "path": scores["path_accuracy"], "minutes": minutes(run, options)}
     return {name: value for name, value in found.items() if value is not None}
 
 
