@@ -33,8 +33,8 @@ class Labeller:
         joint: let the attributes of a path fit together.
         top_k: guesses for each attribute.
         batch_size: pictures at a time; halved as often as memory runs out.
-        dtype: to compute in, as a whole: under autocast the tokens would be in fp32 between layers, which takes a
-            tenth longer in bf16 (`benchmarks/inference.py`).
+        dtype: to compute in, as a whole: under autocast the tokens would be in fp32 between layers, which in bf16 takes
+            3 to 8 % longer (`benchmarks/inference.py`).
     """
 
     def __init__(
