@@ -34,7 +34,7 @@ class Labeller:
         top_k: guesses for each attribute.
         batch_size: pictures at a time; halved as often as memory runs out.
         dtype: to compute in, as a whole: under autocast the tokens would be in fp32 between layers, which in bf16 takes
-            3 to 8 % longer (`benchmarks/inference.py`).
+            a few per cent longer (`benchmarks/inference.py`).
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Labeller:
         joint: bool,
         top_k: int,
         batch_size: int,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype,
     ):
         model, config = load_checkpoint(folder, weights)
         self.model, self.device, self.dtype = merge_lora(model).to(device, dtype), device, dtype

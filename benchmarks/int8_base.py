@@ -77,7 +77,7 @@ def main() -> None:
     for name, other in (("to the nearest", nearest), ("for train pictures", rounded)):
         layers = layer_errors(model, other, images)
         found = other(images)
-        of_attributes = {name: relative(found[name], answers[name]) for name in answers}
+        of_attributes = {attribute: relative(y, answers[attribute]) for attribute, y in found.items()}
         logits = relative(*(torch.cat(list(outputs.values()), dim=1) for outputs in (found, answers)))
         parts = [relative(y, y0) for y, y0 in zip(other.embed(images), embedding, strict=True)]
         errors = [f"{error:.2%}" for error in (statistics.median(layers.values()), *parts, logits)]

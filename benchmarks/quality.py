@@ -7,6 +7,7 @@ Takes folders of `train.py`, which leaves the test rows alone under `--no-test`.
 seed are one row: mean and, of several, standard deviation. A row is named by the options that vary among those given.
 Scores are of each run's `best`, decoded along the known paths. Minutes are from a run's start to its last save, with
 those of the run that it was started from (--init-from), and mean nothing of a run that was stopped between, or copied.
+Which run that was makes no row of its own.
 """
 
 import json
@@ -30,22 +31,25 @@ from task import load_task
 NO_LEVERS = ("seed", "cache_dir", "store_gb", "save_every", "no_test")
 
 
-def levers(run: Path) -> tuple[dict, dict]:
-    """The options of a run, and what of them, with the weights of the attributes' losses, makes it another recipe."""
+def read_options(run: Path) -> dict:
     try:
-        options = json.loads((run / "options.json").read_text(encoding="utf-8"))
+        return json.loads((run / "options.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{run} is no run of train.py: {error}") from None
+
+
+def levers(run: Path, options: dict) -> dict:
+    """What of a run's options, with the weights of the attributes' losses, makes it another recipe."""
     weights = {f"loss of {a['name']}": a["weight"] for a in read_config(run / "best")["attributes"]}
     recipe = options | {"init_from": "a run" if options["init_from"] else None}
-    return options, {name.replace("_", "-"): v for name, v in recipe.items() if name not in NO_LEVERS} | weights
+    return {name.replace("_", "-"): v for name, v in recipe.items() if name not in NO_LEVERS} | weights
 
 
 def minutes(run: Path, options: dict) -> float:
     start, end = ((run / name).stat().st_mtime for name in ("options.json", "last/config.json"))
     taken = (end - start) / 60
     before = Path(options["init_from"]).parent if options["init_from"] else None  # of RUN/best the run, if it is one
-    return taken + minutes(before, levers(before)[0]) if before and (before / "options.json").is_file() else taken
+    return taken + minutes(before, read_options(before)) if before and (before / "last").is_dir() else taken
 
 
 def figures(run: Path, options: dict, data: str, split: str, device: torch.device) -> dict[str, float]:
@@ -82,13 +86,14 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="the catalogue they were trained on")
     parser.add_argument("--split", choices=["val", "test"], default="val", help="rows to score (default: val)")
     args = parser.parse_args()
-    asked = {run: levers(run) for run in args.runs}
-    names = dict.fromkeys(name for _, recipe in asked.values() for name in recipe)
-    varying = [name for name in names if len({str(recipe.get(name)) for _, recipe in asked.values()}) > 1]
+    asked = {run: read_options(run) for run in args.runs}
+    recipes = {run: levers(run, options) for run, options in asked.items()}
+    names = dict.fromkeys(name for recipe in recipes.values() for name in recipe)
+    varying = [name for name in names if len({str(recipe.get(name)) for recipe in recipes.values()}) > 1]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: dict[str, list[dict[str, float]]] = {}
-    for run, (options, recipe) in tqdm(asked.items(), unit="run"):
-        what = ", ".join(f"{name} {recipe.get(name)}" for name in varying) or "as given"
+    for run, options in tqdm(asked.items(), unit="run"):
+        what = ", ".join(f"{name} {recipes[run].get(name)}" for name in varying) or "as given"
         rows.setdefault(what, []).append(figures(run, options, args.data, args.split, device))
     print(f"{args.split} rows; {machine(device)}\n\n{table(rows)}")
     return 0
