@@ -27,13 +27,12 @@ from data import price
 from data.batches import Batch, epoch_batches, make_loader
 from data.preprocess import Preprocess
 from data.split import SPLITS
-from data.store import default_cache_dir
-from errors import Parser, UserError, check_writable, exits_cleanly, make_folder, positive_int, share
+from errors import Parser, UserError, check_writable, exits_cleanly, make_folder, share
 from lora import merge_lora
 from metrics import score, score_number, scores_table, trust_table
 from models.checkpoint import amend_config, find_checkpoint, read_config
 from models.decode import Answers, Decoder
-from options import add_store_options
+from options import add_catalogue_options, add_checkpoint_options
 from report.page import write_report
 from task import Task, load_task
 
@@ -160,13 +159,8 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Score a trained checkpoint on a labelled catalogue.")
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the newest run's best)")
-    parser.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file")
-    parser.add_argument(
-        "--data",
-        required=True,
-        help="hub id (hub:OWNER/NAME: not downloaded), folder of parquet, tar, or CSV and images/, or demo",
-    )
+    add_checkpoint_options(parser)
+    add_catalogue_options(parser)
     parser.add_argument(
         "--split", choices=[*SPLITS, "all"], help="rows to score (default: test; with --calibrate: val)"
     )
@@ -180,10 +174,6 @@ def main(argv: list[str] | None = None) -> int:
         metavar="P",
         help=f"with --calibrate: accept what is right so often (default: {TARGET_PRECISION})",
     )
-    parser.add_argument("--batch-size", type=positive_int, default=64)
-    parser.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
-    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where decoded images are kept")
-    add_store_options(parser)
     parser.add_argument("--json", type=Path, help="also write the scores here")
     parser.add_argument("--report", type=Path, metavar="DIR", help="also make DIR/report.html and DIR/suspects.csv")
     args = parser.parse_args(argv)

@@ -21,6 +21,7 @@ from errors import Parser, UserError, check_writable, exits_cleanly
 from lora import merge_lora, to_peft
 from models.backbone import DEMO, DEMO_ARCHITECTURE, DEMO_BACKBONE, DEMO_WEIGHTS, hf_name
 from models.checkpoint import find_checkpoint, load_checkpoint, remembered_weights
+from options import add_checkpoint_options
 
 KINDS = {"timm": ".safetensors", "peft": "", "onnx": ".onnx"}
 
@@ -98,8 +99,7 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Write a trained run in another format.")
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the newest run's best)")
-    parser.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file")
+    add_checkpoint_options(parser)
     parser.add_argument("--to", choices=KINDS, required=True)
     parser.add_argument("--out", type=Path, required=True, help="FILE.safetensors, FOLDER or FILE.onnx")
     parser.add_argument("--old-names", action="store_true", help="peft: for transformers up to 5.8")

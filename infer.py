@@ -29,7 +29,7 @@ from jobs import Crew, Job
 from labeller import Labeller
 from memory import keep_freed_memory
 from models.checkpoint import find_checkpoint, read_config
-from options import AMP, MIXED, choose_amp
+from options import AMP, MIXED, add_checkpoint_options, choose_amp
 from output import Output, caption, table
 
 PLOT_AT_MOST = 48  # pictures on a contact sheet
@@ -58,8 +58,7 @@ def parse_args(argv: list[str] | None, crew: Crew):
     parser.add_argument(
         "images", nargs="+", help="image files, parquet, tar shards; folders or globs of them; hub:OWNER/NAME"
     )
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the newest run's best)")
-    parser.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file")
+    add_checkpoint_options(parser)
     parser.add_argument(
         "--top-k", type=positive_int, default=3, help="guesses for each attribute (default: %(default)s)"
     )

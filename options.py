@@ -33,6 +33,25 @@ def per_target(number):
     return parse
 
 
+def add_checkpoint_options(p: Parser) -> None:
+    """Of every command that reads what training made."""
+    p.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the newest run's best)")
+    p.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file")
+
+
+def add_catalogue_options(p: Parser) -> None:
+    """Of every command that looks at a labelled catalogue with what training made."""
+    p.add_argument(
+        "--data",
+        required=True,
+        help="hub id (hub:OWNER/NAME: not downloaded), folder of parquet, tar, or CSV and images/, or demo",
+    )
+    p.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
+    p.add_argument("--batch-size", type=positive_int, default=64)
+    p.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where decoded images are kept")
+    add_store_options(p)
+
+
 def add_store_options(p: Parser) -> None:
     p.add_argument(
         "--store-gb",

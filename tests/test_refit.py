@@ -1,0 +1,107 @@
+"""refit.py: heads trained once more on a checkpoint's embeddings."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save
+
+import refit
+from data.batches import Rows
+from models.checkpoint import load_checkpoint, make_heads, sealed
+from models.heads import HierarchicalHeads
+
+
+@pytest.fixture
+def words(cache_dir):
+    return ("--data", "demo", "--limit", 1000, "--cache-dir", cache_dir)
+
+
+def bytes_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def with_fresh_heads(checkpoint, folder):
+    """A checkpoint with the adapters of another and heads that have learnt nothing."""
+    model, config = load_checkpoint(checkpoint)
+    torch.manual_seed(0)
+    fresh = make_heads(model.backbone.num_features, config).state_dict()
+    tensors = load_file(checkpoint / "adapter.safetensors") | {f"heads.{name}": t for name, t in fresh.items()}
+    folder.mkdir(parents=True)
+    (folder / "adapter.safetensors").write_bytes(save(tensors))
+    config_bytes = sealed(config, {"adapter.safetensors": save(tensors)})
+    (folder / "config.json").write_bytes(config_bytes)
+
+
+def test_heads_learn_and_adapters_stay(command, demo_run, words, tmp_path):
+    folder = tmp_path / "run" / "best"
+    with_fresh_heads(demo_run / "best", folder)
+    before = bytes_in(folder)
+    done = command("refit.py", "--checkpoint", folder, *words)
+    assert done.returncode == 0, done.stderr
+    was, now = map(float, re.search(r"mean accuracy (\S+) before, (\S+) after: kept", done.stdout).groups())
+    assert now > was + 0.2
+    assert bytes_in(folder.with_name("best.previous")) == before
+    old, new = (load_file(f / "adapter.safetensors") for f in (folder.with_name("best.previous"), folder))
+    same = {name for name in old if torch.equal(old[name], new[name])}
+    assert same == {name for name in old if not name.startswith("heads.")}
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["calibration"] != json.loads(before["config.json"])["calibration"]
+    scores = tmp_path / "scores.json"
+    assert command("evaluate.py", "--checkpoint", folder, *words, "--split", "val", "--json", scores).returncode == 0
+    assert json.loads(scores.read_text())["mean_accuracy"] == pytest.approx(now, abs=5e-5), "the heads that were kept"
+
+
+def test_what_is_no_better_changes_nothing(command, demo_run, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(refit, "LEARNING_RATE", 0.0)
+    shutil.copytree(demo_run / "best", tmp_path / "run" / "best")
+    done = command("refit.py", "--checkpoint", tmp_path / "run" / "best", *words)
+    assert done.returncode == 0, done.stderr
+    was, now = re.search(r"mean accuracy (\S+) before, (\S+) after: \S+ stays as it was", done.stdout).groups()
+    assert was == now
+    assert bytes_in(tmp_path / "run" / "best") == bytes_in(demo_run / "best")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["best"]
+
+
+def test_what_is_not_known_teaches_nothing(monkeypatch):
+    monkeypatch.setattr(refit, "LEARNING_RATE", 0.02)  # for so few rows
+    monkeypatch.setattr(refit, "EPOCHS", 30)
+    torch.manual_seed(0)
+    levels, classes = {"kind": 1, "colour": 2, "width": 2}, {"kind": 2, "colour": 3, "width": 1}
+    embeddings = torch.randn(1000, 8)
+    kind, colour = (embeddings[:, 0] > 0).long(), embeddings[:, 1:4].argmax(1)
+    width = embeddings[:, 4:5].clone()
+    known = torch.rand(1000, 3) < 0.5
+    labels = torch.stack([kind, colour], dim=1).where(known[:, :2], -1).numpy()
+    numbers = width.where(known[:, 2:], torch.nan).numpy()
+
+    def fitted():
+        torch.manual_seed(1)
+        heads = HierarchicalHeads(8, 16, levels, classes)
+        refit.train_heads(heads, embeddings, Rows(labels, numbers, np.empty((1000, 0), np.int32)))
+        return heads
+
+    heads = fitted()
+    said = heads(embeddings)
+    assert (said["kind"].argmax(1) == kind)[~known[:, 0]].float().mean() > 0.9, "of rows that it was not told"
+    assert (said["colour"].argmax(1) == colour)[~known[:, 1]].float().mean() > 0.8
+    assert (said["width"] - width)[~known[:, 2]].abs().mean() < 0.3
+    for mine, again in zip(heads.parameters(), fitted().parameters(), strict=True):
+        assert torch.equal(mine, again)
+
+
+def test_errors(command, demo_run, words, tmp_path):
+    shutil.copytree(demo_run / "best", tmp_path / "best")
+    (tmp_path / "best" / "README.md").touch()
+    for options, message in (
+        (("--checkpoint", tmp_path / "gone", *words), f"no checkpoint at {tmp_path / 'gone'}"),
+        (("--checkpoint", tmp_path / "best", *words), "also holds README.md: copy its checkpoint into a folder"),
+        (("--checkpoint", demo_run / "best", *words, "--limit", 1), "demo has 0 train and 1 val rows; both are needed"),
+    ):
+        done = command("refit.py", *options)
+        assert done.returncode == 2
+        assert message in done.stderr.splitlines()[-1]
