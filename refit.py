@@ -91,7 +91,7 @@ def refit(task: Task, batch_size: int) -> tuple[dict, dict, dict]:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description="Train a checkpoint's heads once more, on whole pictures, in about a minute.")
+    parser = Parser(description="Train the heads of a checkpoint once more, on whole pictures.")
     add_checkpoint_options(parser)
     add_catalogue_options(parser)
     args = parser.parse_args(argv)
