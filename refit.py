@@ -11,6 +11,7 @@ Validation rows say whether that helped; if not, nothing is changed. It is also 
 import startup  # noqa: F401
 
 # isort: split
+import copy
 
 import numpy as np
 import torch
@@ -29,9 +30,10 @@ from options import add_catalogue_options, add_checkpoint_options
 from step import MAX_GRAD_NORM, learning_rate, parameter_groups
 from task import Task, load_task
 
-EPOCHS, BATCH_SIZE, LEARNING_RATE = 5, 256, 1e-3
+EPOCHS, BATCH_SIZE, LEARNING_RATE = 7, 256, 1e-3
 SMOOTHING = 0.1  # of labels, see `attribute_losses`
 DROPOUT = 0.3  # of an embedding: without it the surest answers get worse, as heads alone soon learn by heart
+DRAWS = 4  # of the order and of what is dropped: one by itself is better or worse by luck
 MOST = 100_000  # train pictures: of a larger catalogue a choice, whose embeddings fit in memory
 
 
@@ -47,17 +49,28 @@ def embed(
     return torch.cat(seen), logits
 
 
-def train_heads(heads: nn.Module, embeddings: Tensor, known: Rows, seed: int = 0) -> None:
+def train_heads(heads: nn.Module, embeddings: Tensor, known: Rows) -> None:
     """Go on training heads, in place, on embeddings (N, D) whose labels and numbers are `known`.
 
-    All attributes count alike: there are no adapters here for one to pull away from another.
+    What is left is the mean of `DRAWS` ways on from the same start, which lie close enough together for their weights
+    to be averaged (model soups, Wortsman et al. 2022, arXiv:2203.05482).
     """
+    ways = [copy.deepcopy(heads) for _ in range(DRAWS)]
+    for seed, way in enumerate(ways):
+        train_once(way, embeddings, known, seed)
+    with torch.no_grad():
+        for p, *ends in zip(heads.parameters(), *(way.parameters() for way in ways), strict=True):
+            p.copy_(torch.stack(ends).mean(0))
+
+
+def train_once(heads: nn.Module, embeddings: Tensor, known: Rows, seed: int) -> None:
+    """All attributes count alike: there are no adapters here for one to pull away from another."""
     torch.manual_seed(seed)
     labels, numbers = torch.from_numpy(known.labels.astype(np.int64)), torch.from_numpy(known.numbers)
     optimizer = torch.optim.AdamW(parameter_groups(dict(heads.named_parameters())), fused=True)
     epochs = [epoch_batches(np.arange(len(embeddings)), BATCH_SIZE, seed, epoch) for epoch in range(EPOCHS)]
     batches = [torch.from_numpy(batch) for batches in epochs for batch in batches]
-    for step, rows in enumerate(tqdm(batches, desc="heads", unit="step", leave=False)):
+    for step, rows in enumerate(tqdm(batches, desc=f"heads {seed + 1}/{DRAWS}", unit="step", leave=False)):
         said = heads(F.dropout(embeddings[rows], DROPOUT))
         losses = attribute_losses(said, labels[rows], smoothing=SMOOTHING, numbers=numbers[rows])
         losses.sum().backward()
