@@ -113,9 +113,10 @@ def predict(
 
 
 def same_catalogue(task: Task, limit: int | None) -> bool:
-    """Whether the checkpoint was trained on these very files, on both sides perhaps a choice of their rows. A copy of
-    them is not told from another catalogue."""
-    return task.config["data"]["fingerprint"].startswith(task.catalogue.fingerprint.removesuffix(f"-{limit}"))
+    """Whether the checkpoint, or its heads alone, was trained on these very files, on both sides perhaps a choice of
+    their rows. A copy of them is not told from another catalogue."""
+    data, found = task.config["data"], task.catalogue.fingerprint.removesuffix(f"-{limit}")
+    return any(data.get(key, "").startswith(found) for key in ("fingerprint", "heads_fingerprint"))
 
 
 def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device) -> None:

@@ -5,13 +5,18 @@
 In training the heads see pictures that are moved about and of which patches may be missing; answers come from whole
 ones. Here the backbone, adapters merged, embeds each train picture once as it is, and the heads go on learning from
 those embeddings alone (after classifier re-training, Kang et al. 2020, arXiv:1910.09217), which takes seconds an epoch.
-Validation rows say whether that helped; if not, nothing is changed. It is also what to run once labels were corrected.
+Where mean accuracy on validation rows does not rise, or clearly fewer labels are accepted, nothing is changed. It is
+also what to run once labels were corrected; the classes, and the paths that they may form, stay those of training.
 """
 
 import startup  # noqa: F401
 
 # isort: split
+import argparse
+import contextlib
 import copy
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,11 +26,12 @@ from tqdm import tqdm
 
 from calibration import TARGET_PRECISION, calibrate
 from data.batches import Rows, epoch_batches, make_loader
+from durable import claim
 from errors import Parser, UserError, check_writable, exits_cleanly
 from evaluate import judge, predict
 from lora import merge_lora
 from models.checkpoint import find_checkpoint, previous_of, read_config, save_checkpoint
-from models.classifier import AttributeClassifier, attribute_losses
+from models.classifier import attribute_losses
 from options import add_catalogue_options, add_checkpoint_options
 from step import MAX_GRAD_NORM, learning_rate, parameter_groups
 from task import Task, load_task
@@ -35,18 +41,22 @@ SMOOTHING = 0.1  # of labels, see `attribute_losses`
 DROPOUT = 0.3  # of an embedding: without it the surest answers get worse, as heads alone soon learn by heart
 DRAWS = 4  # of the order and of what is dropped: one by itself is better or worse by luck
 MOST = 100_000  # train pictures: of a larger catalogue a choice, whose embeddings fit in memory
+FEWER = 0.02  # of all labels may be accepted than before: more accuracy is not worth more looking
 
 
-def embed(
-    task: Task, model: AttributeClassifier, rows: np.ndarray, batch_size: int, what: str
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the heads are given of rows of the store, (N, D), and the logits that they make of it; on the CPU."""
-    seen, device = [], next(model.parameters()).device
-    hook = model.heads.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu()))
+class Unread(nn.Module):
+    """In the place of heads: embeddings (B, D) as they come."""
+
+    def forward(self, embedding: Tensor) -> dict[str, Tensor]:
+        return {"embedding": embedding}
+
+
+def embed(task: Task, rows: np.ndarray, batch_size: int, what: str) -> Tensor:
+    """What the heads are given of rows of the store, (N, D), on the CPU."""
+    model, device = merge_lora(task.model), next(task.model.parameters()).device
+    model.heads = Unread()
     loader = make_loader(task.store, task.known, epoch_batches(rows, batch_size), device)
-    with hook:
-        logits = predict(model, loader, task.preprocess, device, what)
-    return torch.cat(seen), logits
+    return predict(model, loader, task.preprocess, device, what)["embedding"].clone()  # for autograd too
 
 
 def train_heads(heads: nn.Module, embeddings: Tensor, known: Rows) -> None:
@@ -81,40 +91,49 @@ def train_once(heads: nn.Module, embeddings: Tensor, known: Rows, seed: int) -> 
         optimizer.zero_grad(set_to_none=True)
 
 
-def refit(task: Task, batch_size: int) -> tuple[dict, dict, dict]:
-    """Train the heads of the task's model, which are left on the CPU.
+def refit(task: Task, rows: np.ndarray, batch_size: int) -> tuple[dict, dict, dict]:
+    """Train the heads of the task's model on rows of the store; they are left on the CPU.
 
     Returns:
         the scores of validation rows before and after, and the calibration that belongs to the heads as they are now.
     """
-    rows, val = task.store.rows("train"), task.store.rows("val")
-    if len(rows) > MOST:
-        rows = np.sort(np.random.default_rng(0).choice(rows, MOST, replace=False))
+    val, heads = task.store.rows("val"), task.model.heads
+    of_val, of_train = embed(task, val, batch_size, "val"), embed(task, rows, batch_size, "train")
+    heads.cpu()
     target = task.config.get("calibration", {}).get("target_precision", TARGET_PRECISION)
 
-    def judged(logits: dict[str, Tensor]) -> tuple[dict, dict]:
+    def judged() -> tuple[dict, dict]:
+        with torch.inference_mode():
+            logits = heads(of_val)
         fitted = calibrate(logits, task.labels[val], task.config, target)
         calibrated = task._replace(config=task.config | {"calibration": fitted})
         return judge(calibrated, "val", logits, joint=True).scores, fitted
 
-    merged, heads = merge_lora(task.model), task.model.heads
-    of_val, logits = embed(task, merged, val, batch_size, "val")
-    before, _ = judged(logits)
-    of_train, _ = embed(task, merged, rows, batch_size, "train")
-    train_heads(heads.cpu(), of_train, Rows(*(array[rows] for array in task.known)))
-    with torch.inference_mode():
-        after, fitted = judged(heads(of_val))
-    return before, after, fitted
+    before, _ = judged()
+    train_heads(heads, of_train, Rows(*(array[rows] for array in task.known)))
+    return before, *judged()
+
+
+def known_rows(task: Task, split: str) -> np.ndarray:
+    """The rows of a split of which anything is known that the model is to predict; of too many a fixed choice."""
+    rows = task.store.rows(split)
+    labels, numbers, _ = (array[rows] for array in task.known)
+    rows = rows[(labels >= 0).any(1) | np.isfinite(numbers).any(1)]
+    return rows if len(rows) <= MOST else np.sort(np.random.default_rng(0).choice(rows, MOST, replace=False))
 
 
 def comparison(before: dict, after: dict) -> str:
-    """Accuracy and the share accepted of each class attribute, as text."""
+    """Accuracy and the share accepted of each class, and the error of each number, as text."""
     lines = [f"{'val':<16}{'accuracy':>9}{'after':>8}{'accepted':>10}{'after':>8}"]
-    for name in after["calibration"]["attributes"]:
-        accuracy = [scores["attributes"][name]["accuracy"] for scores in (before, after)]
+    for name, a in after["attributes"].items():
+        was = before["attributes"][name]
+        if not a["rows"]:
+            continue
+        if "mae" in a:
+            lines.append(f"{name:<16}{'MAE':>9} {was['mae']:,.4g}, after {a['mae']:,.4g}")
+            continue
         accepted = [scores["calibration"]["attributes"][name]["accepted"] for scores in (before, after)]
-        if after["attributes"][name]["rows"]:
-            lines.append(f"{name:<16}{accuracy[0]:>9.3f}{accuracy[1]:>8.3f}{accepted[0]:>10.3f}{accepted[1]:>8.3f}")
+        lines.append(f"{name:<16}{was['accuracy']:>9.3f}{a['accuracy']:>8.3f}{accepted[0]:>10.3f}{accepted[1]:>8.3f}")
     return "\n".join(lines)
 
 
@@ -124,27 +143,41 @@ def main(argv: list[str] | None = None) -> int:
     add_checkpoint_options(parser)
     add_catalogue_options(parser)
     args = parser.parse_args(argv)
-    folder = find_checkpoint(args.checkpoint)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError("refit.py is one process: start it with python, not with torchrun")
+    folder = find_checkpoint(args.checkpoint).resolve()
     if others := sorted({path.name for path in folder.glob("*")} - set(read_config(folder)["sha256"])):
         raise UserError(f"{folder} also holds {', '.join(others)}: copy its checkpoint into a folder of its own first")
-    check_writable(folder.with_name(folder.name + ".new"), "--checkpoint")
+    check_writable(folder.parent / "file", "--checkpoint")
+    with contextlib.ExitStack() as held:
+        if (lock := folder.parent / ".lock").exists() and not held.enter_context(claim(lock)):
+            raise UserError(f"{folder.parent} is a run that has not ended; refit it then")
+        run(args, folder)
+    return 0
+
+
+def run(args: argparse.Namespace, folder: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task = load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device, args.store_gb)
-    name, rows = task.catalogue.name, {split: len(task.store.rows(split)) for split in ("train", "val")}
-    if not all(rows.values()):
-        raise UserError(f"{args.data} has {rows['train']:,} train and {rows['val']:,} val rows; both are needed")
-    if not (task.labels[task.store.rows("val")] >= 0).any():
-        raise UserError(f"{args.data}: no row of the val split has a label of a class; label more of its rows")
-    print(f"checkpoint {folder}\n{name}: {rows['train']:,} train and {rows['val']:,} val rows")
-    before, after, fitted = refit(task, args.batch_size)
+    rows, labelled = known_rows(task, "train"), (task.labels[task.store.rows("val")] >= 0).any(1).sum()
+    print(f"checkpoint {folder}\n{task.catalogue.name}: {len(rows):,} train and {labelled:,} val rows with labels")
+    if not len(rows) or not labelled:
+        raise UserError(f"{args.data} has {len(rows):,} train and {labelled:,} val rows with labels; both are needed")
+    before, after, fitted = refit(task, rows, args.batch_size)
     print(comparison(before, after))
-    change = f"mean accuracy {before['mean_accuracy']:.4f} before, {after['mean_accuracy']:.4f} after"
-    if after["mean_accuracy"] <= before["mean_accuracy"]:
+    (was, accepted_was), (now, accepted) = (
+        (scores["mean_accuracy"], scores["calibration"]["accepted"]) for scores in (before, after)
+    )
+    change = f"mean accuracy {was:.4f} before, {now:.4f} after; accepted {accepted_was:.3f}, {accepted:.3f}"
+    if now <= was or accepted < accepted_was - FEWER:
         print(f"{change}: {folder} stays as it was")
-        return 0
-    save_checkpoint(folder, task.model, task.config | {"calibration": fitted})
-    print(f"{change}: kept, and calibrated anew; the heads of before are in {previous_of(folder)}")
-    return 0
+        return
+    data = task.config["data"] | {"heads_fingerprint": task.catalogue.fingerprint}
+    save_checkpoint(folder, task.model, task.config | {"calibration": fitted, "data": data})
+    print(
+        f"{change}: kept, and calibrated anew. The heads of before are in {previous_of(folder)}; "
+        "scores of before, such as metrics.json, are of those"
+    )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ CONFIG = {
     "attributes": [(CLASS, QUANTITY)],
     "paths": [{"attributes": [str], "known": [[range(10**6)]]}],
     "title": (str, None),
-    "data": {"fingerprint": str, ...: None},
+    "data": {"fingerprint": str, "heads_fingerprint?": str, ...: None},
     "inputs": ("image", "title", "image+title"),
     "text": (None, {"vocab": [str], "length": range(3, 513), "mask": bool}),
     "preprocess": {

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 
 import refit
 from data.batches import Rows
+from durable import claim
 from models.checkpoint import load_checkpoint, make_heads, sealed
 from models.heads import HierarchicalHeads
 
@@ -42,7 +43,7 @@ def test_heads_learn_and_adapters_stay(command, demo_run, words, tmp_path):
     before = bytes_in(folder)
     done = command("refit.py", "--checkpoint", folder, *words)
     assert done.returncode == 0, done.stderr
-    was, now = map(float, re.search(r"mean accuracy (\S+) before, (\S+) after: kept", done.stdout).groups())
+    was, now = map(float, re.search(r"mean accuracy (\S+) before, (\S+) after; .*: kept", done.stdout).groups())
     assert now > was + 0.2
     assert bytes_in(folder.with_name("best.previous")) == before
     old, new = (load_file(f / "adapter.safetensors") for f in (folder.with_name("best.previous"), folder))
@@ -50,26 +51,29 @@ def test_heads_learn_and_adapters_stay(command, demo_run, words, tmp_path):
     assert same == {name for name in old if not name.startswith("heads.")}
 
     config = json.loads((folder / "config.json").read_text())
+    assert config["data"]["heads_fingerprint"] == config["data"]["fingerprint"], "this catalogue is no new one to it"
     assert config["calibration"] != json.loads(before["config.json"])["calibration"]
     scores = tmp_path / "scores.json"
     assert command("evaluate.py", "--checkpoint", folder, *words, "--split", "val", "--json", scores).returncode == 0
     assert json.loads(scores.read_text())["mean_accuracy"] == pytest.approx(now, abs=5e-5), "the heads that were kept"
 
 
-def test_what_is_no_better_changes_nothing(command, demo_run, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(refit, "LEARNING_RATE", 0.0)
+@pytest.mark.parametrize(("name", "value"), [("LEARNING_RATE", 0.0), ("LEARNING_RATE", 10.0), ("FEWER", -1.0)])
+def test_what_is_no_better_changes_nothing(command, demo_run, words, tmp_path, monkeypatch, name, value):
+    """Neither the same, nor worse, nor where as many more labels are asked for as there are."""
+    monkeypatch.setattr(refit, name, value)
     shutil.copytree(demo_run / "best", tmp_path / "run" / "best")
     done = command("refit.py", "--checkpoint", tmp_path / "run" / "best", *words)
     assert done.returncode == 0, done.stderr
-    was, now = re.search(r"mean accuracy (\S+) before, (\S+) after: \S+ stays as it was", done.stdout).groups()
-    assert was == now
+    was, now = re.search(r"mean accuracy (\S+) before, (\S+) after; .*: \S+ stays as it was", done.stdout).groups()
+    assert (was == now) == (value == 0) or name == "FEWER"
     assert bytes_in(tmp_path / "run" / "best") == bytes_in(demo_run / "best")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["best"]
 
 
 def test_what_is_not_known_teaches_nothing(monkeypatch):
     monkeypatch.setattr(refit, "LEARNING_RATE", 0.02)  # for so few rows
-    monkeypatch.setattr(refit, "EPOCHS", 30)
+    monkeypatch.setattr(refit, "EPOCHS", 20)
     torch.manual_seed(0)
     levels, classes = {"kind": 1, "colour": 2, "width": 2}, {"kind": 2, "colour": 3, "width": 1}
     embeddings = torch.randn(1000, 8)
@@ -94,13 +98,39 @@ def test_what_is_not_known_teaches_nothing(monkeypatch):
         assert torch.equal(mine, again)
 
 
+def test_what_is_left_is_the_mean_of_all_ways(monkeypatch):
+    heads = HierarchicalHeads(8, 16, {"kind": 1}, {"kind": 2})
+    before = [p.detach().clone() for p in heads.parameters()]
+
+    def go(heads, embeddings, known, seed):
+        with torch.no_grad():
+            for p in heads.parameters():
+                p += seed
+
+    monkeypatch.setattr(refit, "train_once", go)
+    refit.train_heads(heads, torch.empty(0, 8), None)
+    for p, was in zip(heads.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), was + 1.5)
+
+
+def test_a_run_in_progress_is_left_alone(command, demo_run, words, tmp_path):
+    shutil.copytree(demo_run, tmp_path / "run")
+    with claim(tmp_path / "run" / ".lock"):
+        done = command("refit.py", "--checkpoint", tmp_path / "run" / "best", *words)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"error: {tmp_path / 'run'} is a run that has not ended; refit it then"
+
+
 def test_errors(command, demo_run, words, tmp_path):
     shutil.copytree(demo_run / "best", tmp_path / "best")
     (tmp_path / "best" / "README.md").touch()
     for options, message in (
         (("--checkpoint", tmp_path / "gone", *words), f"no checkpoint at {tmp_path / 'gone'}"),
         (("--checkpoint", tmp_path / "best", *words), "also holds README.md: copy its checkpoint into a folder"),
-        (("--checkpoint", demo_run / "best", *words, "--limit", 1), "demo has 0 train and 1 val rows; both are needed"),
+        (
+            ("--checkpoint", demo_run / "best", *words, "--limit", 1),
+            "demo has 0 train and 1 val rows with labels; both are needed",
+        ),
     ):
         done = command("refit.py", *options)
         assert done.returncode == 2

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -138,6 +139,14 @@ def test_titles_in_parquet_and_in_tar_do_the_same(command, both, drawings, tmp_p
     assert plain == parquet == tar
     untitled = command("infer.py", drawings / "images", *words).stdout.splitlines()
     assert plain != [json.loads(line)["attributes"] for line in untitled]
+
+
+def test_heads_over_titles_and_numbers_can_be_refitted(command, cache_dir, tmp_path):
+    run(command, cache_dir, tmp_path / "run", "--inputs", "image+title", "--with-price")
+    words = ("--data", "demo", "--limit", 600, "--cache-dir", cache_dir)
+    done = command("refit.py", "--checkpoint", tmp_path / "run" / "best", *words)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"price_in_vnd +MAE [\d,.e+]+, after [\d,.e+]+\n", done.stdout)
 
 
 def test_scored_from_the_checkpoint_as_at_the_end_of_training(command, both, cache_dir, tmp_path):
