@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.demo import draw
+from data.fashion import draw
 
 ROOT = Path(__file__).parents[1]
 

@@ -254,22 +254,22 @@ def _from_table(name: str, table, fingerprint: str) -> Catalogue:
 
 def _demo(cache_dir: Path) -> Catalogue:
     """The drawn catalogue. `datasets` keeps the drawings, so they are made once for each version of the scripts."""
-    from data import demo, pen
+    from data import fashion, pen
 
-    scripts = (Path(module.__file__).read_bytes() for module in (demo, pen))
+    scripts = (Path(module.__file__).read_bytes() for module in (fashion, pen))
     version = hashlib.blake2b(b"".join(scripts), digest_size=16).hexdigest()
     table = _quiet_datasets().Dataset.from_generator(
-        _drawings, gen_kwargs={"rows": demo.ROWS, "version": version}, cache_dir=str(cache_dir / "demo")
+        _drawings, gen_kwargs={"rows": fashion.ROWS, "version": version}, cache_dir=str(cache_dir / "demo")
     )
-    return _from_table("demo", table, f"demo-{demo.ROWS}-{version}")
+    return _from_table("demo", table, f"demo-{fashion.ROWS}-{version}")
 
 
 def _drawings(rows: int, version: str):
     """Rows in the hub's schema. `version` is part of the key they are kept under."""
-    from data import demo
+    from data import fashion
 
     for index in tqdm(range(rows), desc="drawing the demo", unit="img"):
-        fields, image = demo.draw(index)
+        fields, image = fashion.draw(index)
         image.save(buffer := io.BytesIO(), "png")
         yield fields | {"image": {"bytes": buffer.getvalue(), "path": None}}
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import demo
+from data import fashion
 from tests.faults.processes import die_at, finish, start
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ BAD = {"13": "no image in this row", "57": "no image in this row", "30": "trunca
 def pictures():
     encoded = []
     for index in range(10):
-        demo.draw(index, seed=3)[1].save(buffer := io.BytesIO(), "png")
+        fashion.draw(index, seed=3)[1].save(buffer := io.BytesIO(), "png")
         encoded.append(buffer.getvalue())
     return encoded
 

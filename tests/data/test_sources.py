@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import demo
+from data import fashion
 from data.images import ImageError, decode
 from data.sources import Catalogue, Skipped, load_source
 from data.store import open_store
@@ -238,11 +238,11 @@ def test_a_cached_hub_dataset_loads_without_the_hub(tmp_path):
 
 
 def test_demo_is_drawn_once(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(demo, "ROWS", 12)
+    monkeypatch.setattr(fashion, "ROWS", 12)
     first = load_source("demo", tmp_path)
     assert (first.name, len(first)) == ("demo", 12)
     assert "drawing the demo" in capfd.readouterr().err
-    fields, image = demo.draw(3)
+    fields, image = fashion.draw(3)
     assert first.ids[3] == str(fields["id"])
     assert first.columns["articleType"][3] == fields["articleType"]
     assert decode(first.read(3)).tobytes() == image.convert("RGB").tobytes()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import demo
+from data import fashion
 from data.attributes import fit_label_maps
 from data.schema import FASHION
 from data.titles import LeakMask, TitleReader, choose_vocabulary, stem, train_vocabulary
@@ -73,7 +73,7 @@ def test_plurals_are_the_same_word():
 
 def test_of_a_drawn_title_nothing_is_left():
     """All of it is brand, gender, colour and article; so what is learnt from masked demo titles is a constant."""
-    rows = [demo.draw(i)[0] for i in range(300)]
+    rows = [fashion.draw(i)[0] for i in range(300)]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     maps = fit_label_maps(columns, range(300), FASHION)
     config = [
@@ -110,7 +110,7 @@ def test_accents_and_case_do_not_count():
 
 def test_a_fitted_vocabulary_is_the_same_in_every_process():
     """The library's own is not: a run could not be resumed."""
-    titles = [demo.draw(i)[0]["productDisplayName"] or "" for i in range(200)]
+    titles = [fashion.draw(i)[0]["productDisplayName"] or "" for i in range(200)]
     fitted = train_vocabulary(titles)
     script = (
         "import json, sys; from data import titles; print(json.dumps(titles.train_vocabulary(json.load(sys.stdin))))"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "infer", "data.demo"])
+CONTEXT.set_forkserver_preload(["train", "infer", "data.fashion"])
 
 
 def _main(script: str, words: list[str], log: str, fault) -> None:

@@ -124,11 +124,11 @@ def test_out_of_memory_in_training_says_what_helps_and_keeps_the_checkpoint(opti
 
 
 def test_infer_halves_its_batch_and_goes_on(whole, tmp_path):
-    from data import demo
+    from data import fashion
 
     (tmp_path / "photos").mkdir()
     for index in range(20):
-        demo.draw(index, seed=5)[1].save(tmp_path / "photos" / f"{index:02}.png")
+        fashion.draw(index, seed=5)[1].save(tmp_path / "photos" / f"{index:02}.png")
     words = (tmp_path / "photos", "--checkpoint", whole / "best", "--batch-size", 16, "--out")
     assert finish(start("infer", *words, tmp_path / "plain.jsonl", log=tmp_path / "log")) == 0
     halving = start(
