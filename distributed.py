@@ -69,7 +69,7 @@ def joined() -> Iterator[torch.device]:
         UserError: the machine has GPUs, but fewer than processes.
     """
     gpus, alone = torch.cuda.device_count(), "TORCHELASTIC_RUN_ID" not in os.environ
-    if local_rank() >= max(gpus, 1) and gpus:
+    if gpus and local_rank() >= gpus:
         raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes share {gpus} GPUs: --nproc-per-node {gpus}")
     device = torch.device("cuda", local_rank()) if gpus else torch.device("cpu")
     if gpus:

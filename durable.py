@@ -65,6 +65,19 @@ def claim(path: Path, wait: bool = False) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
+def at_rest(run: Path) -> Iterator[None]:
+    """Hold the folder of a run, if it is one, which has ended: what is in it stays as it is meanwhile.
+
+    Raises:
+        UserError: the run has not ended.
+    """
+    with contextlib.ExitStack() as stack:
+        if (lock := run / ".lock").exists() and not stack.enter_context(claim(lock)):
+            raise UserError(f"{run} is a run that has not ended; wait for it, or name a copy of its checkpoint")
+        yield
+
+
+@contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold a folder for this process. The system lets go of it when the process ends, however it ends.
 

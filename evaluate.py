@@ -9,6 +9,7 @@ import startup  # noqa: F401
 
 # isort: split
 import argparse
+import contextlib
 import json
 import math
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from data import price
 from data.batches import Batch, epoch_batches, make_loader
 from data.preprocess import Preprocess
 from data.split import SPLITS
+from durable import at_rest
 from errors import Parser, UserError, check_writable, exits_cleanly, make_folder, share
 from lora import merge_lora
 from metrics import score, score_number, scores_table, trust_table
@@ -191,7 +193,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
         make_folder(args.report, "--report")
 
-    with distributed.joined() as device:
+    with distributed.joined() as device, contextlib.ExitStack() as held:
+        if args.calibrate and distributed.first():
+            held.enter_context(at_rest(find_checkpoint(args.checkpoint).resolve().parent))
         score_checkpoint(args, split, device)
     return 0
 

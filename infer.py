@@ -134,9 +134,11 @@ def main(argv: list[str] | None = None) -> int:
     if not cuda:
         keep_freed_memory()
     args.amp = choose_amp(device) if args.amp == "auto" else args.amp
-    job = Job(args.out, facts(args, config, source), source.shards, config["attributes"], crew) if args.job else None
     joint, dtype = not args.independent, AMP[args.amp] or torch.float32
     labeller = Labeller(folder, args.weights, device, joint, args.top_k, args.batch_size, dtype)
+    if labeller.config != config:
+        raise UserError(f"{folder} was replaced meanwhile, as by a run that goes on; start again")
+    job = Job(args.out, facts(args, config, source), source.shards, config["attributes"], crew) if args.job else None
 
     def answered(shards: Iterable[Shard]) -> Iterator[tuple[list[Row], list[dict]]]:
         given = 0

@@ -51,7 +51,7 @@ class Labeller:
         self.model, self.device, self.dtype = merge_lora(model).to(device, dtype), device, dtype
         keep_base_in(self.model, dtype)
         self.preprocess, self.decoder = Preprocess(**config["preprocess"]), Decoder(config, joint)
-        self.attributes = config["attributes"]
+        self.config, self.attributes = config, config["attributes"]
         self.read_titles = TitleReader(config) if config["text"] else None
         self.top_k, self.batch_size, self.most = top_k, batch_size, batch_size
 

@@ -13,7 +13,6 @@ import startup  # noqa: F401
 
 # isort: split
 import argparse
-import contextlib
 import copy
 import os
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from calibration import TARGET_PRECISION, calibrate
 from data.batches import Rows, epoch_batches, make_loader
-from durable import claim
+from durable import at_rest
 from errors import Parser, UserError, check_writable, exits_cleanly
 from evaluate import judge, predict
 from lora import merge_lora
@@ -149,9 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     if others := sorted({path.name for path in folder.glob("*")} - set(read_config(folder)["sha256"])):
         raise UserError(f"{folder} also holds {', '.join(others)}: copy its checkpoint into a folder of its own first")
     check_writable(folder.parent / "file", "--checkpoint")
-    with contextlib.ExitStack() as held:
-        if (lock := folder.parent / ".lock").exists() and not held.enter_context(claim(lock)):
-            raise UserError(f"{folder.parent} is a run that has not ended; refit it then")
+    with at_rest(folder.parent):
         run(args, folder)
     return 0
 

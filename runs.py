@@ -18,7 +18,7 @@ from errors import UserError
 from models.checkpoint import newest_checkpoint, previous_of
 from options import PATHS, choose_amp, choose_source, parse_args
 
-SET_UP = ("options.json", "skipped.csv")  # what a run has written before its first checkpoint
+SET_UP = ("options.json", "skipped.csv", "vocab.txt")  # what a run has written before its first checkpoint
 
 
 def choose(argv: list[str] | None, device: torch.device, held: contextlib.ExitStack) -> argparse.Namespace:

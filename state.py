@@ -73,7 +73,7 @@ class TrainingState:
                 shutil.rmtree(damaged, ignore_errors=True)
                 os.replace(self.last, damaged)
         check_same(saved, self.config, folder.parent)
-        load_tensors(folder, self.model)
+        load_tensors(folder, self.model, saved)
         self.restore_optimizer(read_tensors(folder / "optimizer.safetensors"))
         self.scaler.load_state_dict(saved["resume"]["scaler"])
         self.progress, self.config = (

@@ -32,6 +32,7 @@ from data.sources import Catalogue, load_source
 from data.split import SPLITS
 from data.store import ImageStore, common_size, open_store
 from data.titles import SPECIAL, TitleReader, choose_vocabulary
+from durable import replace_file
 from errors import UserError
 from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_base
 from models.backbone import create_backbone
@@ -207,7 +208,11 @@ def fit_text(args: argparse.Namespace, config: dict, titles: list[str | None]) -
     if not any(titles):
         raise UserError(f"--inputs {args.inputs}: no train row has a title (column {config['title']})")
     text = {"vocab": list(SPECIAL), "length": args.title_length, "mask": args.mask_title_leaks}
-    text["vocab"], origin = choose_vocabulary(args.vocab, TitleReader(config | {"text": text}).cleaned(titles))
+    kept = args.out / "vocab.txt"  # of a new run's first process, for all others and for whenever it is resumed
+    given = kept if args.resume or not distributed.first() else args.vocab
+    text["vocab"], origin = choose_vocabulary(given, TitleReader(config | {"text": text}).cleaned(titles))
+    if given != kept:
+        replace_file(kept, "".join(f"{token}\n" for token in text["vocab"]).encode())
     _, cut = TitleReader(config | {"text": text})(titles)
     leaks = "masked" if args.mask_title_leaks else "left in"
     print(f"titles: words that give labels away {leaks}; vocabulary of {len(text['vocab']):,}, {origin}")

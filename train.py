@@ -28,7 +28,7 @@ from data.batches import epoch_batches, make_loader
 from data.preprocess import CHANCES
 from durable import replace_file
 from errors import UserError, exits_cleanly
-from evaluate import evaluate
+from evaluate import Evaluation, evaluate
 from figures import label_sheet
 from memory import ran_out
 from metrics import scores_table, trust_table
@@ -154,18 +154,8 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
                     return False
             with stop.at_once():  # all is saved
                 found = evaluate(task, "val", device)
-            scores, rows = found.scores, found.rows
-            print(scores_table(scores))
-            if board:
-                shown, said = rows[:12], found.answers.labels[:12].numpy()
-                sheet = label_sheet(list(task.store.pixels[shown]), task.labels[shown], said, task.classes)
-                board.validation(state.step - 1, scores, sheet)  # the step that was just taken
-            state.progress["epochs_scored"] = epoch
-            if scores["mean_accuracy"] >= state.progress["best_accuracy"]:  # of equals, the one trained longer
-                state.progress |= {"best_accuracy": scores["mean_accuracy"], "best_epoch": epoch}
-                # Of a base in 8 bits it follows at the end, on the float one.
-                fitted = {"calibration": calibrate(found.logits, task.labels[rows], task.config)}
-                state.save_best(**(fitted if args.base == "float" else {}))
+            keep_best(args, task, state, board, epoch, found)
+            state.save_last(board)  # a run that is resumed once it has ended keeps its best/, whatever was done to it
 
         if args.base == "int8":
             task = on_float_base(args, task, state, stop, device)
@@ -180,6 +170,25 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
     return False
 
 
+def keep_best(
+    args: argparse.Namespace, task: Task, state: TrainingState, board: Board | None, epoch: int, found: Evaluation
+) -> None:
+    """Show how an epoch did on validation rows; into `best/` with it if none did better."""
+    scores, rows = found.scores, found.rows
+    print(scores_table(scores))
+    if board:
+        shown, said = rows[:12], found.answers.labels[:12].numpy()
+        sheet = label_sheet(list(task.store.pixels[shown]), task.labels[shown], said, task.classes)
+        board.validation(state.step - 1, scores, sheet)  # the step that was just taken
+    state.progress["epochs_scored"] = epoch
+    if scores["mean_accuracy"] >= state.progress["best_accuracy"]:  # of equals, the one trained longer
+        state.progress |= {"best_accuracy": scores["mean_accuracy"], "best_epoch": epoch}
+        fitted = {}
+        if args.base == "float" and distributed.first():  # of a base in 8 bits it follows at the end, on the float one
+            fitted["calibration"] = calibrate(found.logits, task.labels[rows], task.config)
+        state.save_best(**fitted)
+
+
 def on_float_base(
     args: argparse.Namespace, task: Task, state: TrainingState, stop: StopRequest, device: torch.device
 ) -> Task:
@@ -189,7 +198,7 @@ def on_float_base(
     task = task._replace(model=model.to(device), config=config)
     with stop.at_once():
         found = evaluate(task, "val", device)
-    if distributed.first():
+    if distributed.first() and "calibration" not in config:  # or the run had ended before, and was calibrated since
         amend_config(state.best, calibration=calibrate(found.logits, task.labels[found.rows], config))
     print(f"\non the float base:\n{scores_table(found.scores)}")
     return task
@@ -202,7 +211,7 @@ def score_test(
     distributed.any_of(False)  # the first process has written it
     with stop.at_once():
         best = task._replace(config=read_config(state.best))  # with its calibration
-        load_tensors(state.best, task.model)
+        load_tensors(state.best, task.model, best.config)
         scores = evaluate(best, "test", next(task.model.parameters()).device).scores
     if board:
         replace_file(args.out / "metrics.json", (json.dumps(scores, indent=1) + "\n").encode())

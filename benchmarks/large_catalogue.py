@@ -107,9 +107,9 @@ def measure(folder: Path, cache: Path) -> dict:
     train = timed("split", lambda: {split: store.rows(split) for split in SPLITS})["train"]
 
     def labels() -> Rows:
-        maps = fit_label_maps(catalogue.columns, train, FASHION)
-        encoded = encode_labels(catalogue.columns, maps)
-        known_paths(encoded[train])
+        maps = fit_label_maps(catalogue.columns, train, FASHION, 10)
+        encoded = encode_labels(catalogue.columns, maps, FASHION)
+        known_paths(encoded[train], FASHION)
         return Rows(encoded, encode_numbers(catalogue.columns, {}, FASHION), torch.empty(len(catalogue), 0).numpy())
 
     known = timed("labels", labels)

@@ -11,7 +11,7 @@ import numpy as np
 from data import brand, price
 from data.cells import number
 from data.columns import chosen
-from data.schema import FASHION, Attribute
+from data.schema import Attribute
 from errors import UserError
 
 AT_ONCE = 1 << 16  # rows whose paths are sorted together
@@ -59,7 +59,7 @@ class Scale:
 
 
 def fit_label_maps(
-    columns: Columns, train_rows: Sequence[int], attributes: Sequence[Attribute] = FASHION, min_brand_count: int = 10
+    columns: Columns, train_rows: Sequence[int], attributes: Sequence[Attribute], min_brand_count: int
 ) -> dict[str, LabelMap]:
     """Labels of each class attribute, sorted, from `train_rows` alone; brands with under `min_brand_count` rows are
     "Other".
@@ -114,7 +114,7 @@ def numbers(columns: Columns, attribute: Attribute) -> np.ndarray:
     return np.fromiter((number(text, attribute.column, id) for text, id in cells), float, len(columns["id"]))
 
 
-def encode_labels(columns: Columns, maps: dict[str, LabelMap], attributes: Sequence[Attribute] = FASHION) -> np.ndarray:
+def encode_labels(columns: Columns, maps: dict[str, LabelMap], attributes: Sequence[Attribute]) -> np.ndarray:
     """All rows -> int16 (N, A), or int32 where classes are many: class index, `MISSING` or `UNSEEN` of each class."""
     count, small = len(columns[attributes[0].column]), max(map(len, maps.values())) < 2**15
     labels = np.empty((count, len(maps)), dtype=np.int16 if small else np.int32)
@@ -141,7 +141,7 @@ def families(attributes: Sequence[Attribute]) -> list[list[str]]:
     return [group for group in groups if len(group) > 1]
 
 
-def known_paths(labels: np.ndarray, attributes: Sequence[Attribute] = FASHION) -> list[dict]:
+def known_paths(labels: np.ndarray, attributes: Sequence[Attribute]) -> list[dict]:
     """Of each hierarchy, {"attributes": its names, "known": the distinct class paths (P, names)}.
 
     The paths are those of labels (N, A) that are labelled in full, sorted.

@@ -102,7 +102,8 @@ def cleaned(value) -> str | None:
 
 
 def read_titles(path: Path, column: str) -> dict[str, str | None]:
-    """{product: title} of a tar. A pass of its own, so that no picture has to wait in memory for its title."""
+    """{product: title} of a tar: its column, as training reads it, else its text file. A pass of its own, so that no
+    picture has to wait in memory for its title."""
     plain, listed = {}, {}
     with contextlib.suppress(tarfile.TarError, OSError):  # reading the pictures comes to the same place and says so
         for tar, member in members(path, {".txt", ".json"}):
@@ -113,7 +114,7 @@ def read_titles(path: Path, column: str) -> dict[str, str | None]:
             with contextlib.suppress(ValueError, RecursionError):
                 if isinstance(facts := json.loads(data), dict):
                     listed[product(member.name)] = cleaned(facts.get(column))
-    return listed | plain
+    return plain | {name: title for name, title in listed.items() if title}
 
 
 def product(name: str) -> str:

@@ -106,7 +106,8 @@ def choose_vocabulary(file: Path | None, titles: Sequence[str]) -> tuple[list[st
     Raises:
         UserError: the file cannot be read or is no vocabulary.
     """
-    if file is None and hub.reachable():
+    if file is None:
+        hub.reachable()  # where it is not, the library answers from its cache at once
         try:
             file = Path(huggingface_hub.hf_hub_download(HUB_VOCABULARY, "vocab.txt"))
         except Exception as error:  # of several libraries; whatever it is, one's own does as well

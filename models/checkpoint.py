@@ -163,10 +163,18 @@ def amend_config(folder: Path, **facts) -> None:
     replace_file(folder / "config.json", sealed(config | facts, files))
 
 
-def load_tensors(folder: Path, model: AttributeClassifier) -> None:
-    """Load `adapter.safetensors` strictly: every missing, unexpected, misshaped or non-finite tensor is named."""
+def adapter_tensors(folder: Path, config: dict) -> dict[str, Tensor]:
+    """`adapter.safetensors`, as long as it is what belongs to this config: a run that goes on may replace both."""
     path = folder / "adapter.safetensors"
     state = read_tensors(path)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != config["sha256"][path.name]:
+        raise UserError(f"{folder} was replaced while it was read, as by a run that goes on; start again")
+    return state
+
+
+def load_tensors(folder: Path, model: AttributeClassifier, config: dict) -> None:
+    """Load a checkpoint's tensors strictly: every missing, unexpected, misshaped or non-finite one is named."""
+    path, state = folder / "adapter.safetensors", adapter_tensors(folder, config)
     try:
         load_params(trained_params(model), state)
     except ValueError as error:
@@ -195,7 +203,7 @@ def load_checkpoint(folder: Path, weights: Path | None = None) -> tuple[Attribut
     if list(backbone.patch_embed.img_size) != config["preprocess"]["size"]:
         raise UserError(f"{folder} contradicts itself: its preprocess.size is not what its backbone reads")
     model = attach(backbone, config)
-    load_tensors(folder, model)
+    load_tensors(folder, model, config)
     return model.eval(), config
 
 

@@ -16,8 +16,7 @@ from torch import nn
 
 from errors import UserError
 from lora import get_adapter_params, load_params
-from models.backbone import read_tensors
-from models.checkpoint import make_heads, read_config
+from models.checkpoint import adapter_tensors, make_heads, read_config
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
 from models.text import WIDTH as TEXT_WIDTH
@@ -42,7 +41,7 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
         if theirs.get(key) != ours.get(key):
             raise UserError(f"--init-from {folder} has --{key} {theirs.get(key)}, not {ours.get(key)}")
 
-    state = read_tensors(folder / "adapter.safetensors")
+    state = adapter_tensors(folder, old)
     read = old["text"] is not None and old["text"] == config["text"]
     heads = make_heads(model.backbone.num_features, old)
     mine = {"heads.": dict(heads.named_parameters())}

@@ -36,7 +36,7 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
 
     Args:
         checkpoint: what to call it.
-        task, found: an `evaluate.Task` and the `Evaluation` of one of its splits.
+        task, found: a `task.Task` and the `Evaluation` of one of its splits.
     """
     store, classes, rows = task.store, task.classes, found.rows
     given, said = task.labels[rows], found.answers.labels.numpy()

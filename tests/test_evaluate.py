@@ -3,6 +3,8 @@
 import json
 import shutil
 
+from durable import claim
+
 
 def test_evaluate_gives_the_figures_train_gave(command, demo_run, cache_dir, tmp_path):
     words = ("--data", "demo", "--limit", 1000, "--cache-dir", cache_dir, "--json", tmp_path / "scores.json")
@@ -48,6 +50,19 @@ def test_a_run_ends_calibrated_and_calibrating_again_changes_nothing_but_the_tar
     assert found[0.7]["temperature"] == fitted["temperature"]
     assert found[0.7]["threshold"] != fitted["threshold"]
     assert {path.name for path in (tmp_path / "best").iterdir()} == {"config.json", "adapter.safetensors"}
+
+
+def test_a_run_in_progress_is_not_calibrated(command, demo_run, cache_dir, tmp_path):
+    """Its next save could put other weights under these thresholds."""
+    shutil.copytree(demo_run, tmp_path / "run")
+    before = (tmp_path / "run" / "best" / "config.json").read_bytes()
+    words = ("--checkpoint", tmp_path / "run" / "best", "--data", "demo", "--limit", 1000, "--cache-dir", cache_dir)
+    with claim(tmp_path / "run" / ".lock"):
+        done = command("evaluate.py", *words, "--calibrate", "--target-precision", 0.7)
+        assert done.returncode == 2
+        assert f"{tmp_path / 'run'} is a run that has not ended" in done.stderr.splitlines()[-1]
+        assert command("evaluate.py", *words).returncode == 0, "it may be looked at"
+    assert (tmp_path / "run" / "best" / "config.json").read_bytes() == before
 
 
 def test_the_error_before_calibration_knows_no_temperature(command, demo_run, cache_dir, with_config, tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image
 import infer
 from data import fashion
 from figures import QUIET, contact_sheet
-from models.checkpoint import newest_checkpoint
+from models.checkpoint import amend_config, newest_checkpoint
 from output import Output, number_text
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +161,21 @@ def test_an_uncalibrated_checkpoint_leaves_all_for_review_and_says_so(command, d
     done = command("infer.py", photos / "0.png", "--json", "--checkpoint", folder)
     assert "not calibrated, so all is for review" in done.stderr
     assert {a["decision"] for a in json.loads(done.stdout)["attributes"].values()} == {"review"}
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_answers_nothing(command, demo_run, photos, tmp_path, monkeypatch):
+    """As by a run that goes on: the job would say that other weights had answered."""
+    best, open_source = shutil.copytree(demo_run / "best", tmp_path / "best"), infer.open_source
+
+    def replace(*words):
+        amend_config(best, data={"fingerprint": "another"})
+        return open_source(*words)
+
+    monkeypatch.setattr(infer, "open_source", replace)
+    done = command("infer.py", photos, "--checkpoint", best, "--out", tmp_path / "labels")
+    assert done.returncode == 2
+    assert f"{best} was replaced meanwhile" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "labels").exists()
 
 
 def test_plot(command, demo_run, photos, tmp_path):

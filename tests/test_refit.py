@@ -118,7 +118,7 @@ def test_a_run_in_progress_is_left_alone(command, demo_run, words, tmp_path):
     with claim(tmp_path / "run" / ".lock"):
         done = command("refit.py", "--checkpoint", tmp_path / "run" / "best", *words)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == f"error: {tmp_path / 'run'} is a run that has not ended; refit it then"
+    assert f"{tmp_path / 'run'} is a run that has not ended; wait for it" in done.stderr.splitlines()[-1]
 
 
 def test_errors(command, demo_run, words, tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import signal
+import string
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 import train
 from data.shards import Row, open_source
+from data.titles import SPECIAL
 from infer import find_titles
 
 ROOT = Path(__file__).parents[1]
@@ -158,8 +160,13 @@ def test_scored_from_the_checkpoint_as_at_the_end_of_training(command, both, cac
 
 
 def test_a_run_with_titles_resumes_to_the_same_bits(command, cache_dir, tmp_path, monkeypatch):
-    """The vocabulary is fitted anew, to the same tokens."""
+    """With the vocabulary that it began with, wherever that was from."""
+    vocab = tmp_path / "tokens.txt"
+    vocab.write_text(
+        "\n".join([*SPECIAL, *string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)])
+    )
     words = ("--data", "demo", "--limit", 300, "--epochs", 1, "--inputs", "image+title", "--cache-dir", cache_dir)
+    words += ("--vocab", vocab)
     assert command("train.py", *words, "--out", tmp_path / "whole").returncode == 0
     taken, real = [], train.train_step
 
@@ -171,6 +178,7 @@ def test_a_run_with_titles_resumes_to_the_same_bits(command, cache_dir, tmp_path
 
     monkeypatch.setattr(train, "train_step", step_then_ctrl_c)
     assert command("train.py", *words, "--out", tmp_path / "cut").returncode == train.STOPPED
+    vocab.unlink()
     done = command("train.py", "--resume", "--out", tmp_path / "cut")
     assert done.returncode == 0, done.stderr
     whole, cut = (load_file(tmp_path / run / "best" / "adapter.safetensors") for run in ("whole", "cut"))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,13 +198,28 @@ def test_an_out_folder_that_holds_a_run_is_not_overwritten(command, demo_run, ca
     assert (demo_run / "metrics.json").read_text() == before
 
 
+def test_resuming_a_run_that_has_ended_keeps_what_was_done_to_its_best(command, demo_run, cache_dir, tmp_path):
+    shutil.copytree(demo_run, tmp_path / "run")
+    best, last = tmp_path / "run" / "best", tmp_path / "run" / "last" / "config.json"
+    progress = json.loads(last.read_text())["progress"]
+    assert progress["epochs_scored"] == 3
+    words = ("--data", "demo", "--limit", 1000, "--cache-dir", cache_dir, "--calibrate", "--target-precision", 0.7)
+    assert command("evaluate.py", "--checkpoint", best, *words).returncode == 0
+    before = {path.name: path.read_bytes() for path in best.iterdir()}
+    done = command("train.py", "--resume", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in best.iterdir()} == before
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["calibration"]["target_precision"] == 0.7, "of best/ as it is"
+
+
 def test_resuming_takes_no_option_even_at_its_default(command, demo_run):
     done = command("train.py", "--resume", "--out", demo_run, "--epochs", 5)
     assert done.returncode == 2
     assert "leave out --epochs" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["options.json", "skipped.csv", "events.out.tfevents.1.other"])
+@pytest.mark.parametrize("name", ["options.json", "skipped.csv", "vocab.txt", "events.out.tfevents.1.other"])
 def test_files_that_no_run_made_are_left_alone(command, cache_dir, tmp_path, name):
     (tmp_path / name).write_text("mine")
     for more in ((), ("--weights", tmp_path / "gone")):

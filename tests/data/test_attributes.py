@@ -32,22 +32,22 @@ def test_the_declaration():
 
 def test_labels_are_sorted_and_from_train_rows_alone():
     columns = catalogue(gender=["Women", "Men", "Boys", "Men"])
-    maps = fit_label_maps(columns, [0, 1, 3], min_brand_count=1)
+    maps = fit_label_maps(columns, [0, 1, 3], FASHION, 1)
     assert maps["gender"].labels == ["Men", "Women"]
-    assert encode_labels(columns, maps)[:, 0].tolist() == [1, 0, UNSEEN, 0]
+    assert encode_labels(columns, maps, FASHION)[:, 0].tolist() == [1, 0, UNSEEN, 0]
     columns["gender"][2] = "Unisex"  # what other rows say changes nothing
-    assert fit_label_maps(columns, [0, 1, 3], min_brand_count=1) == maps
+    assert fit_label_maps(columns, [0, 1, 3], FASHION, 1) == maps
 
 
 def test_brand_maps_are_from_train_rows_alone():
     titles = ["Nike Men Shoe"] * 10 + ["Zzz Men Shoe"] + ["Puma Men Shoe"] * 10
-    maps = fit_label_maps({"t": titles}, range(11), [Attribute("brand", 4, "t", "brand")])
+    maps = fit_label_maps({"t": titles}, range(11), [Attribute("brand", 4, "t", "brand")], 10)
     assert maps["brand"] == LabelMap(["Nike", "Other"], {"nike": "Nike"})
 
 
 def test_missing_and_unseen_values_are_no_class():
     columns = catalogue()
-    labels = encode_labels(columns, fit_label_maps(columns, [0, 1], min_brand_count=1))
+    labels = encode_labels(columns, fit_label_maps(columns, [0, 1], FASHION, 1), FASHION)
     assert labels.dtype == np.int16
     assert labels.shape == (4, len(FASHION))
     assert (labels[2] == UNSEEN).all()  # brand too: no train row was "Other"
@@ -56,7 +56,7 @@ def test_missing_and_unseen_values_are_no_class():
 
 def test_rare_and_unknown_brands_are_other():
     columns = catalogue(productDisplayName=["Nike Men Shoe", "Nike Women Shoe", "Zzz Men Shoe", None])
-    brand = fit_label_maps(columns, [0, 1, 2], min_brand_count=2)["brand"]
+    brand = fit_label_maps(columns, [0, 1, 2], FASHION, 2)["brand"]
     assert brand.labels == ["Nike", "Other"]
     titles = ("NIKE Men Cap", "Zzz Men Cap", "Unheard Men Cap", None)
     assert [brand.encode(title) for title in titles] == [0, 1, 1, MISSING]
@@ -64,20 +64,20 @@ def test_rare_and_unknown_brands_are_other():
 
 def test_one_value_in_every_train_row_is_an_error():
     with pytest.raises(UserError, match=r"usage is 'Casual' in every train row .*: nothing to learn; leave it out$"):
-        fit_label_maps(catalogue(usage=["Casual", "Casual", "Sports", None]), [0, 1])
+        fit_label_maps(catalogue(usage=["Casual", "Casual", "Sports", None]), [0, 1], FASHION, 10)
     with pytest.raises(UserError, match=r"brand is 'Other' in every train row .* or lower --min-brand-count"):
-        fit_label_maps(catalogue(), [0, 1, 2])
+        fit_label_maps(catalogue(), [0, 1, 2], FASHION, 10)
 
 
 def test_a_class_named_other_is_only_itself():
     columns = catalogue(usage=["Other", "Casual", "Sports", None])
-    usage = fit_label_maps(columns, [0, 1], min_brand_count=1)["usage"]
+    usage = fit_label_maps(columns, [0, 1], FASHION, 1)["usage"]
     assert usage.labels == ["Casual", "Other"]
     assert usage.encode("Sports") == UNSEEN
 
 
 def test_maps_survive_json():
-    maps = fit_label_maps(catalogue(), [0, 1], min_brand_count=1)
+    maps = fit_label_maps(catalogue(), [0, 1], FASHION, 1)
     read = json.loads(json.dumps({name: dataclasses.asdict(m) for name, m in maps.items()}))
     assert {name: LabelMap(**fields) for name, fields in read.items()} == maps
 
@@ -114,12 +114,12 @@ def test_class_counts_leave_out_what_is_no_class():
 
 def test_an_attribute_without_a_value_is_named():
     with pytest.raises(UserError, match="no train row has a value of usage"):
-        fit_label_maps(catalogue(usage=[None, None, "Casual", None]), [0, 1])
+        fit_label_maps(catalogue(usage=[None, None, "Casual", None]), [0, 1], FASHION, 10)
 
 
 def test_the_real_catalogue(real):
     columns = real[0].columns
-    maps = fit_label_maps(columns, range(len(real[0])))
+    maps = fit_label_maps(columns, range(len(real[0])), FASHION, 10)
     sizes = {name: len(m) for name, m in maps.items()}
     assert sizes["gender"] == 5
     assert sizes["usage"] == 8
@@ -127,7 +127,7 @@ def test_the_real_catalogue(real):
     assert 140 <= sizes["articleType"] <= 142
     assert sizes["baseColour"] == 46
     assert 250 < sizes["brand"] < 320
-    labels = encode_labels(columns, maps)
+    labels = encode_labels(columns, maps, FASHION)
     missing = {a.name: int((labels[:, i] == MISSING).sum()) for i, a in enumerate(FASHION)}
     assert missing == dict.fromkeys(missing, 0) | {"usage": 288, "baseColour": 15, "brand": 7}
     assert (labels != UNSEEN).all()

@@ -122,15 +122,15 @@ def test_a_parquet_file_that_is_none_is_one_line(tmp_path, write, message):
 def test_tar_with_titles(tmp_path):
     a, b, c, d = (picture(i, (6, 8)) for i in range(4))
     members = {
-        "x/1.JPG": a, "x/1.txt": b" Plain \n", "x/1.json": b'{"name": "Other"}', "x/2.front.png": b, "x/2.back.png": c,
+        "x/1.JPG": a, "x/1.txt": b" Plain \n", "x/1.json": b'{"name": "Cap"}', "x/2.front.png": b, "x/2.back.png": c,
         "x/2.json": b'{"name": "Red Shoe"}', "x/2.cls": b"3", "y/2.webp": d, "y/2.json": b"[" * 100_000,
-        "y/3.txt": b"no picture",
+        "y/2.txt": b" Plain \n", "y/3.txt": b"no picture",
     }  # fmt: skip
     path = write_tar(tmp_path / "a.tar", members)
     rows = [Row("x/1.JPG", a), Row("x/2.front.png", b), Row("x/2.back.png", c), Row("y/2.webp", d)]
     source = open_source([str(path)])
     assert (source.rows, rows_of(source)) == (None, rows)
-    titled = [row._replace(title=t) for row, t in zip(rows, ["Plain", "Red Shoe", "Red Shoe", None], strict=True)]
+    titled = [row._replace(title=t) for row, t in zip(rows, ["Cap", "Red Shoe", "Red Shoe", "Plain"], strict=True)]
     assert rows_of(open_source([str(tmp_path)], title="name")) == titled
 
 

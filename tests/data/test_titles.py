@@ -75,7 +75,7 @@ def test_of_a_drawn_title_nothing_is_left():
     """All of it is brand, gender, colour and article; so what is learnt from masked demo titles is a constant."""
     rows = [fashion.draw(i)[0] for i in range(300)]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    maps = fit_label_maps(columns, range(300), FASHION)
+    maps = fit_label_maps(columns, range(300), FASHION, 10)
     config = [
         entry(a.name, maps[a.name].labels, derive=a.derive, aliases=maps[a.name].aliases) for a in FASHION
     ]  # fmt: skip
@@ -173,13 +173,16 @@ def test_berts_own_vocabulary_where_the_hub_is_reachable(tmp_path):
     assert done.stdout == f"{(VOCAB, 'vocab.txt')}\n", done.stderr
     env["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{(VOCAB, 'vocab.txt')}\n", "from the local cache"
+    env["HF_HOME"] = str(tmp_path / "empty")
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert "trained on the train split's titles" in done.stdout
 
 
 def test_of_the_real_titles_little_is_left(real):
     """A mask takes no word it does not know: some 75 titles still say "Tee". Most of what tells labels is gone."""
     catalogue, store = real
-    maps = fit_label_maps(catalogue.columns, store.rows("train"))
+    maps = fit_label_maps(catalogue.columns, store.rows("train"), FASHION, 10)
     config = [entry(a.name, maps[a.name].labels, derive=a.derive, aliases=maps[a.name].aliases) for a in FASHION]
     titles = [title for title in catalogue.columns["productDisplayName"] if title]
     mask = LeakMask(config)

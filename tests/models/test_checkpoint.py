@@ -14,6 +14,7 @@ from models.checkpoint import (
     amend_config,
     attach,
     load_checkpoint,
+    load_tensors,
     read_config,
     save_checkpoint,
     sealed,
@@ -110,6 +111,18 @@ def test_another_base_is_refused_by_fingerprint(trained, tmp_path):
     save_file(bare_backbone(DEMO).state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"was trained on demo weights \w{16}, but .*other.safetensors holds \w{16}"):
         load_checkpoint(folder, tmp_path / "other.safetensors")
+
+
+def test_tensors_of_another_save_are_not_taken(trained):
+    folder, model = trained
+    config = read_config(folder)
+    save_checkpoint(folder, model, config | {"inputs": "image"})
+    load_tensors(folder, model, config)  # the same tensors
+    with torch.no_grad():
+        next(iter(trained_params(model).values())).add_(1)
+    save_checkpoint(folder, model, config)
+    with pytest.raises(UserError, match="was replaced while it was read"):
+        load_tensors(folder, model, config)
 
 
 def test_the_run_remembers_its_weights_and_says_when_they_moved(trained, tmp_path):
