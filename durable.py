@@ -69,10 +69,14 @@ def at_rest(run: Path) -> Iterator[None]:
     """Hold the folder of a run, if it is one, which has ended: what is in it stays as it is meanwhile.
 
     Raises:
-        UserError: the run has not ended.
+        UserError: the run has not ended, or may not be written to.
     """
     with contextlib.ExitStack() as stack:
-        if (lock := run / ".lock").exists() and not stack.enter_context(claim(lock)):
+        try:
+            still = not (lock := run / ".lock").exists() or stack.enter_context(claim(lock))
+        except OSError as error:
+            raise UserError(f"cannot write to {run}: {error.strerror}; name a copy of its checkpoint") from None
+        if not still:
             raise UserError(f"{run} is a run that has not ended; wait for it, or name a copy of its checkpoint")
         yield
 
