@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import distributed
 from models.checkpoint import trained_params
 from step import parameter_groups, train_step
-from tests.test_train import batch, in_double, tiny_model
+from tests.test_step import batch, in_double, tiny_model
 
 
 def main(out: str) -> None:

@@ -13,7 +13,7 @@ from state import TrainingState, check_finite
 from step import parameter_groups, train_step
 from tests.faults.conftest import assert_same
 from tests.faults.processes import die_at, finish, start
-from tests.test_train import PREPROCESS, batch, tiny_model
+from tests.test_step import PREPROCESS, batch, tiny_model
 
 
 def spoil(step: int, what: str) -> None:
