@@ -5,6 +5,7 @@ import contextlib
 import gc
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -142,6 +143,11 @@ def in_processes(commands: Mapping[Path, list], jobs: int, what: str) -> None:
 def ratios(above: list[float], below: list[float]) -> list[float]:
     """Round by round."""
     return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def spread(values: list[float]) -> str:
+    """Their median (and the least and the most of them)."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def wait_for(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Labels for a folder of pictures as a user of transformers gets them: what `inference.py` puts beside `infer.py`.
+"""Labels for a folder of pictures as a user of transformers gets them: what `infer_folder.py` puts beside `infer.py`.
 
 python benchmarks/hf_pipeline.py FOLDER --model MODEL --out labels.csv [--dtype bfloat16] [--workers 1]
 """

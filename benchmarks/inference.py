@@ -7,13 +7,13 @@
 of this project's heads on top, so that both do the same work; that they say the same is checked. Hugging Face's ViT is
 of equal size, with random weights (speed does not depend on them) and one linear layer for `articleType` alone.
 *Pictures*: decoded pictures in memory to labels with their confidence, beside `transformers.pipeline`.
-*Folder*: `infer.py` on a folder of the catalogue's JPEG files, started anew each time, beside `hf_pipeline.py` there.
-Without start-up means: what all pictures take more than one picture takes. Ways take turns, ratios are within rounds.
+A folder of files, start-up and all, is `infer_folder.py`'s. bf16 is left out where the machine has none. Ways take
+turns, ratios are within rounds.
 """
 
+import contextlib
 import copy
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import in_turn, machine, markdown, ratios
+from common import in_turn, machine, markdown, ratios, spread
+from hf_vit import save_hf_vit
 
 import export
 from data.images import ImageError, decode
@@ -44,33 +45,12 @@ from models.backbone import bare_backbone
 from models.checkpoint import load_checkpoint
 from models.classifier import AttributeClassifier
 from models.decode import Decoder
+from options import choose_amp
 
 ROOT = Path(__file__).parents[1]
 BATCHES = {1: 20, 64: 2}  # pictures at a time, and how many times in a turn
-TIMM, FIRST, OURS, OURS_BF16 = "plain timm", "HF pipeline, fp32", "infer.py", "infer.py --amp bf16"
+TIMM, FIRST = "plain timm", "HF pipeline, fp32"
 CPU = torch.device("cpu")
-
-
-def save_hf_vit(backbone: nn.Module, config: dict, folder: Path) -> None:
-    """Hugging Face's ViT of the size of a timm ViT, and its image processor, as `pipeline` loads them."""
-    labels = next(a["labels"] for a in config["attributes"] if a["name"] == "articleType")
-    size, preprocess = backbone.patch_embed.img_size[0], config["preprocess"]
-    vit = transformers.ViTConfig(
-        hidden_size=backbone.embed_dim,
-        num_hidden_layers=len(backbone.blocks),
-        num_attention_heads=backbone.blocks[0].attn.num_heads,
-        intermediate_size=backbone.blocks[0].mlp.fc1.out_features,
-        image_size=size,
-        patch_size=backbone.patch_embed.patch_size[0],
-        id2label=dict(enumerate(labels)),
-    )
-    transformers.ViTForImageClassification(vit).save_pretrained(folder)
-    transformers.ViTImageProcessor(
-        size={"height": size, "width": size},
-        resample=getattr(Image.Resampling, preprocess["interpolation"].upper()),
-        image_mean=preprocess["mean"],
-        image_std=preprocess["std"],
-    ).save_pretrained(folder)
 
 
 def plain_timm(model: AttributeClassifier, config: dict, folder: Path) -> nn.Module:
@@ -112,32 +92,28 @@ def in_autocast(model: nn.Module, device: torch.device) -> Callable[[Tensor], ob
 
 
 def model_ways(
-    model: AttributeClassifier, config: dict, device: torch.device, folder: Path, compiled: bool
+    model: AttributeClassifier, config: dict, device: torch.device, folder: Path, compiled: bool, narrow: bool
 ) -> dict[str, Callable[[Tensor], object]]:
-    """Images (B, 3, S, S) -> logits, each way."""
+    """Images (B, 3, S, S) -> logits, each way; where `narrow`, in bf16 too."""
     merged, vanilla = merge_lora(model).requires_grad_(False), plain_timm(model, config, folder)
     hf = transformers.ViTForImageClassification.from_pretrained(folder / "hf").eval()
     onnx = onnx_runtime(model, config, folder) if device == CPU else None
     for module in (model, merged, vanilla, hf):
         module.to(device)
     keep_base_in(merged, torch.float32)
-    ways = {
-        f"{TIMM}, fp32": vanilla,
-        f"{TIMM}, bf16": in_bf16(vanilla),
-        "LoRA in place, fp32": model,
-        "LoRA in place, bf16 by autocast": in_autocast(model, device),
-        "merged, fp32": merged,
-        "merged, bf16": in_bf16(merged),
-        "merged, bf16 by autocast": in_autocast(merged, device),
-        "merged, int8 weights, fp32": quantize_base(copy.deepcopy(merged)),
-        "HF ViT, fp32": hf,
-        "HF ViT, bf16": in_bf16(hf),
-    }
+    ways = {f"{TIMM}, fp32": vanilla, "LoRA in place, fp32": model, "merged, fp32": merged, "HF ViT, fp32": hf}
+    ways["merged, int8 weights, fp32"] = quantize_base(copy.deepcopy(merged))
     if onnx:
         ways["ONNX Runtime, fp32"] = onnx
     if compiled:
         ways["merged, compiled, fp32"] = torch.compile(merged, dynamic=False)
-        ways["merged, compiled, bf16"] = in_bf16(merged, compiled=True)
+    if narrow:
+        ways[f"{TIMM}, bf16"] = in_bf16(vanilla)
+        ways["LoRA in place, bf16 by autocast"] = in_autocast(model, device)
+        ways |= {"merged, bf16": in_bf16(merged), "merged, bf16 by autocast": in_autocast(merged, device)}
+        ways["HF ViT, bf16"] = in_bf16(hf)
+        if compiled:
+            ways["merged, compiled, bf16"] = in_bf16(merged, compiled=True)
     return ways
 
 
@@ -151,7 +127,7 @@ def check_same(ways: dict[str, Callable], images: Tensor) -> None:
 
 
 def label_ways(
-    model: AttributeClassifier, config: dict, device: torch.device, folder: Path
+    model: AttributeClassifier, config: dict, device: torch.device, folder: Path, narrow: bool
 ) -> dict[str, Callable[[list[Image.Image]], object]]:
     """Decoded pictures -> labels with their confidence, each way."""
     merged, preprocess, decoder = merge_lora(model).to(device), Preprocess(**config["preprocess"]), Decoder(config)
@@ -166,12 +142,11 @@ def label_ways(
         ]
 
     pipeline = partial(transformers.pipeline, "image-classification", str(folder / "hf"), device=device, batch_size=64)
-    return {
-        FIRST: pipeline(dtype=torch.float32),
-        "HF pipeline, bf16": pipeline(dtype=torch.bfloat16),
-        "this project, fp32": partial(label, run=merged),
-        "this project, bf16": partial(label, run=in_bf16(merged)),
-    }
+    ways = {FIRST: pipeline(dtype=torch.float32), "this project, fp32": partial(label, run=merged)}
+    if narrow:
+        ways["HF pipeline, bf16"] = pipeline(dtype=torch.bfloat16)
+        ways["this project, bf16"] = partial(label, run=in_bf16(merged))
+    return ways
 
 
 def times(ways: dict[str, Callable], inputs, device: torch.device, rounds: int) -> dict[int, dict[str, list[float]]]:
@@ -204,70 +179,15 @@ def batch_table(found: dict[int, dict[str, list[float]]], first: str) -> str:
     return markdown(head, rows)
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def write_pictures(data: str, count: int, folder: Path) -> tuple[list[Image.Image], int]:
-    """The catalogue's JPEG files into `all/`, one of them into `one/`; 64 of them decoded, and how many there are."""
-    catalogue, pictures = load_source(data, default_cache_dir(), count), []
-    (folder / "all").mkdir()
-    (folder / "one").mkdir()
-    for row, name in enumerate(catalogue.ids):
-        try:
-            source = catalogue.read(row)
-            pictures += [decode(source)] if len(pictures) < max(BATCHES) else []
-        except ImageError:
-            continue
-        (folder / "all" / f"{name}.jpg").write_bytes(source)
-        if len(pictures) == 1:
-            (folder / "one" / f"{name}.jpg").write_bytes(source)
-    if len(pictures) < max(BATCHES):
-        raise UserError(f"{data} has {len(pictures)} readable pictures; {max(BATCHES)} are needed")
-    return pictures, len(list((folder / "all").iterdir()))
-
-
-def program_ways(checkpoint: Path, weights: Path | None, folder: Path) -> dict[str, list[str]]:
-    """The command lines before the folder of pictures and the file to write."""
-    hf = [sys.executable, ROOT / "benchmarks" / "hf_pipeline.py", "--model", folder / "hf"]
-    ours = [sys.executable, ROOT / "infer.py", "--checkpoint", checkpoint]
-    ours += ["--weights", weights] if weights else []
-    commands = {
-        FIRST: hf,
-        "HF pipeline, bf16": [*hf, "--dtype", "bfloat16"],
-        "HF pipeline, bf16, a worker": [*hf, "--dtype", "bfloat16", "--workers", "1"],
-        OURS: ours,
-        OURS_BF16: [*ours, "--amp", "bf16"],
-    }
-    return {name: list(map(str, words)) for name, words in commands.items()}
-
-
-def run_program(words: list[str], pictures: Path, out: Path) -> None:
-    done = subprocess.run([*words, str(pictures), "--out", str(out)], capture_output=True)
-    if done.returncode:
-        raise SystemExit(f"{words} ended with code {done.returncode}:\n{done.stderr.decode()[-2000:]}")
-
-
-def folder_table(programs: dict[str, list[str]], count: int, folder: Path, rounds: int) -> str:
-    """Markdown, all of a program's time and what is left without its start; then `infer.py` beside the best rival."""
-    turns = {
-        (name, part): partial(run_program, words, folder / part, folder / "labels.csv")
-        for name, words in programs.items()
-        for part in ("all", "one")
-    }
-    seconds = in_turn(turns, rounds, CPU, warm_up=False)  # each starts anew
-    more = {name: [a - o for a, o in zip(seconds[name, "all"], seconds[name, "one"], strict=True)] for name in programs}
-    rows = []
-    for name in programs:
-        whole, start, rest = (statistics.median(s) for s in (seconds[name, "all"], seconds[name, "one"], more[name]))
-        row = [name, f"{whole:.1f}", spread(ratios(seconds[FIRST, "all"], seconds[name, "all"])), f"{start:.1f}"]
-        rows.append([*row, f"{(count - 1) / rest:,.0f}", spread(ratios(more[FIRST], more[name]))])
-    best = min(programs.keys() - {OURS, OURS_BF16}, key=lambda name: statistics.median(seconds[name, "all"]))
-    ours = OURS_BF16
-    said = spread(ratios(seconds[best, "all"], seconds[ours, "all"])), spread(ratios(more[best], more[ours]))
-    first = f"times {FIRST}"
-    table = markdown(["", "all, s", first, "one picture, s", "images/s without start-up", first], rows)
-    return f"{table}\n{ours}, times {best}, the fastest pipeline: {said[0]}, without start-up {said[1]}"
+def some_pictures(data: str, count: int) -> list[Image.Image]:
+    """The first so many of a catalogue, decoded."""
+    catalogue, pictures = load_source(data, default_cache_dir(), 2 * count), []
+    for row in range(len(catalogue.ids)):
+        with contextlib.suppress(ImageError):
+            pictures.append(decode(catalogue.read(row)))
+        if len(pictures) == count:
+            return pictures
+    raise UserError(f"{data} has {len(pictures)} readable pictures; {count} are needed")
 
 
 @exits_cleanly
@@ -276,34 +196,32 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "adapters" / "vit_tiny_fashion")
     parser.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file")
     parser.add_argument("--data", required=True, help="catalogue whose pictures are labelled")
-    parser.add_argument("--pictures", type=positive_int, default=2000, help="in the folder (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive_int, default=15, help="of programs a fifth (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive_int, default=15, help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile the merged model")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    narrow = choose_amp(device) == "bf16"
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model, config = load_checkpoint(args.checkpoint, args.weights)
-        pictures, count = write_pictures(args.data, args.pictures, folder)
+        pictures = some_pictures(args.data, max(BATCHES))
         save_hf_vit(merge_lora(model.backbone), config, folder / "hf")
         preprocess = Preprocess(**config["preprocess"])
         images = preprocess(torch.from_numpy(np.stack([preprocess.to_canvas(p) for p in pictures]))).to(device)
-        ways = model_ways(model, config, device, folder, args.compile)
+        ways = model_ways(model, config, device, folder, args.compile, narrow)
         with torch.inference_mode():
             check_same(ways, images[:8])
             models = times(ways, images, device, args.rounds)
-            labels = times(label_ways(model, config, device, folder), pictures, device, args.rounds)
-        programs, rounds = program_ways(args.checkpoint, args.weights, folder), max(1, args.rounds // 5)
-        folders = folder_table(programs, count, folder, rounds)
+            labels = times(label_ways(model, config, device, folder, narrow), pictures, device, args.rounds)
     print(machine(device, timm, transformers, onnxruntime))
     print(f"{config['backbone']['name']}, {preprocess.size[0]} px, {args.rounds} rounds\n")
     print(batch_table(models, f"{TIMM}, fp32"))
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16")[: 1 + narrow]:
         sides = (f"{TIMM}, {precision}", f"merged, {precision}")
         said = (f"batch {size} {spread(ratios(*map(seconds.get, sides)))}" for size, seconds in models.items())
         print(f"merged, times plain timm in {precision}: {', '.join(said)}")
-    print(f"\n{batch_table(labels, FIRST)}\n\n{count:,} JPEG files, {rounds} rounds\n\n{folders}")
+    print(f"\n{batch_table(labels, FIRST)}")
 
 
 if __name__ == "__main__":

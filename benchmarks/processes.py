@@ -16,6 +16,10 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import ratios, spread
+
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3
 
@@ -48,9 +52,7 @@ def main() -> None:
     first = speeds[own.processes[0]]
     print("| processes | images/s, median | ratio |\n|---|---|---|")
     for processes, found in speeds.items():
-        ratios = [speed / base for speed, base in zip(found, first, strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {processes} | {statistics.median(found):.0f} | {spread} |")
+        print(f"| {processes} | {statistics.median(found):.0f} | {spread(ratios(found, first))} |")
 
 
 if __name__ == "__main__":
