@@ -27,7 +27,6 @@ from distributed import share_cores
 from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
 from jobs import Crew, Job
 from labeller import Labeller
-from memory import keep_freed_memory
 from models.checkpoint import find_checkpoint, read_config
 from options import AMP, MIXED, add_checkpoint_options, choose_amp
 from output import Output, caption, table
@@ -131,8 +130,6 @@ def main(argv: list[str] | None = None) -> int:
         print(*notes, sep="\n", file=sys.stderr)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", crew.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    if not cuda:
-        keep_freed_memory()
     args.amp = choose_amp(device) if args.amp == "auto" else args.amp
     joint, dtype = not args.independent, AMP[args.amp] or torch.float32
     labeller = Labeller(folder, args.weights, device, joint, args.top_k, args.batch_size, dtype)

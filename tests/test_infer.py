@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
 import infer
@@ -61,13 +60,6 @@ def test_numbers_are_written_to_be_read():
         -0.5: "-0.5",
     }
     assert {value: number_text(value) for value in numbers} == numbers
-
-
-def test_on_a_cpu_freed_memory_is_kept(command, demo_run, photos, monkeypatch):
-    kept = []
-    monkeypatch.setattr(infer, "keep_freed_memory", lambda: kept.append(True))
-    assert command("infer.py", photos / "0.png", "--checkpoint", demo_run / "best").returncode == 0
-    assert kept == [True] * (not torch.cuda.is_available())
 
 
 def test_json_of_a_folder_answers_each_image_once_and_goes_on_after_bad_ones(command, demo_run, photos):

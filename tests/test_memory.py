@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc alone")
 def test_pages_of_a_batch_are_not_faulted_in_anew():
     script = """
-import resource, sys, timm, torch
-from memory import keep_freed_memory
+import resource, sys
 if sys.argv[1] == "keep":
-    keep_freed_memory()
+    import startup
+import timm, torch
 model, images = timm.create_model("vit_tiny_patch16_224", img_size=112, depth=1).eval(), torch.zeros(256, 3, 112, 112)
 with torch.inference_mode():
     for _ in range(8):
