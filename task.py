@@ -25,7 +25,7 @@ from data.attributes import (
     of_config,
 )
 from data.batches import Rows, epoch_batches
-from data.columns import chosen
+from data.columns import Chosen
 from data.preprocess import Preprocess
 from data.schema import FASHION_FILE, Attribute, read_schema
 from data.sources import Catalogue, load_source
@@ -119,7 +119,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__},
     }
     if reads:
-        config["text"] = fit_text(args, config, list(chosen(catalogue.columns[schema.title], train_rows)))
+        config["text"] = fit_text(args, config, catalogue.columns[schema.title], train_rows)
         known = known._replace(tokens=read_titles(config, catalogue))
     if where := misfit(json.loads(json.dumps(config))):  # better now than when a checkpoint of it is read
         raise UserError(f"no checkpoint of this run could be read: its {where} is not what it should be")
@@ -203,9 +203,10 @@ def columns_of(attributes: Iterable[Attribute], title: str | None) -> list[str]:
     return list(dict.fromkeys([column for a in attributes for column in a.needs] + ([title] if title else [])))
 
 
-def fit_text(args: argparse.Namespace, config: dict, titles: list[str | None]) -> dict:
+def fit_text(args: argparse.Namespace, config: dict, column: Sequence[str | None], train_rows: Sequence[int]) -> dict:
     """How titles are read: a checkpoint's `text`, from titles of train rows."""
-    if not any(titles):
+    titles = list(Chosen(column, train_rows))
+    if not titles:
         raise UserError(f"--inputs {args.inputs}: no train row has a title (column {config['title']})")
     text = {"vocab": list(SPECIAL), "length": args.title_length, "mask": args.mask_title_leaks}
     kept = args.out / "vocab.txt"  # of a new run's first process, for all others and for whenever it is resumed
@@ -216,7 +217,8 @@ def fit_text(args: argparse.Namespace, config: dict, titles: list[str | None]) -
     _, cut = TitleReader(config | {"text": text})(titles)
     leaks = "masked" if args.mask_title_leaks else "left in"
     print(f"titles: words that give labels away {leaks}; vocabulary of {len(text['vocab']):,}, {origin}")
-    print(f"titles: {cut:.1%} of train rows cut at {args.title_length} tokens, {titles.count(None):,} without a title")
+    without = len(train_rows) - len(titles)
+    print(f"titles: {cut:.1%} cut at {args.title_length} tokens, {without:,} train rows without a title")
     return text
 
 

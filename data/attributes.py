@@ -10,7 +10,7 @@ import numpy as np
 
 from data import brand, price
 from data.cells import number
-from data.columns import chosen
+from data.columns import Chosen
 from data.schema import Attribute
 from errors import UserError
 
@@ -69,13 +69,11 @@ def fit_label_maps(
     """
     maps = {}
     for a in (a for a in attributes if a.kind == "class"):
-        said = {text for text in chosen(columns[a.column], train_rows) if text is not None}
-        aliases = None
-        if a.derive == "brand":
-            texts = (text for text in chosen(columns[a.column], train_rows) if text is not None)
+        texts, aliases = Chosen(columns[a.column], train_rows), None
+        if a.derive == "brand":  # one by one: titles are about as many as rows
             aliases = brand.fit(texts, min_brand_count)
-            said = {brand.find(text, aliases) or brand.OTHER for text in said}
-        maps[a.name] = LabelMap(sorted(said), aliases)
+            texts = (brand.find(text, aliases) or brand.OTHER for text in texts)
+        maps[a.name] = LabelMap(sorted(set(texts)), aliases)
         rarer = ", or lower --min-brand-count" if aliases is not None else ""
         _check_varied(a, maps[a.name].labels, f"leave it out{rarer}")
     return maps

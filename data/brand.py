@@ -79,16 +79,21 @@ def fit(titles: Iterable[str], min_count: int) -> dict[str, str]:
 
     A phrase that begins with such a brand is a product line of it ("Jockey ZONE", "Wildcraft Wiki 4") and needs no
     entry, as `find` looks for the beginning. A label is the brand's most frequent spelling.
+
+    Args:
+        titles: iterated over twice. What is kept of them are their brands, which are few, however many the titles.
     """
-    phrases = Counter((tuple(words), ended) for words, ended in map(phrase, titles))  # few, however many the titles
-    names = {key(list(words)) for words, ended in phrases if ended}
-    spellings: dict[str, Counter] = defaultdict(Counter)
-    for (words, ended), times in phrases.items():
-        words = list(words)
+    names = {key(list(words)) for words in {tuple(words) for words, ended in map(phrase, titles) if ended}}
+    spelt = Counter()
+    for words, ended in map(phrase, titles):
         if not ended:  # "Red Tape Brown Shoes": the longest name that other titles show, else the first word
             words = next((prefix for prefix in _prefixes(words) if key(prefix) in names), words[:1])
-        if key(words) and not (len(words) == 1 and GENDER.fullmatch(words[0])):
-            spellings[key(words)][" ".join(words)] += times
+        if not (len(words) == 1 and GENDER.fullmatch(words[0])):
+            spelt[" ".join(words)] += 1
+    spellings: dict[str, Counter] = defaultdict(Counter)
+    for spelling, times in spelt.items():
+        if name := key(spelling.split(" ")):
+            spellings[name][spelling] = times
 
     counts = {name: variants.total() for name, variants in spellings.items()}
     aliases: dict[str, str] = {}

@@ -87,8 +87,12 @@ def kept(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa
         raise UserError(f"{path} is damaged ({error}); delete it") from None
 
 
-def chosen(cells: Sequence[str | None], rows: Sequence[int]) -> Iterator[str | None]:
-    """The cells of some rows, in the order of the column."""
-    wanted = np.zeros(len(cells), dtype=bool)
-    wanted[rows] = True
-    return compress(cells, wanted)
+class Chosen(Iterable):
+    """The cells of some rows that there are, in the order of the column; read anew each time they are asked for."""
+
+    def __init__(self, cells: Sequence[str | None], rows: Sequence[int]):
+        self.cells, self.wanted = cells, np.zeros(len(cells), dtype=bool)
+        self.wanted[rows] = True
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for text in compress(self.cells, self.wanted) if text is not None)

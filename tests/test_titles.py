@@ -50,7 +50,7 @@ def test_titles_tell_what_pictures_do_not(both):
     out, text, scores = both
     assert scores["inputs"] == "image+title, leaks and all"
     assert "titles: words that give labels away left in; vocabulary of " in text
-    assert "% of train rows cut at 13 tokens" in text
+    assert "% cut at 13 tokens" in text
     assert scores["attributes"]["gender"]["accuracy"] > 0.9
     names = load_file(out / "best" / "adapter.safetensors")
     assert {name.split(".")[0] for name in names} == {"backbone", "heads", "text"}
