@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.attributes import MISSING
 from metrics import path_columns
-from models.decode import Answers, Decoder
+from models.decode import AT_ONCE, Answers, Decoder
 
 TARGET_PRECISION = 0.98
 LUCKY = 0.05  # the chance that a threshold passes which, were it the only one, should not
@@ -28,17 +28,23 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     confidences would be 1. The loss is convex in 1/T; its slope there, the mean expected logit less the mean true one,
     is bisected to zero.
     """
-    logits, labels = logits[labels >= 0].double(), labels[labels >= 0]
+    logits, labels = logits[labels >= 0], labels[labels >= 0]
     if not len(labels):
         return 1.0
     smoothing = 1 / (len(labels) + 1)
-    true = (1 - smoothing) * logits.gather(1, labels[:, None]).squeeze(1) + smoothing * logits.mean(1)
+    true = logits.gather(1, labels[:, None]).squeeze(1).double()
+    true = (1 - smoothing) * true + smoothing * logits.mean(1, dtype=torch.double)
     low, high = math.log(1 / HOTTEST), math.log(1 / COOLEST)
     for _ in range(24):  # to within 4e-7 of T
         middle = (low + high) / 2
-        expected = ((logits * math.exp(middle)).softmax(-1) * logits).sum(-1)
+        expected = torch.cat([_expected(some.double(), math.exp(middle)) for some in logits.split(AT_ONCE)])
         low, high = (middle, high) if (expected - true).mean() < 0 else (low, middle)
     return math.exp(-(low + high) / 2)
+
+
+def _expected(logits: Tensor, coldness: float) -> Tensor:
+    """(n,) the mean logit of `softmax(logits / T)`, coldness being 1/T."""
+    return ((logits * coldness).softmax(-1) * logits).sum(-1)
 
 
 class Bin(NamedTuple):

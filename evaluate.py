@@ -27,7 +27,7 @@ from calibration import TARGET_PRECISION, calibrate, calibration_scores
 from data import price
 from data.batches import Batch, epoch_batches, make_loader
 from data.preprocess import Preprocess
-from data.split import SPLITS
+from data.split import SPLITS, some
 from durable import at_rest
 from errors import Parser, UserError, check_writable, exits_cleanly, make_folder, share
 from lora import merge_lora
@@ -38,13 +38,15 @@ from options import add_catalogue_options, add_checkpoint_options
 from report.page import write_report
 from task import Task, load_task
 
+SCORED = 50_000  # rows of a split, at most, while training: their outputs have to fit in memory
+
 
 class Evaluation(NamedTuple):
     """What a checkpoint makes of a split.
 
     Attributes:
         scores: the metrics, as `metrics.json` holds them.
-        rows: (N,) the split's rows in the store.
+        rows: (N,) in the store, those that were scored.
         logits: {attribute: (N, classes)}, of a number (N, 1), scaled; fp32, on the CPU.
         answers: what the scores are of.
     """
@@ -55,21 +57,32 @@ class Evaluation(NamedTuple):
     answers: Answers
 
 
-def evaluate(task: Task, split: str, device: torch.device, batch_size: int = 64, joint: bool = True) -> Evaluation:
+def evaluate(
+    task: Task, split: str, device: torch.device, batch_size: int = 64, joint: bool = True, most: int | None = None
+) -> Evaluation:
     """Score the model on one split, with LoRA merged away: the same answers, sooner. Processes share the rows, and
-    each gets the whole result."""
-    rows = task.store.rows(split)
+    each gets the whole result.
+
+    Args:
+        most: rows; of a split that has more, see `choice`.
+    """
+    rows = task.store.rows(split) if most is None else choice(task, split, most)
     padded = np.resize(rows, math.ceil(len(rows) / distributed.world()) * distributed.world())  # equally many for each
     loader = make_loader(task.store, task.known, epoch_batches(distributed.share(padded), batch_size), device)
     logits = predict(merge_lora(task.model), loader, task.preprocess, device, split)
     logits = {name: distributed.unshared(part, len(rows)) for name, part in logits.items()}  # and none counts twice
-    return judge(task, split, logits, joint)
+    return judge(task, split, rows, logits, joint)
 
 
-def judge(task: Task, split: str, logits: dict[str, Tensor], joint: bool) -> Evaluation:
-    """Decode the logits of a split's rows and score them: with and without the paths, before and after calibration."""
-    config, names, rows = task.config, list(task.classes), task.store.rows(split)
-    labels = task.labels[rows]
+def choice(task: Task, split: str, most: int) -> np.ndarray:
+    """The rows of a split; where they are more than `most`, so many at most of those that have a label of a class."""
+    rows = task.store.rows(split)
+    return rows if len(rows) <= most else some(rows[(task.labels[rows] >= 0).any(1)], most)
+
+
+def judge(task: Task, split: str, rows: np.ndarray, logits: dict[str, Tensor], joint: bool) -> Evaluation:
+    """Decode the logits of rows of a split and score them: with and without the paths, before and after calibration."""
+    config, names, labels = task.config, list(task.classes), task.labels[rows]
     decoded = {how: Decoder(config, how == "joint")(logits) for how in ("joint", "independent")}
     by_decoding = {how: score(labels, said.labels.numpy(), names, config["paths"]) for how, said in decoded.items()}
     used = "joint" if joint else "independent"
@@ -147,7 +160,7 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
             amend_config(folder, calibration=fitted)
         print(f"calibrated on {len(rows):,} rows of {name}, {split}; kept in {folder / 'config.json'}")
         task = task._replace(config=task.config | {"calibration": fitted})
-        found = judge(task, split, found.logits, joint)
+        found = judge(task, split, rows, found.logits, joint)
     print(f"{name}, {split}: {len(rows):,} rows; {len(task.store.skipped):,} of the catalogue skipped")
     print(f"answers from {found.scores['inputs']}")
     print(scores_table(found.scores))

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from calibration import TARGET_PRECISION, calibrate
 from data.batches import Rows, epoch_batches, make_loader
+from data.split import some
 from durable import at_rest
 from errors import Parser, UserError, check_writable, exits_cleanly
-from evaluate import judge, predict
+from evaluate import SCORED, choice, judge, predict
 from lora import merge_lora
 from models.checkpoint import find_checkpoint, previous_of, read_config, save_checkpoint
 from models.classifier import attribute_losses
@@ -96,7 +97,7 @@ def refit(task: Task, rows: np.ndarray, batch_size: int) -> tuple[dict, dict, di
     Returns:
         the scores of validation rows before and after, and the calibration that belongs to the heads as they are now.
     """
-    val, heads = task.store.rows("val"), task.model.heads
+    val, heads = choice(task, "val", SCORED), task.model.heads
     of_val, of_train = embed(task, val, batch_size, "val"), embed(task, rows, batch_size, "train")
     heads.cpu()
     target = task.config.get("calibration", {}).get("target_precision", TARGET_PRECISION)
@@ -106,7 +107,7 @@ def refit(task: Task, rows: np.ndarray, batch_size: int) -> tuple[dict, dict, di
             logits = heads(of_val)
         fitted = calibrate(logits, task.labels[val], task.config, target)
         calibrated = task._replace(config=task.config | {"calibration": fitted})
-        return judge(calibrated, "val", logits, joint=True).scores, fitted
+        return judge(calibrated, "val", val, logits, joint=True).scores, fitted
 
     before, _ = judged()
     train_heads(heads, of_train, Rows(*(array[rows] for array in task.known)))
@@ -118,7 +119,7 @@ def known_rows(task: Task, split: str) -> np.ndarray:
     rows = task.store.rows(split)
     labels, numbers, _ = (array[rows] for array in task.known)
     rows = rows[(labels >= 0).any(1) | np.isfinite(numbers).any(1)]
-    return rows if len(rows) <= MOST else np.sort(np.random.default_rng(0).choice(rows, MOST, replace=False))
+    return some(rows, MOST)
 
 
 def comparison(before: dict, after: dict) -> str:

@@ -28,7 +28,7 @@ from data.batches import epoch_batches, make_loader
 from data.preprocess import CHANCES
 from durable import replace_file
 from errors import UserError, exits_cleanly
-from evaluate import Evaluation, evaluate
+from evaluate import SCORED, Evaluation, evaluate
 from figures import label_sheet
 from memory import ran_out
 from metrics import scores_table, trust_table
@@ -153,7 +153,7 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
                 if not going:
                     return False
             with stop.at_once():  # all is saved
-                found = evaluate(task, "val", device)
+                found = evaluate(task, "val", device, most=SCORED)
             keep_best(args, task, state, board, epoch, found)
             state.save_last(board)  # a run that is resumed once it has ended keeps its best/, whatever was done to it
 
@@ -197,7 +197,7 @@ def on_float_base(
     model, config = load_checkpoint(state.best, args.weights)
     task = task._replace(model=model.to(device), config=config)
     with stop.at_once():
-        found = evaluate(task, "val", device)
+        found = evaluate(task, "val", device, most=SCORED)
     if distributed.first() and "calibration" not in config:  # or the run had ended before, and was calibrated since
         amend_config(state.best, calibration=calibrate(found.logits, task.labels[found.rows], config))
     print(f"\non the float base:\n{scores_table(found.scores)}")
@@ -212,7 +212,7 @@ def score_test(
     with stop.at_once():
         best = task._replace(config=read_config(state.best))  # with its calibration
         load_tensors(state.best, task.model, best.config)
-        scores = evaluate(best, "test", next(task.model.parameters()).device).scores
+        scores = evaluate(best, "test", next(task.model.parameters()).device, most=SCORED).scores
     if board:
         replace_file(args.out / "metrics.json", (json.dumps(scores, indent=1) + "\n").encode())
         board.outcome(args, scores)
@@ -249,6 +249,9 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
             f"a step is {args.accum} x {micro_batch_size(args)} pictures ({args.processes} x --batch-size "
             f"{args.batch_size}), shared by {distributed.world()} processes; peak learning rate {args.lr:g}, as given"
         )
+    for split in ("val", "test"):
+        if (count := len(task.store.rows(split))) > SCORED:
+            print(f"of {count:,} {split} rows at most {SCORED:,} with labels are scored here, by evaluate.py all")
     again = f"python train.py --resume --out {args.out}"
     try:
         finished = fit(args, task, device)

@@ -2,10 +2,12 @@
 
     python benchmarks/large_catalogue.py --data FOLDER [--rows 10000 100000 1000000]
 
-FOLDER holds parquet in the hub's schema; its rows are written over and over, under ids of their own, until there are
-enough. Each size runs in a process of its own: text columns copied, every picture decoded once for its hash and so for
-the split, label maps fitted and all rows encoded, one pass of a tiny ViT over all pictures. *anonymous*
-is memory that the system cannot take back; *resident* counts pages of mapped files too, which it can.
+FOLDER holds parquet in the hub's schema; its rows are written over and over until there are enough, under ids of their
+own, which end their titles too, so that none comes twice. Each size runs in a process of its own: text columns copied,
+every picture decoded once for its hash and so for the split, label maps fitted and all rows encoded, one pass of a tiny
+ViT over all pictures, and validation rows calibrated on and scored as after an epoch, of random outputs. *anonymous* is
+memory that the system cannot take back, before and after validation; *resident* counts pages of mapped files too, which
+it can.
 """
 
 import argparse
@@ -30,17 +32,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import startup  # noqa: F401
 
 # isort: split
-from common import machine
+from common import machine, markdown
 
-from data.attributes import encode_labels, encode_numbers, fit_label_maps, known_paths
-from data.batches import Rows, epoch_batches, make_loader
+from calibration import calibrate
+from data.attributes import known_paths
+from data.batches import epoch_batches, make_loader
 from data.preprocess import Preprocess
-from data.schema import FASHION
+from data.schema import FASHION, FASHION_FILE, read_schema
 from data.sources import load_source
-from data.split import SPLITS
+from data.split import SPLITS, some
 from data.store import open_store
+from evaluate import SCORED, judge
+from task import Task, fit_targets
 
 GROUP, FILE = 10_000, 100_000  # rows of a row group and of a file
+TITLE = read_schema(FASHION_FILE).title
+WATCH = 0.05  # seconds
 STUB = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 1, "num_classes": 0}
 
 
@@ -64,8 +71,12 @@ def write(source: Path, folder: Path, rows: int) -> None:
                 end = min(rows, written + FILE)
                 for group in itertools.chain([first], some):
                     group = group.slice(0, end - written)
-                    ids = pa.array(range(written, written + len(group)), group.schema.field("id").type)
-                    writer.write_table(group.set_column(group.schema.get_field_index("id"), "id", ids))
+                    numbers = range(written, written + len(group))
+                    titles = [t and f"{t} {n}" for t, n in zip(group[TITLE].to_pylist(), numbers, strict=True)]
+                    for name, cells in {"id": numbers, TITLE: titles}.items():
+                        field = group.schema.field(name)
+                        group = group.set_column(group.schema.get_field_index(name), field, pa.array(cells, field.type))
+                    writer.write_table(group)
                     written += len(group)
                     bar.update(len(group))
                     if written == end:
@@ -82,7 +93,7 @@ class Memory(threading.Thread):
     def run(self) -> None:
         while True:
             self.peak = max(self.peak, kilobytes("RssAnon") * 1024)
-            time.sleep(0.05)
+            time.sleep(WATCH)
 
 
 def kilobytes(name: str) -> int:
@@ -106,13 +117,8 @@ def measure(folder: Path, cache: Path) -> dict:
     store = timed("hashes", lambda: open_store(catalogue, (80, 60), cache, most=0))
     train = timed("split", lambda: {split: store.rows(split) for split in SPLITS})["train"]
 
-    def labels() -> Rows:
-        maps = fit_label_maps(catalogue.columns, train, FASHION, 10)
-        encoded = encode_labels(catalogue.columns, maps, FASHION)
-        known_paths(encoded[train], FASHION)
-        return Rows(encoded, encode_numbers(catalogue.columns, {}, FASHION), torch.empty(len(catalogue), 0).numpy())
-
-    known = timed("labels", labels)
+    entries, known = timed("labels", lambda: fit_targets(catalogue, train, FASHION, 10))
+    paths = timed("paths", lambda: known_paths(known.labels[train], FASHION))
     preprocess = Preprocess(store.pixels.canvas, (32, 32), "bilinear", (0.5,) * 3, (0.5,) * 3)
 
     def look() -> int:
@@ -125,7 +131,18 @@ def measure(folder: Path, cache: Path) -> dict:
 
     looked = timed("inference", look)
     assert looked == store.ok.sum()
-    return {"seconds": seconds, "anonymous": memory.peak, "resident": kilobytes("VmHWM") * 1024, "looked": looked}
+    before, rows = memory.peak, some(store.rows("val"), SCORED)
+    config = {"attributes": entries, "paths": paths, "inputs": "image", "text": None}
+    task = Task(model, config, preprocess, catalogue, store, known)
+
+    def validate() -> None:
+        logits = {a["name"]: torch.randn(len(rows), len(a["labels"])) for a in entries}
+        fitted = calibrate(logits, known.labels[rows], config)
+        judge(task._replace(config=config | {"calibration": fitted}), "val", rows, logits, joint=True)
+
+    timed("validation", validate)
+    time.sleep(2 * WATCH)
+    return {"seconds": seconds, "before": before, "after": memory.peak, "resident": kilobytes("VmHWM") * 1024}
 
 
 def main() -> None:
@@ -146,11 +163,12 @@ def main() -> None:
             found[rows] = json.loads(done.stdout.splitlines()[-1])
     print(machine(torch.device("cpu")))
     parts = list(next(iter(found.values()))["seconds"])
-    print("| rows | anonymous, MB | resident, MB | " + " | ".join(f"{part}, µs a row" for part in parts) + " |")
-    print("|" + "---|" * (3 + len(parts)))
+    table = []
     for rows, m in found.items():
-        times = " | ".join(f"{1e6 * m['seconds'][part] / rows:.2f}" for part in parts)
-        print(f"| {rows:,} | {m['anonymous'] / 1e6:,.0f} | {m['resident'] / 1e6:,.0f} | {times} |")
+        memory = [f"{m[when] / 1e6:,.0f}" for when in ("before", "after", "resident")]
+        table.append([f"{rows:,}", *memory, *(f"{1e6 * m['seconds'][part] / rows:.2f}" for part in parts)])
+    head = ["rows", "anonymous, MB", "with validation", "resident", *(f"{part}, µs a row" for part in parts)]
+    print(markdown(head, table))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+AT_ONCE = 8192  # pictures decoded together, so that what is worked out on the way does not grow with all of them
+
 
 class Answers(NamedTuple):
     """What is said of a batch, class attributes in declaration order.
@@ -48,6 +50,15 @@ class Decoder:
 
     def __call__(self, logits: Mapping[str, Tensor]) -> Answers:
         """{attribute: (B, classes)} -> what to say of each of B pictures."""
+        pieces = zip(*(logits[name].split(AT_ONCE) for name in self.names), strict=True)
+        said = [self._decode(dict(zip(self.names, piece, strict=True))) for piece in pieces]
+        if len(said) == 1:
+            return said[0]
+        *columns, probabilities = zip(*said, strict=True)
+        together = {name: torch.cat([p[name] for p in probabilities]) for name in self.names}
+        return Answers(*map(torch.cat, columns), together)
+
+    def _decode(self, logits: Mapping[str, Tensor]) -> Answers:
         log_p = {name: (logits[name].float() / self.temperature[name]).log_softmax(-1) for name in self.names}
         labels = {name: scores.argmax(-1) for name, scores in log_p.items()}
         for names, paths in self.paths:

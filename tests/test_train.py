@@ -37,6 +37,16 @@ def test_variants_train_and_load(command, cache_dir, tmp_path):
     assert isinstance(model.backbone.blocks[1].mlp.fc2, torch.nn.Linear), "--layers names the others"
 
 
+def test_of_many_rows_a_fixed_choice_is_scored(command, cache_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SCORED", 9)
+    words = ("--data", "demo", "--limit", 200, "--epochs", 1, "--cache-dir", cache_dir, "--out", "run")
+    done = command("train.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "val rows at most 9 with labels are scored here, by evaluate.py all" in done.stdout
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"] == 9
+    assert json.loads((tmp_path / "run" / "best" / "config.json").read_text())["calibration"]["rows"] == 9
+
+
 def test_a_run_leaves_what_the_design_says(demo_run):
     metrics = json.loads((demo_run / "metrics.json").read_text())
     assert metrics["split"] == "test"

@@ -8,7 +8,7 @@ import pytest
 from data.images import decode, pixel_hash
 from data.preprocess import Preprocess
 from data.sources import Skipped, load_source
-from data.split import SPLITS, in_split
+from data.split import SPLITS, in_split, some
 from data.store import common_size, default_cache_dir, open_store
 from errors import UserError
 from tests.data.conftest import picture, write_kaggle
@@ -75,6 +75,15 @@ def test_rows_of_a_split_are_readable_and_skipped_ones_are_listed(tmp_path):
     store.write_skipped(tmp_path / "skipped.csv")
     lines = (tmp_path / "skipped.csv").read_text().splitlines()
     assert lines == ["id,reason", "103,no such file in images/", "109,not an image"]
+
+
+def test_of_many_rows_the_same_are_chosen():
+    rows = np.arange(0, 3000, 3)
+    chosen = some(rows, 200)
+    assert (np.diff(chosen) > 0).all() and len(chosen) == 200 and set(chosen) <= set(rows)
+    assert chosen[100] > rows[300], "from all of them, not the first ones"
+    assert (some(rows, 200) == chosen).all()
+    assert some(rows, 1000) is rows
 
 
 def test_two_builders_at_once_leave_one_whole_store(shop, tmp_path):

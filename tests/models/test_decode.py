@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 
+import calibration
+from models import decode
 from models.decode import Decoder
 from models.schema import contradiction
 
@@ -97,3 +99,16 @@ def test_temperatures_of_other_attributes_are_an_error(paths):
     made = config(paths, {"joint": {}})
     made["calibration"]["temperature"] = {"gender": 1.0}
     assert contradiction(made) == "its temperatures or thresholds are of other attributes"
+
+
+def test_rows_in_pieces_are_decoded_and_calibrated_as_all_at_once(paths, monkeypatch):
+    whole, many = Decoder(config(paths)), logits(50)
+    wanted, labels = whole(many), torch.arange(50) % 9 - 1
+    temperature = calibration.fit_temperature(many["articleType"], labels)
+    for module in (decode, calibration):
+        monkeypatch.setattr(module, "AT_ONCE", 7)
+    found = whole(many)
+    for one, other in zip(found[:3], wanted[:3], strict=True):
+        assert torch.equal(one, other)
+    assert all(torch.equal(found.probabilities[name], p) for name, p in wanted.probabilities.items())
+    assert calibration.fit_temperature(many["articleType"], labels) == temperature
