@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 64_000_000  # a 64-megapixel photo decodes to 192 MB; whatever claims more is refused before it is decoded
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow reads more; EPS would start Ghostscript
 ORIENTATION = 0x0112  # the EXIF tag; its values 5 to 8 turn the picture by 90 degrees
+WIDTH, HEIGHT = 0x0100, 0x0101  # the tags of a TIFF
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is above our own bound
 
 
 class ImageError(ValueError):
@@ -22,6 +25,8 @@ def _open(source: bytes | Path) -> Image.Image:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except Image.DecompressionBombError as error:  # Pillow's own bound, above ours
         raise ImageError(f"more than {MAX_PIXELS // 10**6} megapixels") from error
+    except MemoryError:
+        raise  # says nothing of the picture
     except Exception as error:  # a damaged header raises nearly anything: OSError, SyntaxError, struct.error, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image"
         raise ImageError(reason) from error
@@ -35,6 +40,7 @@ def decode(source: bytes | Path) -> Image.Image:
 
     Raises:
         ImageError: not an image, truncated or damaged, or more than `MAX_PIXELS` (known before decoding).
+        MemoryError: the picture may be a good one.
     """
     image = _open(source)
     if image.mode in ("I", "F"):  # 32 bits a pixel, and nothing says which number is white
@@ -47,6 +53,8 @@ def decode(source: bytes | Path) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+    except MemoryError:
+        raise
     except Exception as error:  # as above: decoders raise nearly anything
         raise ImageError("truncated or damaged image") from error
 
@@ -56,9 +64,14 @@ def native_size(source: bytes | Path) -> tuple[int, int]:
     image = _open(source)
     try:
         turned = image.getexif().get(ORIENTATION, 1) >= 5
+    except MemoryError:
+        raise
     except Exception as error:  # a PNG keeps it behind the pixels, which may be cut off
         raise ImageError("truncated or damaged image") from error
-    return (image.width, image.height) if turned else (image.height, image.width)
+    width, height = image.size
+    if image.format == "TIFF":  # whose `size` some versions of Pillow have turned already
+        width, height = image.tag_v2[WIDTH], image.tag_v2[HEIGHT]
+    return (width, height) if turned else (height, width)
 
 
 def to_canvas(image: Image.Image, canvas: tuple[int, int]) -> np.ndarray:

@@ -20,9 +20,11 @@ import hub
 from data.columns import VERSION, Column, check_columns
 from data.images import ImageError
 from data.parquet import BUFFER, open_parquet
-from data.table import read_rows
+from data.table import composed, read_rows
 from data.tars import IMAGES, open_tars
 from errors import UserError
+
+NAME_BYTES = 80  # of a catalogue's name, in the names of files: some disks take 143 in all
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,11 @@ def _take(catalogue: Catalogue, limit: int) -> Catalogue:
     )
 
 
+def in_file_name(name: str) -> str:
+    """As much of a catalogue's name as the name of any file has room for; a key behind it tells two apart."""
+    return name.replace("/", "--").encode(errors="ignore")[:NAME_BYTES].decode(errors="ignore")
+
+
 def _stat_fingerprint(files: dict[str, os.stat_result]) -> str:
     facts = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items())
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
@@ -145,15 +152,15 @@ def _csv(table: Path) -> Catalogue:
     files = {str(path.relative_to(images)): path.stat() for path in images.rglob("*") if path.is_file()}
     named: dict[str, str] = {}
     for name in sorted(files, key=lambda name: (Path(name).suffix.lower() not in IMAGES, name)):  # pictures first
-        named.setdefault(str(Path(name).with_suffix("")), name)
-    named |= {name: name for name in files}
+        named.setdefault(composed(str(Path(name).with_suffix(""))), name)
+    named |= {composed(name): name for name in sorted(files)}
     rows, skipped, seen, pictures = [], [], set(), []
     for number, row in read_rows(table):
         if isinstance(row, str):
             skipped.append(Skipped(f"line {number}", row))
         elif not row["id"]:
             skipped.append(Skipped(f"line {number}", "no id"))
-        elif (picture := named.get(_in_images(row["image"]) if row.get("image") else row["id"])) is None:
+        elif (picture := named.get(composed(_in_images(row["image"]) if row.get("image") else row["id"]))) is None:
             skipped.append(Skipped(str(row["id"]), "no such file in images/"))
         elif row["id"] in seen:
             skipped.append(Skipped(row["id"], f"line {number} has an id that came before"))
@@ -182,6 +189,7 @@ def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
+        error.filename = str(path)  # which opening tells, and reading does not
         raise ImageError(error.strerror) from error
 
 
@@ -196,7 +204,8 @@ def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     files, root = found[suffix], path if path.is_dir() else path.parent
     fingerprint = _stat_fingerprint({str(file.relative_to(root)): file.stat() for file in files})
     name = path.resolve().stem if path.is_file() else path.resolve().name
-    opened = opens[suffix](files, cache_dir / "columns" / f"{name}-{fingerprint}-{VERSION}.arrow", ("id", *needs))
+    texts = cache_dir / "columns" / f"{in_file_name(name)}-{fingerprint}-{VERSION}.arrow"
+    opened = opens[suffix](files, texts, ("id", *needs))
     return Catalogue(name, opened.columns["id"], opened.columns, opened.read, fingerprint, run=opened.run)
 
 
@@ -230,7 +239,7 @@ def _streamed(spec: str, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
         raise UserError(f"cannot read {spec}: {error}".splitlines()[0]) from error
     if not paths:
         raise UserError(f"{spec} holds no parquet files; {repo} alone is downloaded, whatever it holds")
-    texts = cache_dir / "columns" / f"{repo.replace('/', '--')}-{commit}-{VERSION}.arrow"
+    texts = cache_dir / "columns" / f"{in_file_name(repo)}-{commit}-{VERSION}.arrow"
     opened = open_parquet(paths, texts, ("id", *needs), PyFileSystem(FSSpecHandler(files)))
     return Catalogue(repo, opened.columns["id"], opened.columns, opened.read, commit, run=opened.run)
 

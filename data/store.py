@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.cells import inert
 from data.images import ImageError, decode, native_size, pixel_hash, to_canvas
-from data.sources import Catalogue, Skipped
+from data.sources import Catalogue, Skipped, in_file_name
 from data.split import in_split
 from errors import UserError
 
@@ -132,14 +132,15 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, m
         most: bytes that decoded pictures may take; where they would take more, they are not kept.
 
     Raises:
-        UserError: no picture can be read, or the folder cannot be written or has too little room.
+        UserError: no picture can be read, or a file with one cannot, or the folder cannot be written or has too little
+            room.
     """
     canvas = tuple(canvas)
     keep = len(catalogue) * math.prod(canvas) * 3 <= most
     facts = (catalogue.fingerprint, canvas if keep else None, STORE_VERSION)
     key = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
     size = f"{canvas[0]}x{canvas[1]}" if keep else "hashes"
-    path = Path(cache_dir) / f"{catalogue.name.replace('/', '--')}-{size}-{key}"
+    path = Path(cache_dir) / f"{in_file_name(catalogue.name)}-{size}-{key}"
     if built := not path.exists():
         _build(catalogue, canvas if keep else (0, 0), path)
     try:
@@ -197,6 +198,17 @@ def _pixels(path: Path, shape: tuple[int, int, int, int]) -> np.ndarray:
     return pixels
 
 
+def _read(catalogue: Catalogue, row: int) -> bytes:
+    """A picture's bytes. A file that fails is a `UserError`: a store that lists it would outlive the failure."""
+    try:
+        return catalogue.read(row)
+    except ImageError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        which = f"{catalogue.name}, id {catalogue.ids[row]}"
+        raise UserError(f"{which}: its file cannot be read: {error.__cause__}; mend that, and start again") from error
+
+
 def _decode_all(catalogue: Catalogue, shape: tuple[int, int, int, int], folder: Path) -> None:
     """Write pixels.npy, unless it would be empty, hashes.npy and skipped.json ({row: reason}) into `folder`."""
     pixels = _pixels(folder / "pixels.npy", shape) if math.prod(shape) else None
@@ -206,7 +218,7 @@ def _decode_all(catalogue: Catalogue, shape: tuple[int, int, int, int], folder: 
         failures = {}
         for row in rows:
             try:
-                image = decode(catalogue.read(row))
+                image = decode(_read(catalogue, row))
             except ImageError as error:
                 failures[row] = str(error)
                 continue

@@ -3,9 +3,10 @@
 import codecs
 import csv
 import itertools
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 
 from data.cells import text
@@ -14,13 +15,15 @@ from errors import UserError
 
 UNQUOTED = "productDisplayName"  # of Kaggle's columns the one whose commas are not quoted, nor does it hold line breaks
 LINES = 500  # of a row, at most
+SEPARATORS = {";": '";"', "\t": "tabs"}  # that spreadsheets write in place of commas -> what to call them
 
 
 def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int, dict[str, str | None] | str]]:
     """(line number, {column: text}) of each row of a CSV file with the columns `needs`; the reason where none is read.
 
-    A cell in quotes may hold line breaks. A quote left open swallows no rows after it, unless a later one ends a row
-    of the right width: its line is left out.
+    A cell in quotes may hold line breaks, but not in a table with the column `UNQUOTED`. A quote left open swallows no
+    rows after it, unless a later one ends a row of the right width: its line is left out. So is a row of too many
+    cells, or too few, the last of which may be half of one.
     """
     with table.open("rb") as lines:
         header, taken = _row([next(lines, b"").removeprefix(codecs.BOM_UTF8)])
@@ -29,37 +32,47 @@ def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int
         header = _trimmed(header, 0)
         if twice := [name for name, times in Counter(header).items() if times > 1]:
             raise UserError(f"{table} has the column {twice[0] or 'without a name'} twice")
+        for mark, name in SEPARATORS.items():
+            if len(header) == 1 and mark in header[0]:
+                raise UserError(f"{table} is separated by {name}; save it separated by commas")
         check_columns(header, needs, table)
-        for number, cells in _rows(lines, len(header), 1 if UNQUOTED in header else LINES):
-            if isinstance(cells, str):
-                yield number, cells
-                continue
-            if surplus := max(0, len(cells) - len(header)):
-                if UNQUOTED not in header:
-                    yield number, f"{len(cells)} cells under {len(header)} columns"
-                    continue
-                title = header.index(UNQUOTED)  # whose own commas these are
-                cells[title : title + surplus + 1] = [",".join(cells[title : title + surplus + 1])]
+        title = header.index(UNQUOTED) if UNQUOTED in header else None
+        for number, cells in _rows(lines, len(header), title):
             if cells:
-                yield number, dict(zip_longest(header, map(text, cells)))
+                yield number, cells if isinstance(cells, str) else dict(zip(header, map(text, cells), strict=True))
 
 
-def _rows(lines: Iterable[bytes], width: int, most: int) -> Iterator[tuple[int, list[str] | str]]:
-    """(number of its first line, cells) of each row of at most so many lines, or the reason why there are none."""
+def _rows(lines: Iterable[bytes], width: int, title: int | None) -> Iterator[tuple[int, list[str] | str]]:
+    """(number of its first line, `width` cells) of each row, no cells where it is empty, or the reason.
+
+    Args:
+        title: the column whose commas are not quoted, where there is one: then each line is a row.
+    """
     lines, ahead, number = iter(lines), deque(), 2
+    most = LINES if title is None else 1
     while ahead.extend(islice(lines, most - len(ahead))) or ahead:
-        cells, taken = _row(ahead, strict=True) if most > 1 else (None, 1)
-        if cells is None or (taken > 1 and len(_trimmed(cells, width)) != width):
-            cells, taken = _row([ahead[0]])
-            if cells is None:
-                cells = "not UTF-8, or no CSV"
-            elif taken > 1 and most > 1:
-                cells = "a quote that is left open"
-            taken = 1
-        yield number, cells if isinstance(cells, str) else _trimmed(cells, width)
+        cells, taken = _row(ahead, strict=True) if title is None else (None, 1)
+        if cells is None or len(cells := _trimmed(cells, width)) != width:
+            cells, taken = _single(ahead[0], width, title), 1
+        yield number, cells
         number += taken
         for _ in range(taken):
             ahead.popleft()
+
+
+def _single(line: bytes, width: int, title: int | None) -> list[str] | str:
+    """The cells of a line that is a row, or the reason why it is none."""
+    cells, taken = _row([line])
+    if cells is None:
+        return "not UTF-8, or no CSV"
+    cells = _trimmed(cells, width)
+    if title is not None and (surplus := len(cells) - width) > 0:  # the title's own commas
+        cells[title : title + surplus + 1] = [",".join(cells[title : title + surplus + 1])]
+    if taken > 1 and (title is None or len(cells) < width):  # a title may well begin with one
+        return "a quote that is left open"
+    if cells and len(cells) != width:
+        return f"{len(cells)} cells under {width} columns"
+    return cells
 
 
 def _row(lines: Iterable[bytes], strict: bool = False) -> tuple[list[str] | None, int]:
@@ -81,3 +94,8 @@ def _trimmed(cells: list[str], width: int) -> list[str]:
     while len(cells) > width and not cells[-1]:
         cells = cells[:-1]
     return cells
+
+
+def composed(name: str) -> str:
+    """A picture's name as others spell it too: macOS writes é in a file's name as an e and an accent."""
+    return unicodedata.normalize("NFC", name)

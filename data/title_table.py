@@ -2,7 +2,7 @@
 
 from pathlib import Path, PurePosixPath
 
-from data.table import read_rows
+from data.table import composed, read_rows
 from data.tars import IMAGES
 from errors import UserError
 
@@ -29,12 +29,13 @@ class TitleTable:
                     continue
                 if not {"image", "id"} & cells.keys():
                     raise UserError(f"--titles {path} names no pictures: it has neither a column image nor id")
-                if name := cells.get("image") or cells.get("id"):
+                if name := composed(cells.get("image") or cells.get("id") or ""):
                     self.titles |= {_plain(name): cells[column], str(PurePosixPath(name)): cells[column]}
         except OSError as error:
             raise UserError(f"cannot read --titles {path}: {error.strerror}") from None
 
     def __call__(self, name: str) -> str | None:
+        name = composed(name)
         for spelt in (str(PurePosixPath(name)), _plain(name)):
             parts = PurePosixPath(spelt).parts
             for start in range(len(parts)):  # the most folders first

@@ -1,4 +1,7 @@
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +9,8 @@ from PIL import Image
 
 from data.images import MAX_PIXELS, ImageError, decode, native_size, pixel_hash, to_canvas
 from tests.data.conftest import picture
+
+ROOT = Path(__file__).parents[2]
 
 
 def encoded(image, kind, **options):
@@ -25,6 +30,16 @@ def test_exif_orientation_is_applied_to_pixels_and_size():
     assert image.size == (60, 80)
     assert np.allclose(image.getpixel((30, 10)), (254, 0, 0), atol=3)
     assert np.allclose(image.getpixel((30, 70)), (255, 255, 255), atol=3)
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
+def test_the_size_is_that_of_the_decoded_picture(kind, orientation):
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    source = encoded(Image.new("RGB", (30, 20)), kind, exif=exif)
+    assert native_size(source) == decode(source).size[::-1] == ((30, 20) if (orientation or 1) >= 5 else (20, 30))
 
 
 def test_transparency_is_composited_on_white():
@@ -67,6 +82,29 @@ def test_too_many_pixels_are_refused_before_decoding(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ImageError, match="10000x7000 is more than 64 megapixels"):
         decode(bomb)
+
+
+def test_pillow_does_not_warn_of_what_is_refused():
+    """In a process of its own, as pytest has filters of its own."""
+    script = (
+        "import io; from PIL import Image; from data.images import decode; Image.new('1', (10_000, 10_000))"
+        ".save(file := io.BytesIO(), 'png'); decode(file.getvalue())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith("10000x10000 is more than 64 megapixels")
+    assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize("function", [decode, native_size])
+@pytest.mark.parametrize("place", ["PIL.Image.open", "PIL.Image.Image.getexif"])
+def test_too_little_memory_is_no_property_of_the_picture(monkeypatch, function, place):
+    def full(*_, **__):
+        raise MemoryError
+
+    source = picture(0)
+    monkeypatch.setattr(place, full)
+    with pytest.raises(MemoryError):
+        function(source)
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])

@@ -120,6 +120,13 @@ def test_parquet_at_any_depth_in_the_order_of_names(tmp_path):
     assert list(load_source(str(tmp_path / "shop" / "data" / "b.parquet"), tmp_path / "cache").ids) == ["3"]
 
 
+def test_text_of_a_folder_with_a_long_name_is_kept_too(tmp_path):
+    write_parquet(tmp_path / ("\u670d" * 80) / "a.parquet", [1])
+    assert load_source(str(tmp_path / ("\u670d" * 80)), tmp_path / "cache").ids[0] == "1"
+    (kept,) = (tmp_path / "cache" / "columns").iterdir()
+    assert len(kept.name.encode()) < 143
+
+
 def test_of_parquet_too_a_row_without_an_id_is_none_and_a_column_is_there_once(tmp_path):
     write_parquet(tmp_path / "shop" / "a.PARQUET", [1, None, 3])
     catalogue = load_source(str(tmp_path / "shop"), tmp_path / "cache")

@@ -1,3 +1,4 @@
+import errno
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,40 @@ def test_an_interrupted_build_leaves_nothing(shop, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         open_store(shop, (80, 60), tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("fault", ["opening", "reading"])
+def test_a_file_that_cannot_be_read_leaves_no_store_to_remember_it(shop, tmp_path, monkeypatch, fault):
+    file, aside = tmp_path / "shop" / "images" / "101.jpg", tmp_path / "aside"
+    if fault == "opening":
+        file.rename(aside)
+        file.symlink_to(file.name)
+    else:
+        whole = Path.read_bytes
+
+        def failing(path):
+            if path == file:
+                raise OSError(errno.EIO, "Input/output error")  # reading names no file
+            return whole(path)
+
+        monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(
+        UserError, match=r"shop, id 101: its file cannot be read: .* (levels|error).*: '.*101.jpg'; mend"
+    ):
+        open_store(shop, (80, 60), tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    monkeypatch.undo()
+    if fault == "opening":
+        aside.replace(file)
+    assert open_store(shop, (80, 60), tmp_path / "cache").skipped == SKIPPED
+
+
+@pytest.mark.parametrize("name", ["\u670d" * 80, "x" + "\u670d" * 80, "caf\udce9"])
+def test_any_name_of_a_folder_is_the_beginning_of_a_stores(tmp_path, name):
+    folder = write_kaggle(tmp_path / name, [picture(0)])
+    store = open_store(load_source(str(folder), tmp_path), (80, 60), tmp_path / "cache")
+    assert store.path.name.startswith(name[:20].encode(errors="ignore").decode())
+    assert len(store.path.name.encode()) < 143
 
 
 def test_not_one_readable_image(tmp_path):

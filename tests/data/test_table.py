@@ -1,9 +1,12 @@
 """Tables as spreadsheets and shops write them, good or damaged."""
 
+import unicodedata
+
 import pytest
 
 from data.sources import Skipped, load_source
 from data.table import LINES, read_rows
+from data.title_table import TitleTable
 from errors import UserError
 from tests.data.conftest import picture
 
@@ -40,6 +43,22 @@ def test_a_quote_left_open_in_the_last_column_does_not_take_the_rest_of_the_tabl
     assert found == ["a quote that is left open", *((str(i), "Office") for i in range(2, 3 * LINES))]
 
 
+def test_where_titles_have_commas_of_their_own_no_cell_goes_on_in_the_next_line(tmp_path):
+    text = "\n".join(
+        ["id,about,room,productDisplayName", '1,"First', 'second",Bedroom,A Bed', '2,"Short",Hall,"A Lamp, Red']
+    )
+    found = rows(tmp_path / "shop.csv", text)
+    assert found == ["a quote that is left open", "3 cells under 4 columns", ("2", "Short", "Hall", "A Lamp, Red")]
+
+
+@pytest.mark.parametrize("column", ["room", "productDisplayName"])
+def test_a_row_of_too_few_cells_is_left_out(tmp_path, column):
+    text = "\n".join([f"id,kind,{column},about", "1,Appa", "rel,Bedroom,x", "", "2,,,", "3,Bed,Hall,x,"])
+    assert rows(tmp_path / "shop.csv", text) == [
+        "2 cells under 4 columns", "3 cells under 4 columns", ("2", None, None, None), ("3", "Bed", "Hall", "x")
+    ]  # fmt: skip
+
+
 def test_a_mark_of_inches_is_no_quote(tmp_path):
     assert rows(tmp_path / "shop.csv", 'id,about\n1,A 15" screen\n2,x\n') == [("1", 'A 15" screen'), ("2", "x")]
 
@@ -73,3 +92,17 @@ def test_a_picture_is_found_in_its_own_folder_and_no_other(tmp_path):
     wanted = ["500/front.png", "501/front.png", "front.png", "500/front.png"]
     assert [catalogue.read(row) for row in range(4)] == [(tmp_path / "images" / name).read_bytes() for name in wanted]
     assert catalogue.skipped == [Skipped("5", "no such file in images/")]
+
+
+def test_an_accent_of_its_own_names_the_same_picture(tmp_path):
+    """As in the names of files that come from macOS."""
+    name = "caf\xe9"
+    apart = unicodedata.normalize("NFD", name)
+    (tmp_path / "images").mkdir()
+    for i, path in enumerate([f"{apart} 1.png", f"{name} 2.png", f"{apart} 3.png"]):
+        (tmp_path / "images" / path).write_bytes(picture(i))
+    (tmp_path / "items.csv").write_text(f"id,image,name\n1,{name} 1.png,A\n2,{apart} 2.png,B\n{name} 3,,C\n", "utf-8")
+    catalogue = load_source(str(tmp_path), tmp_path / "cache")
+    assert [catalogue.read(row) for row in range(len(catalogue))] == [picture(i) for i in range(3)]
+    titles = TitleTable(tmp_path / "items.csv", "name")
+    assert [titles(f"photos/{path}") for path in (f"{apart} 1.png", f"{name} 2.png", f"{apart} 3.png")] == list("ABC")
