@@ -69,10 +69,13 @@ class Job:
 
     def _agree(self, facts: dict) -> None:
         path = self.folder / "job.json"
-        with claim(self.locks / "job", wait=True):  # of several that start at once the first one writes it
-            if not path.exists():
-                replace_file(path, json.dumps(facts, indent=1).encode())
-                return
+        try:
+            with claim(self.locks / "job", wait=True):  # of several that start at once the first one writes it
+                if not path.exists():
+                    replace_file(path, json.dumps(facts, indent=1).encode())
+                    return
+        except OSError as error:  # of another user's folder, above all
+            raise UserError(f"cannot write to --out {self.folder}: {error.strerror or error}") from None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             differing = [name for name in facts | found if facts.get(name) != found.get(name)]

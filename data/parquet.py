@@ -25,6 +25,7 @@ READ = 64  # rows at a time: of pictures of 5 MB that is 320 MB
 BUFFER = 1 << 20  # bytes of a column that are read ahead
 RUN_ROWS, RUN_BYTES = 4096, 32 << 20  # a run, at most
 WINDOW = 4  # runs that are shuffled together
+BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)  # null: of a file without a picture
 
 
 class File(NamedTuple):
@@ -40,7 +41,7 @@ class File(NamedTuple):
     @property
     def failures(self) -> tuple[type[Exception], ...]:
         """What reading may raise: over a network, errors of several libraries."""
-        return (Exception,) if self.filesystem else (pa.ArrowException, OSError)
+        return (Exception,) if self.filesystem else (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
 def open_file(path: Path | str, filesystem: FileSystem | None = None) -> File:
@@ -62,8 +63,9 @@ def open_file(path: Path | str, filesystem: FileSystem | None = None) -> File:
     if "image" not in found.schema.names:
         raise UserError(f"{path} lacks the column image; it has {', '.join(found.schema.names)}")
     image = found.schema.field("image").type
-    if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-        raise UserError(f"{path}: its column image holds {image}, and should hold bytes and path")
+    where = image.get_field_index("bytes") if pa.types.is_struct(image) else -1
+    if where < 0 or not any(kind(image.field(where).type) for kind in BINARY):
+        raise UserError(f"{path}: its column image holds {image}, and should hold bytes, in binary, and path")
     return found
 
 
@@ -129,34 +131,28 @@ class Pictures:
 
     def _read(self, number: int) -> list[bytes | str | None]:
         """A run. In order each picture is read once; out of order, those before it in its row group are read past."""
-        start = number * self.run
         if number != self.next:
-            self.ahead = self._from(start)
-        self.next = -1  # what comes behind a failure is read anew, and may be whole
-        wanted = min(self.run, self.begins[-1] - start)
-        pictures: list[bytes | str | None] = []
-        try:
-            pictures += itertools.islice(self.ahead, wanted)
-            self.next = number + 1
-        except ReadError as error:
-            pictures += [str(error)] * (wanted - len(pictures))
+            self.ahead = self._from(number * self.run)
+        self.next = -1  # where this raises, the run is read anew
+        pictures = list(itertools.islice(self.ahead, self.run))
+        # What comes behind damage is read anew, and may be whole.
+        self.next = -1 if pictures and isinstance(pictures[-1], str) else number + 1
         return pictures
 
-    def _from(self, start: int) -> Iterator[bytes | None]:
+    def _from(self, start: int) -> Iterator[bytes | str | None]:
         for file, begin in zip(self.files, self.begins, strict=False):
-            if max(start, begin) < begin + file.rows:  # one without rows has no row group
-                try:
-                    for cells in rows(file, max(0, start - begin), file.rows):
-                        yield cells["image"] and cells["image"]["bytes"]
-                except file.failures as error:
-                    if file.filesystem:  # a network that fails is no property of the rows
-                        reason = f"{error}".splitlines()[:1]
-                        raise UserError(f"{file.path} broke off {reason}; start again, a run with --resume") from error
-                    raise ReadError(f"damaged parquet: {error}".splitlines()[0]) from None
-
-
-class ReadError(Exception):
-    """The rest of a file cannot be read; the message is the reason."""
+            row = max(0, start - begin)
+            if row >= file.rows:
+                continue
+            try:
+                for cells in rows(file, row, file.rows):
+                    row += 1
+                    yield cells["image"] and cells["image"]["bytes"]
+            except file.failures as error:
+                if file.filesystem:  # a network that fails is no property of the rows
+                    reason = f"{error}".splitlines()[:1]
+                    raise UserError(f"{file.path} broke off {reason}; start again, a run with --resume") from error
+                yield from [f"damaged parquet: {error}".splitlines()[0]] * (file.rows - row)
 
 
 def rows(file: File, start: int, stop: int, columns: Iterable[str] = ("image.bytes",)) -> Iterator[dict]:

@@ -21,12 +21,11 @@ import hashlib
 import itertools
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-import pyarrow as pa
 
 import hub
 from data.cells import text
@@ -36,6 +35,7 @@ from data.tars import IMAGES, clean, members, product, read_titles
 from errors import UserError
 
 KINDS = {"image": IMAGES, "parquet": {".parquet"}, "tar": {".tar"}}
+UNREAD = {".heic", ".heif", ".avif"}
 SHARD_ROWS = 4096
 
 
@@ -140,18 +140,23 @@ def _find(item: str, without: Path | None, notes: list[str]) -> list[str | Path]
     if item.startswith("hub:"):
         return [item]
     path = Path(item)
-    if path.is_file():
+    if os.path.isfile(item):  # which says no to a word too long for a name, where `Path.is_file` raises
         return [path]
-    matches = path.rglob("*") if path.is_dir() else map(Path, glob.glob(item, recursive=True))
+    is_folder = os.path.isdir(item)
+    matches = list(path.rglob("*") if is_folder else map(Path, glob.glob(item, recursive=True)))
     every = set().union(*KINDS.values())
-    files = sorted(p for p in matches if p.suffix.lower() in every and p.is_file())
+    # A name that begins with a dot is macOS's, of a file that holds no picture.
+    files = sorted(p for p in matches if p.suffix.lower() in every and p.is_file() and not p.name.startswith("."))
+    for kind, count in Counter(p.suffix.lower() for p in matches).items():
+        if kind in UNREAD:
+            notes.append(f"{item}: {count:,} {kind} left out, a format that is not read; convert them to JPEG")
     by_kind = {kind: [p for p in files if _kind(p) == kind] for kind in KINDS}
     if without:  # results of an earlier run are parquet too
         labels = (without / "labels").resolve()
         by_kind["parquet"] = [p for p in by_kind["parquet"] if labels not in p.resolve().parents]
     chosen, *others = [kind for kind, some in by_kind.items() if some] or [None]
     if chosen is None:
-        where = f"no image in folder {item}" if path.is_dir() else f"no image file, folder or match for {item!r}"
+        where = f"no image in folder {item}" if is_folder else f"no image file, folder or match for {item!r}"
         raise UserError(f"{where} (looked for {', '.join(sorted(every))})")
     for kind in others:
         count = f"{len(by_kind[kind]):,} {kind} file{'s' * (len(by_kind[kind]) > 1)}"
@@ -183,7 +188,7 @@ def _parquet_rows(file: File, start: int, stop: int, title: str | None) -> Itera
         for cells in parquet_rows(file, start, stop, ["id", "image.bytes", "image.path", *([title] if title else [])]):
             yield _row(cells, f"{file.path}#{number}", title)
             number += 1
-    except (pa.ArrowException, OSError) as error:
+    except file.failures as error:
         reason = f"damaged parquet: {error}".splitlines()[0]
         yield from (Row(f"{file.path}#{n}", reason) for n in range(number, stop))
 

@@ -21,7 +21,7 @@ from errors import UserError
 
 TEXT_BYTES = 1 << 20  # of a .txt or .json, at most
 READ = 8192  # products at a time
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TEXTS = {".json", ".txt", ".cls"}
 PLACE = ["file #", "offset #", "size #"]  # columns that say where a picture lies
 
@@ -64,8 +64,13 @@ def _batches(paths: list[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
 
 
 def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], tuple[int, int]]]:
-    """Of each product with a picture: the number of its file, its cells, and the picture's offset and size."""
+    """Of each product with a picture: the number of its file, its cells, and the picture's offset and size.
+
+    Raises:
+        UserError: a tar is damaged, or what it says of a product lies apart from the picture.
+    """
     for number, path in enumerate(paths):
+        seen, mute = set(), set()  # products without a picture, and pictures of which nothing is said
         try:
             for name, some in itertools.groupby(members(path, IMAGES | TEXTS), lambda found: product(found[1].name)):
                 cells, place = {"id": name}, None
@@ -79,6 +84,13 @@ def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], t
                         cells |= _cells(suffix, tar.extractfile(member).read(TEXT_BYTES))
                 if place:
                     yield number, cells, place
+                if not place or len(cells) == 1:
+                    (mute if place else seen).add(name)
+            if apart := sorted(seen & mute):
+                raise UserError(
+                    f"{path}: what it says of {len(apart):,} products, such as {apart[0]}, is not beside their "
+                    "pictures; pack it with tar --sort=name"
+                )
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"{path} cannot be read as tar: {error}") from None
 
@@ -92,7 +104,8 @@ def _cells(suffix: str, data: bytes) -> dict[str, str | None]:
         return {}
     if not isinstance(facts, dict):
         return {}
-    return {clean(key): cleaned(value) for key, value in facts.items() if key not in PLACE}
+    cells = {clean(key): cleaned(value) for key, value in facts.items() if key not in PLACE}
+    return {key: cell for key, cell in cells.items() if cell is not None or key != "id"}
 
 
 def cleaned(value) -> str | None:

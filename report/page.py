@@ -40,7 +40,7 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
     """
     store, classes, rows = task.store, task.classes, found.rows
     given, said = task.labels[rows], found.answers.labels.numpy()
-    p = {name: scores.numpy() for name, scores in found.answers.probabilities.items()}
+    p = {name: scores.numpy() for name, scores in Decoder(task.config).probabilities(found.logits).items()}
     single = contradicted(rows, given, said, p)
     groups = conflicting(rows, store.hashes[rows], given, said, p)
     titles = task.catalogue.columns.get(task.config["title"], [None] * len(task.catalogue))
@@ -79,7 +79,7 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
         title=lambda row: titles[row] or "",
         picture=lambda row: picture_uri(store.pixels[[row]][0]),
     )
-    replace_file(folder / "report.html", text.encode())
+    replace_file(folder / "report.html", text.encode(errors="replace"))
 
 
 def chains(task, given: np.ndarray, said: np.ndarray) -> list[tuple[list[str], list[int]]]:

@@ -266,6 +266,13 @@ def test_another_job_on_the_same_folder_is_refused(command, mixed, demo_run, wit
     assert (done.returncode, "job.json is damaged" in done.stderr.splitlines()[-1]) == (2, True)
 
 
+def test_a_lock_that_cannot_be_opened_is_one_line(command, mixed, demo_run, tmp_path):
+    (tmp_path / "job" / "locks" / "job").mkdir(parents=True)  # as one of another user's can't be
+    done = command("infer.py", mixed / "photos", "--checkpoint", demo_run / "best", "--out", tmp_path / "job")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: cannot write to --out {tmp_path / 'job'}: "), done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "crew", "message"),
     [

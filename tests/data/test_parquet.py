@@ -114,6 +114,37 @@ def test_a_damaged_place_costs_the_rows_behind_it_once(shop, monkeypatch):
         again(95)
 
 
+def test_a_damaged_file_costs_no_rows_of_the_files_after_it(tmp_path):
+    for number in range(3):
+        rows = [{"id": f"{number}{i}", "image": {"bytes": f"{number}{i}".encode(), "path": None}} for i in range(5)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{number}.parquet", compression="none")
+    damaged = tmp_path / "1.parquet"
+    with pq.ParquetFile(damaged) as opened:
+        column = opened.metadata.row_group(0).column(1)
+    data = bytearray(damaged.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    damaged.write_bytes(data)
+    for run in (4, 100):
+        pictures = Pictures([open_file(path) for path in sorted(tmp_path.iterdir())], run)
+        for row in range(15):
+            if 5 <= row < 10:
+                with pytest.raises(ImageError, match="damaged parquet"):
+                    pictures(row)
+            else:
+                assert pictures(row) == f"{row // 5}{row % 5}".encode()
+
+
+def test_pictures_that_are_text_and_text_that_is_no_utf8_are_one_line(tmp_path):
+    pq.write_table(pa.table({"id": ["1"], "image": [{"bytes": "aGVsbG8=", "path": None}]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="should hold bytes, in binary"):
+        open_file(tmp_path / "a.parquet")
+    latin = pa.Array.from_buffers(pa.string(), 1, pa.array([b"Caf\xe9"]).buffers())
+    pq.write_table(pa.table({"id": latin, "image": [{"bytes": b"x", "path": None}]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b.parquet cannot be read as parquet: 'utf-8'"):
+        load_source(str(tmp_path / "b.parquet"), tmp_path / "cache")
+
+
 def test_a_damaged_copy_of_the_texts_is_one_line(shop, tmp_path):
     load_source(str(shop), tmp_path / "cache")
     (kept,) = (tmp_path / "cache" / "columns").iterdir()

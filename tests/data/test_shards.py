@@ -194,6 +194,19 @@ def test_a_folder_is_taken_for_what_it_holds_and_the_rest_is_named(shop, tmp_pat
     assert [row.name for row in rows_of(source)] == [str(folder / "logo.png"), "0.png", *map(str, range(30))]
 
 
+def test_of_a_folder_what_is_no_picture_stays_and_what_cannot_be_read_is_counted(tmp_path):
+    for name in ("a.jfif", "._a.jpg", "b.HEIC", "c.heic"):
+        (tmp_path / name).write_bytes(b"x")
+    source = open_source([str(tmp_path)])
+    assert source.files == [tmp_path / "a.jfif"]
+    assert source.notes == [f"{tmp_path}: 2 .heic left out, a format that is not read; convert them to JPEG"]
+
+
+def test_a_word_too_long_for_a_name_is_one_line():
+    with pytest.raises(UserError, match="no image file, folder or match"):
+        open_source(["a.jpg " * 60])
+
+
 def test_results_are_no_input(shop):
     folder, pictures = shop
     write_parquet(folder / "out" / "labels" / "00000.parquet", pictures[:3])

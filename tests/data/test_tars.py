@@ -52,6 +52,17 @@ def test_an_id_may_be_told(tmp_path):
     assert list(load_source(str(tmp_path / "a" / "0.tar"), tmp_path / "cache").ids) == ["77"]
 
 
+def test_no_id_told_is_the_products_name(tmp_path):
+    write_tar(tmp_path / "0.tar", {"x.json": b'{"id": null}', "x.png": picture(1)})
+    assert list(load_source(str(tmp_path / "0.tar"), tmp_path / "cache").ids) == ["x"]
+
+
+def test_what_lies_apart_from_its_picture_is_told(tmp_path):
+    write_tar(tmp_path / "0.tar", {"x.json": b'{"gender": "Men"}', "y.png": picture(1), "x.png": picture(2)})
+    with pytest.raises(UserError, match=r"1 products, such as x, is not beside their pictures; pack it with"):
+        load_source(str(tmp_path / "0.tar"), tmp_path / "cache")
+
+
 def test_a_file_that_is_gone_since_is_the_pictures_reason(shop, tmp_path):
     catalogue = load_source(str(shop), tmp_path / "cache")
     (shop / "01.tar").unlink()
