@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -110,54 +110,61 @@ def main(argv: list[str] | None = None) -> int:
     for option, path in (("--out", None if args.job else args.out), ("--plot", args.plot)):
         if path:
             check_writable(path, option, [*source.paths, args.titles, args.weights])
-    notes = [f"checkpoint {folder}", *source.notes]
-    title_of = None
-    if config["text"]:
-        title_of = find_titles(args.title, args.titles, config["title"], source)
+    if not config["text"] and (args.title is not None or args.titles):
+        raise UserError(f"{folder} was trained on pictures alone; leave out --title and --titles")
+    title_of = find_titles(args.title, args.titles, config["title"], source) if config["text"] else None
+    notes = [f"checkpoint {folder}", *source.notes, *notes_of(args, config, source, title_of)]
+    if crew.rank == 0:
+        print(*notes, sep="\n", file=sys.stderr)
+    labeller = load_labeller(args, folder, crew)
+    if labeller.config != config:
+        raise UserError(f"{folder} was replaced meanwhile, as by a run that goes on; start again")
+    if args.job:
+        job = Job(args.out, facts(args, config, source), source.shards, config["attributes"], crew)
+        return together(job, labeller, title_of, crew)
+    with told_in_a_line(args):
+        return alone(args, source, answered(labeller, source.shards, title_of), config["attributes"])
+
+
+def notes_of(args, config: dict, source: Source, title_of: Callable[[Row], str | None] | None) -> list[str]:
+    """What is to be known of the answers before there are any."""
+    notes = []
+    if title_of:
         notes.append(f"answers from {config['inputs']}")
         if len(source.files) == source.rows:
             given = sum(bool(title_of(Row(str(path), path))) for path in source.files)
             notes[-1] += f"; {given:,} titles given"
             if args.titles and not given:
                 raise UserError(no_titles(args.titles))
-    elif args.title is not None or args.titles:
-        raise UserError(f"{folder} was trained on pictures alone; leave out --title and --titles")
     if simulated := [a["name"] for a in config["attributes"] if a["derive"] == "price"]:
         notes.append(f"{simulated[0]} is simulated: it was learnt from a table, not from prices")
     if "calibration" not in config:
         notes.append("not calibrated, so all is for review: evaluate.py --calibrate does it")
-    if crew.rank == 0:
-        print(*notes, sep="\n", file=sys.stderr)
+    return notes
+
+
+def load_labeller(args, folder: Path, crew: Crew) -> Labeller:
+    """The checkpoint on this process's device; `args.amp` becomes what it computes in."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", crew.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     args.amp = choose_amp(device) if args.amp == "auto" else args.amp
     joint, dtype = not args.independent, AMP[args.amp] or torch.float32
-    labeller = Labeller(folder, args.weights, device, joint, args.top_k, args.batch_size, dtype)
-    if labeller.config != config:
-        raise UserError(f"{folder} was replaced meanwhile, as by a run that goes on; start again")
-    job = Job(args.out, facts(args, config, source), source.shards, config["attributes"], crew) if args.job else None
+    return Labeller(folder, args.weights, device, joint, args.top_k, args.batch_size, dtype)
 
-    def answered(shards: Iterable[Shard]) -> Iterator[tuple[list[Row], list[dict]]]:
-        given = 0
-        rows = (row for shard in shards for row in shard.read())
-        if title_of:
-            rows = (row._replace(title=title_of(row)) for row in rows)
-        for batch in labeller.batches(rows):
-            given += sum(bool(row.title) for row in batch)
-            yield batch, labeller(batch)
-        if args.titles and not given and job is None:  # of a job this may be a shard without any
-            raise UserError(no_titles(args.titles))
 
-    if job is None:
-        try:
-            return alone(args, source, answered(source.shards), config["attributes"])
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            kept = "; with a folder as --out what is done is kept" if args.out else ""
-            where = error.filename or args.out or "the answers"
-            raise UserError(f"cannot write {where}: {error.strerror or error}{kept}") from None
-    job.run(lambda shard: (answers for _, answers in answered([shard])))
+def answered(
+    labeller: Labeller, shards: Iterable[Shard], title_of: Callable[[Row], str | None] | None
+) -> Iterator[tuple[list[Row], list[dict]]]:
+    """Batches of rows, with their answers."""
+    rows = (row for shard in shards for row in shard.read())
+    if title_of:
+        rows = (row._replace(title=title_of(row)) for row in rows)
+    return ((batch, labeller(batch)) for batch in labeller.batches(rows))
+
+
+def together(job: Job, labeller: Labeller, title_of: Callable[[Row], str | None] | None, crew: Crew) -> int:
+    """Do this process's part of a job; the exit code."""
+    job.run(lambda shard: (answers for _, answers in answered(labeller, [shard], title_of)))
     if crew.rank:
         return 0
     rows, unreadable = job.tally()
@@ -186,15 +193,29 @@ def report(unreadable: int, rows: int) -> int:
     return 1 if unreadable else 0
 
 
+@contextmanager
+def told_in_a_line(args) -> Iterator[None]:
+    """Raise what becomes of a full disk, or of a file that may not be written, as a `UserError`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        kept = "; with a folder as --out what is done is kept" if args.out else ""
+        where = error.filename or args.out or "the answers"
+        raise UserError(f"cannot write {where}: {error.strerror or error}{kept}") from None
+
+
 def alone(args, source: Source, answered: Iterator[tuple[list[Row], list[dict]]], attributes: list[dict]) -> int:
     """Answer to the screen or a file; the exit code."""
-    rows, unreadable, sheet = 0, 0, []
+    rows, unreadable, given, sheet = 0, 0, 0, []
     with ExitStack() as stack:
         output = stack.enter_context(Output(args.out, attributes, f".{os.getpid()}")) if args.out else None
         few = source.rows is not None and source.rows <= args.batch_size
         bar = stack.enter_context(tqdm(total=source.rows, unit="img", disable=few))
         for batch, answers in answered:
             for row, answer in zip(batch, answers, strict=True):
+                given += bool(row.title)
                 unreadable += "error" in answer
                 if "error" not in answer and len(sheet) < PLOT_AT_MOST:
                     sheet.append((row.picture, answer))
@@ -206,6 +227,8 @@ def alone(args, source: Source, answered: Iterator[tuple[list[Row], list[dict]]]
                 output.write(answers)
             rows += len(batch)
             bar.update(len(batch))
+        if args.titles and not given:  # a job does not ask: this may be a shard without any
+            raise UserError(no_titles(args.titles))
     if output:
         print(f"wrote {rows:,} rows to {args.out}", file=sys.stderr)
     if args.plot and sheet:
