@@ -118,9 +118,9 @@ class Labeller:
 
     def _say_classes(self, said: list[dict], outputs: dict[str, torch.Tensor]) -> None:
         """Put into each picture's `said` what the outputs, {attribute: (B, classes)}, say of its classes."""
-        found = self.decoder(outputs)
+        found, probabilities = self.decoder(outputs), self.decoder.probabilities(outputs)
         classes = [a for a in self.attributes if a["kind"] == "class"]
-        for column, (attribute, p) in enumerate(zip(classes, found.probabilities.values(), strict=True)):
+        for column, (attribute, p) in enumerate(zip(classes, probabilities.values(), strict=True)):
             labels, chosen = attribute["labels"], found.labels[:, [column]]  # (B, 1)
             ranked = p.scatter(1, chosen, 2.0)  # the label first: 2 is above any p
             order = ranked.topk(min(self.top_k, len(labels))).indices

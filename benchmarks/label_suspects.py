@@ -23,6 +23,7 @@ from data.images import decode
 from data.store import STORE_GB, default_cache_dir
 from errors import Parser, exits_cleanly
 from evaluate import Evaluation, Task, evaluate, load_task
+from models.decode import Decoder
 from report.suspects import conflicting, contradicted
 
 SEEDS, SHARE = 20, 0.01
@@ -45,11 +46,17 @@ def average_precision(scores: np.ndarray, wanted: np.ndarray) -> float:
     return float((found.cumsum() / np.arange(1, len(found) + 1))[found].mean())
 
 
+def probabilities(task: Task, found: Evaluation) -> dict[str, np.ndarray]:
+    """{attribute: (N, classes)}, calibrated."""
+    return {name: p.numpy() for name, p in Decoder(task.config).probabilities(found.logits).items()}
+
+
 def flips(task: Task, found: Evaluation) -> None:
     """Print precision and recall of finding flips, and how two ways of ranking compare."""
     names = list(task.classes)
     column, given, said = names.index("articleType"), task.labels[found.rows], found.answers.labels.numpy()
-    p, confidence = found.answers.probabilities["articleType"].numpy(), found.answers.confidence[:, column].numpy()
+    numbers = probabilities(task, found)
+    p, confidence = numbers["articleType"], found.answers.confidence[:, column].numpy()
     types = np.arange(p.shape[1])
     parent = np.full(len(types), -1)
     (hierarchy,) = task.config["paths"]
@@ -77,7 +84,6 @@ def flips(task: Task, found: Evaluation) -> None:
             print(f"{shown:<18}{flipped}{precision:>11.3f}{recall:>8.3f}{aps[0]:>20.3f}{aps[1]:>15.3f}")
 
     print(f"\ncontradicted without any flip, of {len(given):,} rows, least probable first:")
-    numbers = {name: scores.numpy() for name, scores in found.answers.probabilities.items()}
     natural = contradicted(found.rows, given, said, numbers)
     for name in names:
         ids = [task.catalogue.ids[s.row] for s in natural if s.attribute == name]
@@ -98,7 +104,7 @@ def conflicts(task: Task, evaluations: list[Evaluation]) -> None:
     truth, reported, doubted, groups = set(), set(), set(), 0
     for found in evaluations:
         given, said = task.labels[found.rows], found.answers.labels.numpy()
-        p = {name: scores.numpy() for name, scores in found.answers.probabilities.items()}
+        p = probabilities(task, found)
         for suspects in conflicting(found.rows, task.store.hashes[found.rows], given, said, p):
             reported.add((frozenset(s.row for s in suspects), suspects[0].attribute))
         alone = {(s.row, s.attribute) for s in contradicted(found.rows, given, said, p)}

@@ -16,13 +16,11 @@ class Answers(NamedTuple):
         labels: (B, A) classes.
         confidence: (B, A) calibrated probability of each of these labels.
         accepted: (B, A) whether it is high enough to go unseen by a person.
-        probabilities: {attribute: (B, classes)}.
     """
 
     labels: Tensor
     confidence: Tensor
     accepted: Tensor
-    probabilities: dict[str, Tensor]
 
 
 class Decoder:
@@ -52,23 +50,23 @@ class Decoder:
         """{attribute: (B, classes)} -> what to say of each of B pictures."""
         pieces = zip(*(logits[name].split(AT_ONCE) for name in self.names), strict=True)
         said = [self._decode(dict(zip(self.names, piece, strict=True))) for piece in pieces]
-        if len(said) == 1:
-            return said[0]
-        *columns, probabilities = zip(*said, strict=True)
-        together = {name: torch.cat([p[name] for p in probabilities]) for name in self.names}
-        return Answers(*map(torch.cat, columns), together)
+        return Answers(*map(torch.cat, zip(*said, strict=True)))
+
+    def probabilities(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{attribute: (B, classes)} -> the calibrated probability of every class, in the same shapes."""
+        return {name: log_p.exp() for name, log_p in self._log_probabilities(logits).items()}
+
+    def _log_probabilities(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: (logits[name].float() / self.temperature[name]).log_softmax(-1) for name in self.names}
 
     def _decode(self, logits: Mapping[str, Tensor]) -> Answers:
-        log_p = {name: (logits[name].float() / self.temperature[name]).log_softmax(-1) for name in self.names}
+        log_p = self._log_probabilities(logits)
         labels = {name: scores.argmax(-1) for name, scores in log_p.items()}
         for names, paths in self.paths:
             paths = paths.to(log_p[names[0]].device)
             total = sum(log_p[name][:, paths[:, i]] for i, name in enumerate(names))  # (B, P)
             labels |= zip(names, paths[total.argmax(-1)].unbind(-1), strict=True)
-        probabilities = {name: scores.exp() for name, scores in log_p.items()}
         said = torch.stack([labels[name] for name in self.names], dim=1)
-        confidence = torch.stack(
-            [p.gather(1, said[:, [i]]).squeeze(1) for i, p in enumerate(probabilities.values())], dim=1
-        )
+        confidence = torch.cat([p.gather(1, said[:, [i]]) for i, p in enumerate(log_p.values())], dim=1).exp()
         needed = [float("inf") if self.threshold[name] is None else self.threshold[name] for name in self.names]
-        return Answers(said, confidence, confidence >= torch.tensor(needed, device=confidence.device), probabilities)
+        return Answers(said, confidence, confidence >= torch.tensor(needed, device=confidence.device))

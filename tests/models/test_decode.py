@@ -108,7 +108,6 @@ def test_rows_in_pieces_are_decoded_and_calibrated_as_all_at_once(paths, monkeyp
     for module in (decode, calibration):
         monkeypatch.setattr(module, "AT_ONCE", 7)
     found = whole(many)
-    for one, other in zip(found[:3], wanted[:3], strict=True):
+    for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one, other)
-    assert all(torch.equal(found.probabilities[name], p) for name, p in wanted.probabilities.items())
     assert calibration.fit_temperature(many["articleType"], labels) == temperature
