@@ -63,8 +63,8 @@ def check_writable(path: Path, option: str, inputs: Iterable[Path | None] = ()) 
 
 
 def exits_cleanly(main):
-    """Decorate a command's `main`: a `UserError` or a full disk becomes one line on stderr and exit code 2, Ctrl-C exit
-    code 130, and output that nobody reads any more 141: what shells say of both signals."""
+    """Decorate a command's `main`: a `UserError`, a full disk or memory becomes one line on stderr and exit code 2,
+    Ctrl-C exit code 130, and output that nobody reads any more 141: what shells say of both signals."""
 
     @functools.wraps(main)
     def command(*args, **kwargs):
@@ -75,6 +75,9 @@ def exits_cleanly(main):
         except UserError as error:
             process = int(os.environ.get("RANK", 0))  # torchrun's; most errors are the same in all
             print(f"error{f' in process {process}' if process else ''}: {error}", file=sys.stderr)
+            sys.exit(2)
+        except MemoryError:
+            print("error: out of memory; free some, or take smaller batches with --batch-size", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

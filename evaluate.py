@@ -25,6 +25,7 @@ import distributed
 import hub
 from calibration import TARGET_PRECISION, calibrate, calibration_scores
 from data import price
+from data.attributes import MISSING
 from data.batches import Batch, epoch_batches, make_loader
 from data.preprocess import Preprocess
 from data.split import SPLITS, some
@@ -38,7 +39,7 @@ from options import add_catalogue_options, add_checkpoint_options
 from report.page import write_report
 from task import Task, load_task
 
-SCORED = 50_000  # rows of a split, at most, while training: their outputs have to fit in memory
+SCORED = 50_000  # rows of a split, at most, by which training and refitting judge: their outputs have to fit in memory
 
 
 class Evaluation(NamedTuple):
@@ -75,9 +76,12 @@ def evaluate(
 
 
 def choice(task: Task, split: str, most: int) -> np.ndarray:
-    """The rows of a split; where they are more than `most`, so many at most of those that have a label of a class."""
+    """The rows of a split; where they are more than `most`, so many of those that have any label of a class."""
     rows = task.store.rows(split)
-    return rows if len(rows) <= most else some(rows[(task.labels[rows] >= 0).any(1)], most)
+    if len(rows) <= most:
+        return rows
+    labelled = rows[(task.labels[rows] != MISSING).any(1)]
+    return some(labelled if len(labelled) else rows, most)
 
 
 def judge(task: Task, split: str, rows: np.ndarray, logits: dict[str, Tensor], joint: bool) -> Evaluation:

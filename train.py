@@ -249,9 +249,9 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
             f"a step is {args.accum} x {micro_batch_size(args)} pictures ({args.processes} x --batch-size "
             f"{args.batch_size}), shared by {distributed.world()} processes; peak learning rate {args.lr:g}, as given"
         )
-    for split in ("val", "test"):
-        if (count := len(task.store.rows(split))) > SCORED:
-            print(f"of {count:,} {split} rows at most {SCORED:,} with labels are scored here, by evaluate.py all")
+    for split in ["val"] if args.no_test else ["val", "test"]:
+        if (rows := len(task.store.rows(split))) > SCORED:
+            print(f"of {rows:,} {split} rows at most {SCORED:,} with labels are scored here, by evaluate.py all")
     again = f"python train.py --resume --out {args.out}"
     try:
         finished = fit(args, task, device)
@@ -262,6 +262,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
             f"out of memory at --batch-size {args.batch_size}; start anew with half of it and twice --accum "
             f"{args.accum}, which takes the same steps, or with --amp. The last checkpoint is {args.out / 'last'}"
         ) from None
+    except BrokenPipeError:
+        raise
     except OSError as error:  # a full disk, above all
         raise UserError(f"{error}; if the disk is full make room, then go on with: {again}") from None
     if not finished:

@@ -95,7 +95,7 @@ def table(commands: dict[str, list[str]], seconds: dict[tuple[str, str], list[fl
     lines = [markdown(["", "all, s", first, "one picture, s", "images/s without start-up", first], rows)]
     rivals = [name for name in commands if name.startswith("HF")]
     best = min(rivals, key=lambda name: statistics.median(seconds[name, "all"]))
-    for name in commands.keys() - set(rivals):
+    for name in (name for name in commands if name not in rivals):
         whole, rest = ratios(seconds[best, "all"], seconds[name, "all"]), ratios(more[best], more[name])
         lines.append(f"{name}, times {best}, the fastest pipeline: {spread(whole)}, without start-up {spread(rest)}")
     return "\n".join(lines)

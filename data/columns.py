@@ -16,7 +16,7 @@ from durable import give_name
 from errors import UserError
 
 READ = 8192  # rows at a time
-VERSION = 1  # of the files: raise it when their cells would be written otherwise
+VERSION = 2  # of the files: raise it when their cells would be written otherwise
 
 
 class Column(Sequence):
@@ -30,12 +30,20 @@ class Column(Sequence):
 
     def __getitem__(self, row: int | slice) -> str | list[str | None] | None:
         if isinstance(row, slice):
-            return [text(cell.as_py()) for cell in self.cells[row]]
-        return text(self.cells[int(row)].as_py())
+            return [text(_plain(cell)) for cell in self.cells[row]]
+        return text(_plain(self.cells[int(row)]))
 
     def __iter__(self) -> Iterator[str | None]:
         for start in range(0, len(self), READ):
-            yield from map(text, self.cells.slice(start, READ).to_pylist())
+            yield from map(text, _plain(self.cells.slice(start, READ)))
+
+
+def _plain(cells: pa.ChunkedArray | pa.Scalar):
+    """As Python has them. Raises a `UserError` for text that is none, which Arrow takes from a file unseen."""
+    try:
+        return cells.as_py() if isinstance(cells, pa.Scalar) else cells.to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(f"a cell of the table, {error.object[:80]!r}, is not UTF-8; write it anew as such") from None
 
 
 class Opened(NamedTuple):

@@ -149,7 +149,7 @@ class Pictures:
                     row += 1
                     yield cells["image"] and cells["image"]["bytes"]
             except file.failures as error:
-                if file.filesystem:  # a network that fails is no property of the rows
+                if file.filesystem or getattr(error, "errno", None):  # a network or disk that fails is not the rows'
                     reason = f"{error}".splitlines()[:1]
                     raise UserError(f"{file.path} broke off {reason}; start again, a run with --resume") from error
                 yield from [f"damaged parquet: {error}".splitlines()[0]] * (file.rows - row)
@@ -159,7 +159,7 @@ def rows(file: File, start: int, stop: int, columns: Iterable[str] = ("image.byt
     """Rows `start` to `stop` of a file, from the row groups that hold any of them: those before `start` are read past.
 
     Raises:
-        pa.ArrowException, OSError: the file is damaged.
+        those of `File.failures`: the file is damaged, or its text is not UTF-8.
     """
     # Without the two options pyarrow has a row group's columns in memory whole.
     with file.open(buffer_size=BUFFER, pre_buffer=False) as opened:

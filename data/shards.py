@@ -143,13 +143,15 @@ def _find(item: str, without: Path | None, notes: list[str]) -> list[str | Path]
     if os.path.isfile(item):  # which says no to a word too long for a name, where `Path.is_file` raises
         return [path]
     is_folder = os.path.isdir(item)
-    matches = list(path.rglob("*") if is_folder else map(Path, glob.glob(item, recursive=True)))
+    matches = path.rglob("*") if is_folder else map(Path, glob.glob(item, recursive=True))
+    matches = [p for p in matches if not p.name.startswith("._")]  # of macOS, which holds no picture
     every = set().union(*KINDS.values())
-    # A name that begins with a dot is macOS's, of a file that holds no picture.
-    files = sorted(p for p in matches if p.suffix.lower() in every and p.is_file() and not p.name.startswith("."))
+    files = sorted(p for p in matches if p.suffix.lower() in every and p.is_file())
     for kind, count in Counter(p.suffix.lower() for p in matches).items():
         if kind in UNREAD:
             notes.append(f"{item}: {count:,} {kind} left out, a format that is not read; convert them to JPEG")
+    if is_folder and (links := sum(p.is_symlink() and p.is_dir() for p in matches if p.suffix.lower() not in every)):
+        notes.append(f"{item}: {links:,} linked folder{'s' * (links > 1)} left out, name them to have them read")
     by_kind = {kind: [p for p in files if _kind(p) == kind] for kind in KINDS}
     if without:  # results of an earlier run are parquet too
         labels = (without / "labels").resolve()
@@ -157,7 +159,7 @@ def _find(item: str, without: Path | None, notes: list[str]) -> list[str | Path]
     chosen, *others = [kind for kind, some in by_kind.items() if some] or [None]
     if chosen is None:
         where = f"no image in folder {item}" if is_folder else f"no image file, folder or match for {item!r}"
-        raise UserError(f"{where} (looked for {', '.join(sorted(every))})")
+        raise UserError("; ".join([f"{where} (looked for {', '.join(sorted(every))})", *notes]))
     for kind in others:
         count = f"{len(by_kind[kind]):,} {kind} file{'s' * (len(by_kind[kind]) > 1)}"
         notes.append(f"{item}: took the {chosen} files; {count} left out, name them to have them read")

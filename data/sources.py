@@ -152,15 +152,17 @@ def _csv(table: Path) -> Catalogue:
     files = {str(path.relative_to(images)): path.stat() for path in images.rglob("*") if path.is_file()}
     named: dict[str, str] = {}
     for name in sorted(files, key=lambda name: (Path(name).suffix.lower() not in IMAGES, name)):  # pictures first
-        named.setdefault(composed(str(Path(name).with_suffix(""))), name)
-    named |= {composed(name): name for name in sorted(files)}
+        stem = str(Path(name).with_suffix(""))
+        named.setdefault(stem, name)
+        named.setdefault(composed(stem), name)
+    named |= {composed(name): name for name in sorted(files)} | {name: name for name in files}
     rows, skipped, seen, pictures = [], [], set(), []
     for number, row in read_rows(table):
         if isinstance(row, str):
             skipped.append(Skipped(f"line {number}", row))
         elif not row["id"]:
             skipped.append(Skipped(f"line {number}", "no id"))
-        elif (picture := named.get(composed(_in_images(row["image"]) if row.get("image") else row["id"]))) is None:
+        elif (picture := _named(named, _in_images(row["image"]) if row.get("image") else row["id"])) is None:
             skipped.append(Skipped(str(row["id"]), "no such file in images/"))
         elif row["id"] in seen:
             skipped.append(Skipped(row["id"], f"line {number} has an id that came before"))
@@ -177,6 +179,11 @@ def _csv(table: Path) -> Catalogue:
         fingerprint=_stat_fingerprint(files | {f"../{table.name}": table.stat()}),
         skipped=skipped,
     )
+
+
+def _named(files: dict[str, str], name: str) -> str | None:
+    """The file of this name, else of one that differs in how its accents are written."""
+    return files.get(name) or files.get(composed(name))
 
 
 def _in_images(name: str) -> str:

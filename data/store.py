@@ -27,7 +27,7 @@ from data.split import in_split
 from errors import UserError
 
 STORE_GB = 100.0  # decoded pictures that need more are not kept
-STORE_VERSION = 1  # raise it when decoding, hashing or the layout changes: older stores are then built anew
+STORE_VERSION = 2  # raise it when decoding, hashing or the layout changes: older stores are then built anew
 SIZE_SAMPLE = 500  # pictures whose headers choose the canvas
 CHUNK, CHUNKS = 64, 64  # rows a thread decodes before it reports; chunks in the pool at a time
 

@@ -23,7 +23,7 @@ def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int
 
     A cell in quotes may hold line breaks, but not in a table with the column `UNQUOTED`. A quote left open swallows no
     rows after it, unless a later one ends a row of the right width: its line is left out. So is a row of too many
-    cells, or too few, the last of which may be half of one.
+    cells.
     """
     with table.open("rb") as lines:
         header, taken = _row([next(lines, b"").removeprefix(codecs.BOM_UTF8)])
@@ -61,7 +61,8 @@ def _rows(lines: Iterable[bytes], width: int, title: int | None) -> Iterator[tup
 
 
 def _single(line: bytes, width: int, title: int | None) -> list[str] | str:
-    """The cells of a line that is a row, or the reason why it is none."""
+    """The cells of a line that is a row, or the reason why it is none. It may end early: spreadsheets leave out the
+    commas before empty cells."""
     cells, taken = _row([line])
     if cells is None:
         return "not UTF-8, or no CSV"
@@ -70,9 +71,11 @@ def _single(line: bytes, width: int, title: int | None) -> list[str] | str:
         cells[title : title + surplus + 1] = [",".join(cells[title : title + surplus + 1])]
     if taken > 1 and (title is None or len(cells) < width):  # a title may well begin with one
         return "a quote that is left open"
-    if cells and len(cells) != width:
+    if len(cells) > width:
         return f"{len(cells)} cells under {width} columns"
-    return cells
+    if cells and len(cells) < width and not line.endswith(b"\n"):
+        return f"{len(cells)} cells under {width} columns, where the file breaks off"
+    return cells and cells + [""] * (width - len(cells))
 
 
 def _row(lines: Iterable[bytes], strict: bool = False) -> tuple[list[str] | None, int]:

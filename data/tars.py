@@ -70,13 +70,13 @@ def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], t
         UserError: a tar is damaged, or what it says of a product lies apart from the picture.
     """
     for number, path in enumerate(paths):
-        seen, mute = set(), set()  # products without a picture, and pictures of which nothing is said
+        lone = set()  # products without a picture, of which one may lie elsewhere
         try:
             for name, some in itertools.groupby(members(path, IMAGES | TEXTS), lambda found: product(found[1].name)):
                 cells, place = {"id": name}, None
                 for tar, member in some:
                     suffix = PurePosixPath(member.name).suffix.lower()
-                    if not member.isreg() or member.issparse():  # a sparse one may claim any size
+                    if not _is_plain(member):
                         continue
                     if suffix in IMAGES:
                         place = place or (member.offset_data, member.size)
@@ -84,9 +84,10 @@ def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], t
                         cells |= _cells(suffix, tar.extractfile(member).read(TEXT_BYTES))
                 if place:
                     yield number, cells, place
-                if not place or len(cells) == 1:
-                    (mute if place else seen).add(name)
-            if apart := sorted(seen & mute):
+                else:
+                    lone.add(name)
+            pictured = (product(member.name) for _, member in members(path, IMAGES) if _is_plain(member))
+            if lone and (apart := sorted(lone.intersection(pictured))):
                 raise UserError(
                     f"{path}: what it says of {len(apart):,} products, such as {apart[0]}, is not beside their "
                     "pictures; pack it with tar --sort=name"
@@ -120,7 +121,7 @@ def read_titles(path: Path, column: str) -> dict[str, str | None]:
     plain, listed = {}, {}
     with contextlib.suppress(tarfile.TarError, OSError):  # reading the pictures comes to the same place and says so
         for tar, member in members(path, {".txt", ".json"}):
-            data = tar.extractfile(member).read(TEXT_BYTES) if member.isreg() and not member.issparse() else b""
+            data = tar.extractfile(member).read(TEXT_BYTES) if _is_plain(member) else b""
             if member.name.lower().endswith(".txt"):
                 plain[product(member.name)] = text(data.decode("utf-8", "replace"))
                 continue
@@ -128,6 +129,10 @@ def read_titles(path: Path, column: str) -> dict[str, str | None]:
                 if isinstance(facts := json.loads(data), dict):
                     listed[product(member.name)] = cleaned(facts.get(column))
     return plain | {name: title for name, title in listed.items() if title}
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and not member.issparse()  # a sparse one may claim any size
 
 
 def product(name: str) -> str:
@@ -142,7 +147,7 @@ def clean(name: str) -> str:
 
 
 def members(path: Path, suffixes: Iterable[str]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """The members of some kinds, in order, read as they come.
+    """The members of some kinds, in order, read as they come; none of macOS's own, `._shirt.jpg` beside `shirt.jpg`.
 
     Raises:
         tarfile.TarError, OSError: the tar is damaged, or ends without the mark that ends a tar.
@@ -153,7 +158,8 @@ def members(path: Path, suffixes: Iterable[str]) -> Iterator[tuple[tarfile.TarFi
             tar.members.clear()  # it would keep them all
             if member.offset_data + member.size > size and member.isreg():
                 raise tarfile.ReadError(f"{member.name} is not whole")
-            if not member.isdir() and PurePosixPath(member.name).suffix.lower() in suffixes:
+            name = PurePosixPath(member.name)
+            if not member.isdir() and name.suffix.lower() in suffixes and not name.name.startswith("._"):
                 yield tar, member
         tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header, or none, for the end
         if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:

@@ -109,7 +109,7 @@ class _LoRALinearFunction(torch.autograd.Function):
         if needs_x or needs_A:
             dh = torch.cat([linear(dy[:, block], B_k.T) for block, B_k in zip(ctx.rows, lora_B, strict=True)], dim=1)
         if needs_A:
-            x = ctx.make(*kept).to(dh.dtype).view(-1, lora_A.shape[1])
+            x = ctx.make(*kept).to(dh.dtype).reshape(-1, lora_A.shape[1]).contiguous()  # as `_zero_` takes it
             dA = dh.T @ _zero_(x, dropped)
         if needs_x:
             dx = _zero_(linear(dh, lora_A.T), dropped)

@@ -20,6 +20,8 @@ def start_at_principal(layer: LoRALayer) -> None:
     for rows, pair in layer.updates():
         u, s, v = torch.linalg.svd(base.weight[rows].to(pair.lora_A.dtype), full_matrices=False)
         rank = len(pair.lora_A)
+        if rank > len(s):
+            raise ValueError(f"PiSSA: rank {rank} is above {len(s)}, the smaller side of a weight to adapt")
         root = (s[:rank] / pair.scaling).sqrt()
         pair.lora_B.copy_(u[:, :rank] * root)
         pair.lora_A.copy_(root[:, None] * v[:rank])

@@ -2,8 +2,12 @@
 
 import json
 import shutil
+from types import SimpleNamespace
+
+import numpy as np
 
 from durable import claim
+from evaluate import choice
 
 
 def test_evaluate_gives_the_figures_train_gave(command, demo_run, cache_dir, tmp_path):
@@ -114,3 +118,13 @@ def test_a_full_disk_is_one_line(command, demo_run, cache_dir):
     done = command("evaluate.py", *words, "--json", "/dev/full")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "error: cannot write the results: No space left on device; make room"
+
+
+def test_of_many_rows_those_with_labels_are_chosen_unseen_ones_too():
+    labels = np.array([[-1, -1]] * 6 + [[-2, -1]] * 2 + [[0, -1]] * 2)
+    task = SimpleNamespace(store=SimpleNamespace(rows=lambda split: np.arange(10)), labels=labels)
+    assert choice(task, "val", 10).tolist() == list(range(10))
+    assert choice(task, "val", 8).tolist() == [6, 7, 8, 9]
+    assert set(choice(task, "val", 3)) < {6, 7, 8, 9}
+    task.labels = np.full((10, 2), -1)
+    assert len(choice(task, "val", 3)) == 3

@@ -62,6 +62,15 @@ def test_numbers_are_written_to_be_read():
     assert {value: number_text(value) for value in numbers} == numbers
 
 
+def test_a_full_memory_is_one_line_and_no_damaged_picture(command, demo_run, photos, monkeypatch):
+    def full(source):
+        raise MemoryError
+
+    monkeypatch.setattr("labeller.decode", full)
+    done = command("infer.py", photos / "0.png", "--checkpoint", demo_run / "best")
+    assert (done.returncode, done.stderr.splitlines()[-1][:20]) == (2, "error: out of memory")
+
+
 def test_json_of_a_folder_answers_each_image_once_and_goes_on_after_bad_ones(command, demo_run, photos):
     done = command("infer.py", photos, "--json", "--top-k", 2, "--batch-size", 3, "--checkpoint", demo_run / "best")
     assert done.returncode == 1, "some images could not be read"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data.batches import Rows, epoch_batches, make_loader
+from data.columns import Column
 from data.images import ImageError
 from data.parquet import WINDOW, Pictures, open_file
 from data.sources import load_source
@@ -135,6 +136,13 @@ def test_a_damaged_file_costs_no_rows_of_the_files_after_it(tmp_path):
                 assert pictures(row) == f"{row // 5}{row % 5}".encode()
 
 
+def test_a_file_that_fails_is_no_property_of_its_rows(shop):
+    pictures = Pictures([open_file(shop / "b.parquet")], 30)
+    (shop / "b.parquet").unlink()
+    with pytest.raises(UserError, match=r"b.parquet broke off .*No such file.*; start again"):
+        pictures(0)
+
+
 def test_pictures_that_are_text_and_text_that_is_no_utf8_are_one_line(tmp_path):
     pq.write_table(pa.table({"id": ["1"], "image": [{"bytes": "aGVsbG8=", "path": None}]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="should hold bytes, in binary"):
@@ -143,6 +151,13 @@ def test_pictures_that_are_text_and_text_that_is_no_utf8_are_one_line(tmp_path):
     pq.write_table(pa.table({"id": latin, "image": [{"bytes": b"x", "path": None}]}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"b.parquet cannot be read as parquet: 'utf-8'"):
         load_source(str(tmp_path / "b.parquet"), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("read", [list, lambda column: column[1], lambda column: column[:2]])
+def test_a_cell_that_is_no_utf8_is_one_line(read):
+    latin = pa.Array.from_buffers(pa.string(), 2, pa.array([b"1", b"Caf\xe9"]).buffers())
+    with pytest.raises(UserError, match=r"b'Caf\\xe9', is not UTF-8"):
+        read(Column(pa.chunked_array([latin])))
 
 
 def test_a_damaged_copy_of_the_texts_is_one_line(shop, tmp_path):

@@ -88,6 +88,14 @@ def test_only_the_columns_that_are_needed_are_read(tmp_path, shop):
     assert [row.picture for row in damaged[20:]] == pictures[20:30], "other shards do not touch it"
 
 
+def test_text_that_is_no_utf8_is_the_rows_reason(tmp_path):
+    latin = pa.Array.from_buffers(pa.string(), 2, pa.array([b"1", b"Caf\xe9"]).buffers())
+    path = write_parquet(tmp_path / "a.parquet", [picture(0)] * 2, id=latin)
+    rows = rows_of(open_source([str(path)]))
+    assert [row.name for row in rows] == [f"{path}#0", f"{path}#1"]
+    assert all(row.picture.startswith("damaged parquet: 'utf-8' codec") for row in rows)
+
+
 def test_of_a_large_row_group_little_is_in_memory(tmp_path):
     images = [os.urandom(100_000) for _ in range(300)]
     path = write_parquet(tmp_path / "a.parquet", images, group=300, page=8)
@@ -195,11 +203,24 @@ def test_a_folder_is_taken_for_what_it_holds_and_the_rest_is_named(shop, tmp_pat
 
 
 def test_of_a_folder_what_is_no_picture_stays_and_what_cannot_be_read_is_counted(tmp_path):
-    for name in ("a.jfif", "._a.jpg", "b.HEIC", "c.heic"):
+    for name in ("._a.jpg", "b.HEIC", "c.heic", "._c.heic"):
         (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no image in folder .*; .*: 2 .heic left out"):
+        open_source([str(tmp_path)])
+    (tmp_path / "a.jfif").write_bytes(b"x")
     source = open_source([str(tmp_path)])
     assert source.files == [tmp_path / "a.jfif"]
     assert source.notes == [f"{tmp_path}: 2 .heic left out, a format that is not read; convert them to JPEG"]
+
+
+def test_a_linked_folder_is_named(shop, tmp_path):
+    folder, _ = shop
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"x")
+    (tmp_path / "photos" / "linked").symlink_to(folder)
+    source = open_source([str(tmp_path / "photos")])
+    assert source.files == [tmp_path / "photos" / "a.png"]
+    assert source.notes == [f"{tmp_path / 'photos'}: 1 linked folder left out, name them to have them read"]
 
 
 def test_a_word_too_long_for_a_name_is_one_line():

@@ -48,15 +48,24 @@ def test_where_titles_have_commas_of_their_own_no_cell_goes_on_in_the_next_line(
         ["id,about,room,productDisplayName", '1,"First', 'second",Bedroom,A Bed', '2,"Short",Hall,"A Lamp, Red']
     )
     found = rows(tmp_path / "shop.csv", text)
-    assert found == ["a quote that is left open", "3 cells under 4 columns", ("2", "Short", "Hall", "A Lamp, Red")]
+    assert found == [
+        "a quote that is left open",
+        ('second"', "Bedroom", "A Bed", None),
+        ("2", "Short", "Hall", "A Lamp, Red"),
+    ]
 
 
 @pytest.mark.parametrize("column", ["room", "productDisplayName"])
-def test_a_row_of_too_few_cells_is_left_out(tmp_path, column):
-    text = "\n".join([f"id,kind,{column},about", "1,Appa", "rel,Bedroom,x", "", "2,,,", "3,Bed,Hall,x,"])
+def test_a_row_that_ends_early_lacks_the_rest_as_spreadsheets_write_it(tmp_path, column):
+    text = "\n".join([f"id,kind,{column},about", "", "1", "2,Bed", "3,Bed,Hall", "4,Bed,Hall,x,"])
     assert rows(tmp_path / "shop.csv", text) == [
-        "2 cells under 4 columns", "3 cells under 4 columns", ("2", None, None, None), ("3", "Bed", "Hall", "x")
+        ("1", None, None, None), ("2", "Bed", None, None), ("3", "Bed", "Hall", None), ("4", "Bed", "Hall", "x")
     ]  # fmt: skip
+
+
+def test_a_file_that_breaks_off_makes_no_class_of_half_a_cell(tmp_path):
+    found = rows(tmp_path / "shop.csv", "id,kind,room\n1,Bed,Hall\n2,Wardr")
+    assert found == [("1", "Bed", "Hall"), "2 cells under 3 columns, where the file breaks off"]
 
 
 def test_a_mark_of_inches_is_no_quote(tmp_path):

@@ -57,10 +57,18 @@ def test_no_id_told_is_the_products_name(tmp_path):
     assert list(load_source(str(tmp_path / "0.tar"), tmp_path / "cache").ids) == ["x"]
 
 
-def test_what_lies_apart_from_its_picture_is_told(tmp_path):
-    write_tar(tmp_path / "0.tar", {"x.json": b'{"gender": "Men"}', "y.png": picture(1), "x.png": picture(2)})
+@pytest.mark.parametrize("order", ["x.json y.png x.png", "x.png y.png x.json", "x.txt x.png y.png x.json"])
+def test_what_lies_apart_from_its_picture_is_told(tmp_path, order):
+    members = {"x.json": b'{"gender": "Men"}', "x.txt": b"A shirt", "x.png": picture(1), "y.png": picture(2)}
+    write_tar(tmp_path / "0.tar", {name: members[name] for name in order.split()})
     with pytest.raises(UserError, match=r"1 products, such as x, is not beside their pictures; pack it with"):
         load_source(str(tmp_path / "0.tar"), tmp_path / "cache")
+
+
+def test_what_macos_adds_beside_each_file_is_no_product(tmp_path):
+    members = {"._x.png": b"Mac", "x.png": picture(1), "._x.json": b"Mac", "x.json": b'{"gender": "Men"}'}
+    catalogue = load_source(str(write_tar(tmp_path / "0.tar", members)), tmp_path / "cache")
+    assert (list(catalogue.ids), list(catalogue.columns["gender"])) == (["x"], ["Men"])
 
 
 def test_a_file_that_is_gone_since_is_the_pictures_reason(shop, tmp_path):

@@ -181,9 +181,9 @@ def test_a_table_with_every_fault_gives_the_good_rows_and_lists_the_others(tmp_p
         "../../etc/passwd": "no such file in images/",
         "=1+1": "no such file in images/",
         "line 9": "not UTF-8, or no CSV",
-        "line 10": "1 cells under 11 columns",
+        "104": "no such file in images/",
         "line 12": "not UTF-8, or no CSV",
-        "line 13": "2 cells under 11 columns",
+        "1\x0006": "no such file in images/",
     }
     open_store(catalogue, (80, 60), tmp_path / "cache").write_skipped(tmp_path / "skipped.csv")
     with open(tmp_path / "skipped.csv", newline="") as file:

@@ -42,6 +42,20 @@ def test_gradients_are_those_of_plain_autograd(name, shape):
     torch.testing.assert_close(gradients(layer(x), *inputs), gradients(layer.reference_forward(x), *inputs))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("name", MAKERS)
+def test_its_own_input_may_be_strided(name, dropout):
+    """As the tokens of a ViT without a class token are."""
+    maker, layer = make_pair(name, dropout)
+    u = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    inputs = (u, layer.lora_A, layer.lora_B)
+    found = []
+    for strided in (u.transpose(1, 2), u.transpose(1, 2).contiguous()):
+        torch.manual_seed(1)
+        found.append(gradients(layer(maker(strided)), *inputs))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("name", ["gelu", "norm"])
 def test_what_dropout_hid_is_hidden_from_the_input_made_again(name):
     maker, layer = make_pair(name, dropout=0.5)

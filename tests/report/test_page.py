@@ -135,6 +135,14 @@ def test_the_page_is_the_same_where_no_pictures_are_kept(command, demo_run, cach
     assert (tmp_path / "report.html").read_bytes() == (report[0] / "report.html").read_bytes()
 
 
+def test_a_folder_name_that_is_no_text_is_shown_as_far_as_it_is(command, demo_run, cache_dir, report, tmp_path):
+    shop = shutil.copytree(report[0].parent, tmp_path / "caf\udce9")
+    words = ("--checkpoint", demo_run / "best", "--data", shop, "--split", "all", "--cache-dir", cache_dir)
+    done = command("evaluate.py", *words, "--report", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    assert "caf?" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
 def test_an_uncalibrated_checkpoint_is_refused(command, demo_run, cache_dir, with_config, tmp_path):
     folder = with_config(demo_run / "best", lambda config: config.pop("calibration"))
     words = ("--checkpoint", folder, "--data", "demo", "--cache-dir", cache_dir, "--report", tmp_path / "r")
