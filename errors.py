@@ -77,7 +77,7 @@ def exits_cleanly(main):
             print(f"error{f' in process {process}' if process else ''}: {error}", file=sys.stderr)
             sys.exit(2)
         except MemoryError:
-            print("error: out of memory; free some, or take smaller batches with --batch-size", file=sys.stderr)
+            print("error: out of memory; free some and start again", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

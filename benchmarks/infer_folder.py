@@ -30,8 +30,8 @@ from data.sources import load_source
 from data.store import default_cache_dir
 from errors import Parser, UserError, exits_cleanly, positive_int
 from lora import merge_lora
-from models.checkpoint import load_checkpoint
-from options import choose_amp
+from models.checkpoint import find_checkpoint, load_checkpoint
+from options import add_checkpoint_options, choose_amp
 
 ROOT = Path(__file__).parents[1]
 FIRST = "HF pipeline, fp32"
@@ -104,19 +104,19 @@ def table(commands: dict[str, list[str]], seconds: dict[tuple[str, str], list[fl
 @exits_cleanly
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "adapters" / "vit_tiny_fashion")
-    parser.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file")
+    add_checkpoint_options(parser)
     parser.add_argument("--data", required=True, help="catalogue whose pictures are labelled")
     parser.add_argument("--pictures", type=positive_int, default=2000, help="in the folder (default: %(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=3, help="(default: %(default)s)")
     args = parser.parse_args()
+    checkpoint = find_checkpoint(args.checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model, config = load_checkpoint(args.checkpoint, args.weights)
+        model, config = load_checkpoint(checkpoint, args.weights)
         save_hf_vit(merge_lora(model.backbone), config, folder / "hf")
         count = write_pictures(args.data, args.pictures, folder)
-        commands = programs(args.checkpoint, args.weights, folder, choose_amp(device) == "bf16")
+        commands = programs(checkpoint, args.weights, folder, choose_amp(device) == "bf16")
         seconds = measure(commands, folder, args.rounds)
     size = "x".join(map(str, config["preprocess"]["size"]))
     print(machine(device, transformers))

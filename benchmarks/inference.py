@@ -42,12 +42,11 @@ from data.store import default_cache_dir
 from errors import Parser, UserError, exits_cleanly, positive_int
 from lora import keep_base_in, merge_lora, quantize_base
 from models.backbone import bare_backbone
-from models.checkpoint import load_checkpoint
+from models.checkpoint import find_checkpoint, load_checkpoint
 from models.classifier import AttributeClassifier
 from models.decode import Decoder
-from options import choose_amp
+from options import add_checkpoint_options, choose_amp
 
-ROOT = Path(__file__).parents[1]
 BATCHES = {1: 20, 64: 2}  # pictures at a time, and how many times in a turn
 TIMM, FIRST = "plain timm", "HF pipeline, fp32"
 CPU = torch.device("cpu")
@@ -193,18 +192,18 @@ def some_pictures(data: str, count: int) -> list[Image.Image]:
 @exits_cleanly
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "adapters" / "vit_tiny_fashion")
-    parser.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file")
+    add_checkpoint_options(parser)
     parser.add_argument("--data", required=True, help="catalogue whose pictures are labelled")
     parser.add_argument("--rounds", type=positive_int, default=15, help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile the merged model")
     args = parser.parse_args()
+    checkpoint = find_checkpoint(args.checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     narrow = choose_amp(device) == "bf16"
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model, config = load_checkpoint(args.checkpoint, args.weights)
+        model, config = load_checkpoint(checkpoint, args.weights)
         pictures = some_pictures(args.data, max(BATCHES))
         save_hf_vit(merge_lora(model.backbone), config, folder / "hf")
         preprocess = Preprocess(**config["preprocess"])

@@ -40,9 +40,9 @@ from data.batches import epoch_batches, make_loader
 from data.preprocess import Preprocess
 from data.schema import FASHION, FASHION_FILE, read_schema
 from data.sources import load_source
-from data.split import SPLITS, some
+from data.split import SPLITS
 from data.store import open_store
-from evaluate import SCORED, judge
+from evaluate import SCORED, choice, judge
 from task import Task, fit_targets
 
 GROUP, FILE = 10_000, 100_000  # rows of a row group and of a file
@@ -131,9 +131,9 @@ def measure(folder: Path, cache: Path) -> dict:
 
     looked = timed("inference", look)
     assert looked == store.ok.sum()
-    before, rows = memory.peak, some(store.rows("val"), SCORED)
     config = {"attributes": entries, "paths": paths, "inputs": "image", "text": None}
-    task = Task(model, config, preprocess, catalogue, store, known)
+    task, before = Task(model, config, preprocess, catalogue, store, known), memory.peak
+    rows = choice(task, "val", SCORED)
 
     def validate() -> None:
         logits = {a["name"]: torch.randn(len(rows), len(a["labels"])) for a in entries}

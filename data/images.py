@@ -1,8 +1,10 @@
 """Image bytes in, one kind of picture out: upright RGB, alpha composited on white."""
 
+import contextlib
 import hashlib
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +21,23 @@ class ImageError(ValueError):
     """The bytes are no picture we can read. The message is the reason, short enough for a list of skipped files."""
 
 
-def _open(source: bytes | Path) -> Image.Image:
-    """Read the header only. Raises `ImageError` for what is no image or too big."""
+@contextlib.contextmanager
+def _damage_is(reason: str) -> Iterator[None]:
+    """Raise as an `ImageError` what damage raises, nearly anything: OSError, SyntaxError, struct.error, ..."""
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-    except Image.DecompressionBombError as error:  # Pillow's own bound, above ours
-        raise ImageError(f"more than {MAX_PIXELS // 10**6} megapixels") from error
+        yield
     except MemoryError:
         raise  # says nothing of the picture
-    except Exception as error:  # a damaged header raises nearly anything: OSError, SyntaxError, struct.error, ...
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image"
-        raise ImageError(reason) from error
+    except Image.DecompressionBombError as error:  # Pillow's own bound, above ours
+        raise ImageError(f"more than {MAX_PIXELS // 10**6} megapixels") from error
+    except Exception as error:
+        raise ImageError(getattr(error, "strerror", None) or reason) from error  # the file's own failure, if it is one
+
+
+def _open(source: bytes | Path) -> Image.Image:
+    """Read the header only. Raises `ImageError` for what is no image or too big."""
+    with _damage_is("not an image"):
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} megapixels")
     return image
@@ -45,7 +53,7 @@ def decode(source: bytes | Path) -> Image.Image:
     image = _open(source)
     if image.mode in ("I", "F"):  # 32 bits a pixel, and nothing says which number is white
         raise ImageError("32 bits a pixel, of no known scale; save it with 8 or 16")
-    try:
+    with _damage_is("truncated or damaged image"):  # decoders raise nearly anything too
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):  # 16 bits a pixel: convert("RGB") would clip at 255 where it should scale
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -53,21 +61,13 @@ def decode(source: bytes | Path) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # as above: decoders raise nearly anything
-        raise ImageError("truncated or damaged image") from error
 
 
 def native_size(source: bytes | Path) -> tuple[int, int]:
     """(height, width) that `decode` would give, read from no more than the format makes us. Raises `ImageError`."""
     image = _open(source)
-    try:
+    with _damage_is("truncated or damaged image"):  # a PNG keeps it behind the pixels, which may be cut off
         turned = image.getexif().get(ORIENTATION, 1) >= 5
-    except MemoryError:
-        raise
-    except Exception as error:  # a PNG keeps it behind the pixels, which may be cut off
-        raise ImageError("truncated or damaged image") from error
     width, height = image.size
     if image.format == "TIFF":  # whose `size` some versions of Pillow have turned already
         width, height = image.tag_v2[WIDTH], image.tag_v2[HEIGHT]
