@@ -19,7 +19,7 @@ def share_one_arena() -> None:
 def keep_freed_memory() -> None:
     """Let what a batch frees stay with this process for the next one.
 
-    glibc would give it back to the system, and each batch would have all its pages given and zeroed anew: 64,000 of
+    glibc would give it back to the system, and each batch would have all its pages given and zeroed anew: 59,000 of
     them in a training step of 64 pictures (`benchmarks/page_faults.py`).
     """
     _set(M_TRIM_THRESHOLD, 2**31 - 1)
