@@ -15,6 +15,9 @@ def start_at_principal(layer: LoRALayer) -> None:
     so that the layer computes at first what it did before; `init_lora_weights="pissa"` in PEFT. The layer gets a base
     of its own: the one it was given is not changed. The same weight gives the same rest, up to rounding, so a
     checkpoint needs A and B alone.
+
+    Raises:
+        ValueError: a pair's rank is above the smaller side of its weight.
     """
     base = layer.base_layer
     for rows, pair in layer.updates():

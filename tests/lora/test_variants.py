@@ -85,6 +85,11 @@ def test_gradients_of_dora_are_those_of_plain_autograd(kind, dropout, bias):
     torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-10)
 
 
+def test_pissa_has_no_more_ranks_than_the_weight():
+    with pytest.raises(ValueError, match="PiSSA: rank 5 is above 4"):
+        apply_lora(nn.Sequential(nn.Linear(6, 4)), ["0"], 5, 1, pissa=True)
+
+
 def test_pissa_by_hand():
     base = nn.Linear(3, 3, bias=False)
     set_(base.weight, [[0, 3, 0], [5, 0, 0], [0, 0, 1]])
