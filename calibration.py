@@ -101,12 +101,17 @@ def precision_threshold(confidence: np.ndarray, right: np.ndarray, target: float
 def calibrate(logits: Mapping[str, Tensor], labels: np.ndarray, config: dict, target: float = TARGET_PRECISION) -> dict:
     """A checkpoint's `calibration`: temperatures, then thresholds for the answers those give, decoded either way.
 
+    An attribute of which no row has a label keeps what `config` has for it, its thresholds only for the same target.
+
     Args:
         logits: {attribute: (N, classes)} of rows the model was not trained on.
         labels: (N, A) their labels.
     """
     truths, names = torch.from_numpy(labels).long(), [a["name"] for a in config["attributes"] if a["kind"] == "class"]
     temperature = {name: fit_temperature(logits[name], truths[:, i]) for i, name in enumerate(names)}
+    if before := config.get("calibration"):
+        unlabelled = [name for i, name in enumerate(names) if (labels[:, i] == MISSING).all()]
+        temperature |= {name: before["temperature"][name] for name in unlabelled}
     fitted = {"target_precision": target, "rows": len(labels), "temperature": temperature, "threshold": {}}
     for how in ("joint", "independent"):
         nothing_yet = {"temperature": temperature, "threshold": {how: {}}}
@@ -114,6 +119,8 @@ def calibrate(logits: Mapping[str, Tensor], labels: np.ndarray, config: dict, ta
         fitted["threshold"][how] = {
             name: precision_threshold(*judged(answers, labels, column), target) for column, name in enumerate(names)
         }
+        if before and before["target_precision"] == target:
+            fitted["threshold"][how] |= {name: before["threshold"][how][name] for name in unlabelled}
     return fitted
 
 

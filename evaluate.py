@@ -76,12 +76,12 @@ def evaluate(
 
 
 def choice(task: Task, split: str, most: int) -> np.ndarray:
-    """The rows of a split; where they are more than `most`, so many of those that have any label of a class."""
+    """The rows of a split; where they are more than `most`, so many of those of which anything is known."""
     rows = task.store.rows(split)
     if len(rows) <= most:
         return rows
-    labelled = rows[(task.labels[rows] != MISSING).any(1)]
-    return some(labelled if len(labelled) else rows, most)
+    known = (task.labels[rows] != MISSING).any(1) | np.isfinite(task.known.numbers[rows]).any(1)
+    return some(rows[known] if known.any() else rows, most)
 
 
 def judge(task: Task, split: str, rows: np.ndarray, logits: dict[str, Tensor], joint: bool) -> Evaluation:
@@ -140,13 +140,12 @@ def same_catalogue(task: Task, limit: int | None) -> bool:
 
 def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device) -> None:
     """What the command does, in each of the processes that share the rows."""
-    folder, joint = find_checkpoint(args.checkpoint), not args.independent
-    calibrated = "calibration" in read_config(folder)  # a folder that holds no checkpoint is told here
+    args.data, folder = distributed.decided(lambda: (hub.pinned(args.data), args.checkpoint))
+    calibrated, joint = "calibration" in read_config(folder), not args.independent  # a folder without any is told here
     if args.report and not args.calibrate and not calibrated:
         raise UserError(f"--report: {folder} is not calibrated; do so first with --calibrate, on validation rows")
     if args.calibrate:
         check_writable(folder / "config.json.new", "--calibrate")
-    args.data = distributed.decided(lambda: hub.pinned(args.data))
     task = distributed.in_turn(
         lambda: load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device, args.store_gb)
     )
@@ -158,11 +157,15 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
         raise UserError(f"{args.data} has no readable row in the {split} split")
     found = evaluate(task, split, device, args.batch_size, joint)
     if args.calibrate:
-        target = args.target_precision or TARGET_PRECISION
+        target, labelled = args.target_precision or TARGET_PRECISION, (task.labels[rows] != MISSING).any(0)
+        if not labelled.any():
+            raise UserError(f"--calibrate: none of the {len(rows):,} {split} rows of {args.data} has a label")
         fitted = calibrate(found.logits, task.labels[rows], task.config, target)
         if distributed.first():
             amend_config(folder, calibration=fitted)
         print(f"calibrated on {len(rows):,} rows of {name}, {split}; kept in {folder / 'config.json'}")
+        if untouched := [a for a, some in zip(task.classes, labelled, strict=True) if not some]:
+            print(f"no row has a label of {', '.join(untouched)}, so the temperature there stays as it was")
         task = task._replace(config=task.config | {"calibration": fitted})
         found = judge(task, split, rows, found.logits, joint)
     print(f"{name}, {split}: {len(rows):,} rows; {len(task.store.skipped):,} of the catalogue skipped")
@@ -202,17 +205,18 @@ def main(argv: list[str] | None = None) -> int:
     split = args.split or ("val" if args.calibrate else "test")
     if args.calibrate and split not in ("val", "all"):
         raise UserError(f"--calibrate --split {split}: fit on val, or on all of a catalogue new to the checkpoint")
+    args.checkpoint = find_checkpoint(args.checkpoint)  # once: a run that goes on may make another one the newest
     if args.json:
         data = Path(args.data)
         files = data.rglob("*") if data.is_dir() and args.json.exists() else [data]
-        run = find_checkpoint(args.checkpoint).resolve().parent
+        run = args.checkpoint.resolve().parent
         check_writable(args.json, "--json", [args.weights, *files, run / "options.json", *run.glob("*/*")])
     if args.report:
         make_folder(args.report, "--report")
 
     with distributed.joined() as device, contextlib.ExitStack() as held:
         if args.calibrate and distributed.first():
-            held.enter_context(at_rest(find_checkpoint(args.checkpoint).resolve().parent))
+            held.enter_context(at_rest(args.checkpoint.resolve().parent))
         score_checkpoint(args, split, device)
     return 0
 

@@ -79,6 +79,8 @@ class Job:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             differing = [name for name in facts | found if facts.get(name) != found.get(name)]
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
         except (ValueError, TypeError):
             raise UserError(f"{path} is damaged; name another --out, or delete {self.folder}") from None
         if differing:

@@ -101,11 +101,12 @@ def refit(task: Task, rows: np.ndarray, batch_size: int) -> tuple[dict, dict, di
     of_val, of_train = embed(task, val, batch_size, "val"), embed(task, rows, batch_size, "train")
     heads.cpu()
     target = task.config.get("calibration", {}).get("target_precision", TARGET_PRECISION)
+    uncalibrated = task.config | {"calibration": None}  # no threshold of the heads of before holds for these
 
     def judged() -> tuple[dict, dict]:
         with torch.inference_mode():
             logits = heads(of_val)
-        fitted = calibrate(logits, task.labels[val], task.config, target)
+        fitted = calibrate(logits, task.labels[val], uncalibrated, target)
         calibrated = task._replace(config=task.config | {"calibration": fitted})
         return judge(calibrated, "val", val, logits, joint=True).scores, fitted
 

@@ -27,10 +27,11 @@ def choose(argv: list[str] | None, device: torch.device, held: contextlib.ExitSt
     if distributed.may_restart() and not args.out:
         raise UserError("torchrun --max-restarts: name the run's folder with --out, or a restart could not find it")
     if not args.resume:
+        args.resume = distributed.restarted() and holds_run(args.out, args)
+    if not args.resume:
         choose_source(args)
         args.amp = choose_amp(device) if args.amp == "auto" else args.amp
         args.processes = distributed.world()
-        args.resume = distributed.restarted() and holds_run(args.out, args)
     args.out = run_folder(args)
     held.enter_context(alone_in(args.out))
     return open_run(args)
@@ -52,15 +53,23 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 
 def holds_run(out: Path, args: argparse.Namespace | None = None) -> bool:
-    """Whether there is a run to go on with; and where `args` are given, whether they are what it was started with, by
-    however many processes."""
+    """Whether there is a run to go on with; and where `args` are given, whether they are what it was started with.
+
+    What they leave to be chosen may be chosen otherwise today: the hub has moved on, or cannot be reached.
+    """
     last = out / "last"
     if not (last.is_dir() or previous_of(last).is_dir()):
         return False
     try:
         written = json.loads((out / "options.json").read_text(encoding="utf-8"))
-        return args is None or {**written, "processes": args.processes} == json.loads(options_text(args))
-    except (OSError, ValueError, TypeError):
+        if args is None:
+            return True
+        given = json.loads(options_text(args))
+        left_open = [name for name in ("data", "backbone") if given[name] is None]
+        left_open += ["amp"] if given["amp"] == "auto" else []
+        left_open += ["data"] if written["data"].startswith(f"{given['data']}@") else []  # of whichever commit
+        return given | {name: written[name] for name in (*left_open, "processes")} == written
+    except (OSError, ValueError, TypeError, KeyError):
         return args is None
 
 

@@ -39,7 +39,7 @@ from models.backbone import create_backbone
 from models.checkpoint import attach, load_checkpoint
 from models.classifier import AttributeClassifier
 from models.inherit import inherit
-from models.schema import misfit
+from models.schema import contradiction, misfit
 from options import AMP, EXTRA
 
 LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
@@ -123,6 +123,8 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
         known = known._replace(tokens=read_titles(config, catalogue))
     if where := misfit(json.loads(json.dumps(config))):  # better now than when a checkpoint of it is read
         raise UserError(f"no checkpoint of this run could be read: its {where} is not what it should be")
+    if what := contradiction(config):
+        raise UserError(f"no checkpoint of this run could be read: {what}")
     model = attach(backbone, config)
     model.drop_patches = args.drop_patches
     if args.base == "int8":  # before anything is inherited, which a resumed run does not do again

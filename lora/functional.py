@@ -17,10 +17,12 @@ from .recompute import source_of
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_BF16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+INT8_UNIT = 128  # steps of an int8 weight: sums of products with whole steps would soon be too large for fp16
 
 
 class Frozen(NamedTuple):
-    """The weight (out, in) and bias (out,) of a frozen linear layer; an int8 weight has a scale (out,) for its rows.
+    """The weight (out, in) and bias (out,) of a frozen linear layer; an int8 weight has a scale (out,) for its rows,
+    which is what `INT8_UNIT` steps of it are worth.
 
     `transposed` (in, out) is what gradients are taken with where `pack` made it; else they take `weight.T`.
     """
@@ -62,11 +64,11 @@ def lora_linear(
     dtype = base.weight.dtype if base.scale is None else base.scale.dtype
     y = _LoRALinearFunction.apply(
         x.reshape(-1, x.shape[-1]).contiguous(),
-        source_of(x),
-        *base,
-        dropped,
         lora_A.to(dtype),
+        base,
         rows,
+        dropped,
+        source_of(x),
         *(B.to(dtype) for B in scaled_B),
     )
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -79,32 +81,28 @@ class _LoRALinearFunction(torch.autograd.Function):
     dh = dy B,    dA = dhᵀ d(x),    dB = dyᵀ h,    dx = dy W + d(dh A)
 
     Of its input it keeps what `source` makes it from, else x, which another operation may keep too; or its own cast of
-    x, in which the dropped elements are 0 already.
+    x, in which the dropped elements are 0 already. The base never changes, so it is kept as it is.
     """
 
     @staticmethod
-    def forward(ctx, x, source, weight, bias, scale, transposed, dropped, lora_A, rows, *lora_B):
+    def forward(ctx, x, lora_A, base, rows, dropped, source, *lora_B):
         cast = x.to(lora_A.dtype)
-        y = frozen_linear(cast, Frozen(weight, bias, scale))  # (n, out)
+        y = frozen_linear(cast, base)  # (n, out)
         own = cast if cast is not x or dropped is None else x.clone()
         h = linear(_zero_(own, dropped), lora_A)  # (n, sum of ranks)
-        for block, h_k, B_k in zip(rows, h.split([B.shape[1] for B in lora_B], dim=1), lora_B, strict=True):
+        for block, h_k, B_k in zip(rows, _parts(h, lora_B), lora_B, strict=True):
             y[:, block].addmm_(h_k, B_k.T)  # into y: the update never exists as a tensor of its own
-        ctx.rows, ctx.x_dtype = rows, x.dtype
+        ctx.base, ctx.rows, ctx.x_dtype = base, rows, x.dtype
         ctx.make, kept = source or (torch.clone, (cast,))
-        ctx.transposed = transposed  # a constant, in a layout that hooks on saved tensors do not know
-        plain = weight.T if transposed is None else None
-        ctx.save_for_backward(h, dropped, plain, scale, lora_A, *lora_B, *kept)
+        ctx.save_for_backward(h, dropped, lora_A, *lora_B, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        pairs = len(ctx.rows)
-        h, dropped, plain, scale, lora_A, *rest = ctx.saved_tensors
-        transposed = ctx.transposed if plain is None else plain
-        lora_B, kept = rest[:pairs], rest[pairs:]
-        needs_x, needs_A, needs_B = ctx.needs_input_grad[0], ctx.needs_input_grad[7], ctx.needs_input_grad[9:]
+        h, dropped, lora_A, *rest = ctx.saved_tensors
+        lora_B, kept = rest[: len(ctx.rows)], rest[len(ctx.rows) :]
+        needs_x, needs_A, *_, needs_B = *ctx.needs_input_grad[:6], ctx.needs_input_grad[6:]
         dx = dA = None
         if needs_x or needs_A:
             dh = torch.cat([linear(dy[:, block], B_k.T) for block, B_k in zip(ctx.rows, lora_B, strict=True)], dim=1)
@@ -113,13 +111,17 @@ class _LoRALinearFunction(torch.autograd.Function):
             dA = dh.T @ _zero_(x, dropped)
         if needs_x:
             dx = _zero_(linear(dh, lora_A.T), dropped)
-            dx = linear(dy if scale is None else dy * scale, transposed.to(dy.dtype), onto=dx).to(ctx.x_dtype)
-        h_parts = h.split([B.shape[1] for B in lora_B], dim=1)
+            dx = add_frozen_gradient(dx, dy, ctx.base).to(ctx.x_dtype)
         dB = [
             (h_k.T @ dy[:, block]).T if needed else None  # so rather than dyᵀ h: a third sooner where out is large
-            for block, h_k, needed in zip(ctx.rows, h_parts, needs_B, strict=True)
+            for block, h_k, needed in zip(ctx.rows, _parts(h, lora_B), needs_B, strict=True)
         ]
-        return dx, None, None, None, None, None, None, dA, None, *dB
+        return dx, dA, None, None, None, None, *dB
+
+
+def _parts(h: Tensor, lora_B: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """(n, sum of ranks) -> (n, rank) for each pair."""
+    return h.split([B.shape[1] for B in lora_B], dim=1)
 
 
 def frozen_linear(x: Tensor, base: Frozen) -> Tensor:
@@ -127,8 +129,21 @@ def frozen_linear(x: Tensor, base: Frozen) -> Tensor:
     weight, bias, scale, _ = base
     if scale is None:
         return linear(x, weight, bias)
-    y = linear(x, weight.to(x.dtype)).mul_(scale)
+    y = linear(x, _widened(weight, x.dtype)).mul_(scale)
     return y if bias is None else y.add_(bias)
+
+
+def add_frozen_gradient(dx: Tensor, dy: Tensor, base: Frozen) -> Tensor:
+    """dx + dy W, perhaps in place: what `frozen_linear` adds to the gradient of its input."""
+    weight, _, scale, transposed = base
+    if scale is not None:
+        return linear(dy * scale, _widened(weight, dy.dtype).T, onto=dx)
+    return linear(dy, weight.T if transposed is None else transposed, onto=dx)
+
+
+def _widened(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """An int8 weight in `dtype`, exactly, in units of `INT8_UNIT` steps."""
+    return weight.to(dtype).div_(INT8_UNIT)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
@@ -180,11 +195,12 @@ def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
 def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
     """Which of `numel` elements dropout drops, each on its own with probability `p`, from the default generator.
 
-    Off the CPU a boolean mask (numel,). On the CPU, where drawing a number per element would take a fifth of a training
-    step, the positions of the dropped elements: the gap from one to the next is geometric, `1 + floor(log(1 - u) /
-    log(1 - p))` for uniform u, so only about `p * numel` numbers are drawn, and about `4 p` bytes per element are kept.
+    Off the CPU, and under torch.compile, a boolean mask (numel,). On the CPU, where drawing a number per element would
+    take a fifth of a training step, the positions of the dropped elements: the gap from one to the next is geometric,
+    `1 + floor(log(1 - u) / log(1 - p))` for uniform u, so only about `p * numel` numbers are drawn, and about `4 p`
+    bytes per element are kept.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or torch.compiler.is_compiling():  # how many are dropped would be a number to wait for
         return torch.empty(numel, dtype=torch.bool, device=device).bernoulli_(p)
     # Six standard deviations over the expected count: too few about once in 10⁹ draws, and then only a tail is kept.
     count = min(numel, math.ceil(numel * p + 6 * math.sqrt(numel * p)) + 8)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import Frozen, frozen_linear, linear
+from .functional import INT8_UNIT, Frozen, frozen_linear, linear
 
 DAMPING = 0.01  # of the mean square of an input, added to each: inputs that were hardly seen are not relied on
 BLOCK = 128  # inputs whose errors are passed on one by one; to all others they go as one matrix product
@@ -40,7 +40,7 @@ class Int8Linear(nn.Module):
 
     def frozen(self, dtype: torch.dtype) -> Frozen:
         bias = None if self.bias is None else self.bias.to(dtype)
-        return Frozen(self.quantised, bias, self.scale.to(dtype))
+        return Frozen(self.quantised, bias, (self.scale * INT8_UNIT).to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""

@@ -66,7 +66,7 @@ class LowRank(nn.Module):
         """DoRA's m / |W₀ + ΔW| (out,), which multiplies each output. The length gets no gradient (its section 4.3)."""
         with torch.no_grad():
             lengths = (weight + self.delta_weight()).norm(dim=1)
-        return self.lora_magnitude / lengths
+        return self.lora_magnitude / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)  # a row may be all zeros
 
 
 class Prepared:

@@ -22,9 +22,9 @@ def source_of(x: Tensor) -> Source | None:
     In a ViT these are the inputs of the first layer of attention and of both layers of the MLP: six of the sixteen
     token widths that a block would keep.
     """
-    node = x.grad_fn
-    if torch.compiler.is_compiling():  # the compiler chooses by itself what to compute again
+    if torch.compiler.is_compiling():  # the compiler chooses by itself what to compute again, and sees no `grad_fn`
         return None
+    node = x.grad_fn
     if type(node).__name__ == "GeluBackward0" and not _packed(node._raw_saved_self):
         return Source(partial(F.gelu, approximate=node._saved_approximate), (node._saved_self,))
     if type(node).__name__ == "NativeLayerNormBackward0" and not _packed(node._raw_saved_input):

@@ -135,6 +135,28 @@ def test_how_often_a_promise_is_broken(precision, most):
     assert broken / 300 <= most + 3 * math.sqrt(most * (1 - most) / 300), "three standard errors"
 
 
+def test_an_attribute_without_labels_keeps_what_was_fitted_before():
+    config = {"attributes": [{"name": name, "kind": "class", "labels": list("abcd")} for name in ("room", "wood")]}
+    config["paths"] = []
+    g = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 4, (3000, 2), generator=g)
+    logits = {
+        name: 3 * F.one_hot(truth[:, i], 4) + torch.randn(3000, 4, generator=g)
+        for i, name in ((0, "room"), (1, "wood"))
+    }
+    labels = truth.numpy()
+    config["calibration"] = before = calibrate(logits, labels, config, 0.9)
+    halved = labels.copy()
+    halved[:, 1] = MISSING
+    halved[::2, 0] = UNSEEN
+    after = calibrate(logits, halved, config, 0.9)
+    assert after["temperature"]["wood"] == before["temperature"]["wood"] != 1
+    assert after["temperature"]["room"] != before["temperature"]["room"]
+    for how in ("joint", "independent"):
+        assert after["threshold"][how]["wood"] == before["threshold"][how]["wood"] is not None
+        assert calibrate(logits, halved, config, 0.95)["threshold"][how]["wood"] is None, "it was for another target"
+
+
 def test_calibrating_answers_that_are_decoded_jointly():
     names, classes = ("gender", "room", "piece", "wood"), 4
     paths = [[c, c, c] for c in range(classes)]

@@ -1,5 +1,6 @@
 """Several processes train as one: the same steps, the same scores, and nothing lost when one of them dies."""
 
+import argparse
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.checkpoint import sealed
+from options import parse_args
+from runs import holds_run, options_text
 from tests.faults.conftest import assert_same
 
 ROOT = Path(__file__).parents[1]
@@ -201,6 +204,24 @@ def test_a_restart_does_not_go_on_with_a_run_of_other_options(words, alone):
     assert code != 0
     assert said.count("already holds a run") == 2, "at the start and at the restart"
     assert (alone / "last" / "config.json").read_bytes() == before
+
+
+def test_a_restart_knows_its_run_though_the_hub_has_moved_on(tmp_path):
+    (tmp_path / "last").mkdir()
+
+    def options(*words):
+        return parse_args(["--out", str(tmp_path), *words])
+
+    given = options("--data", "hub:owner/shoes", "--amp")
+    run = argparse.Namespace(
+        **vars(given) | {"data": "hub:owner/shoes@1234", "amp": "bf16", "backbone": "vit", "processes": 3}
+    )
+    (tmp_path / "options.json").write_text(options_text(run))
+    assert holds_run(tmp_path, given)
+    assert holds_run(tmp_path, options("--amp")), "which catalogue was left open"
+    assert not holds_run(tmp_path, options("--data", "hub:owner/boots", "--amp"))
+    assert not holds_run(tmp_path, options("--data", "hub:owner/shoes"))
+    assert not holds_run(tmp_path, options("--data", "hub:owner/shoes", "--amp", "--seed", "5"))
 
 
 def test_restarts_need_a_folder_to_find_again(words):

@@ -1,13 +1,19 @@
 """evaluate.py as a user runs it, on a run of train.py."""
 
+import csv
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 from durable import claim
 from evaluate import choice
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_evaluate_gives_the_figures_train_gave(command, demo_run, cache_dir, tmp_path):
@@ -54,6 +60,35 @@ def test_a_run_ends_calibrated_and_calibrating_again_changes_nothing_but_the_tar
     assert found[0.7]["temperature"] == fitted["temperature"]
     assert found[0.7]["threshold"] != fitted["threshold"]
     assert {path.name for path in (tmp_path / "best").iterdir()} == {"config.json", "adapter.safetensors"}
+
+
+def test_calibrating_on_rows_without_labels_changes_nothing_of_theirs(command, demo_run, tmp_path):
+    best, shop = shutil.copytree(demo_run / "best", tmp_path / "best"), tmp_path / "shop"
+    before = json.loads((best / "config.json").read_text())
+    draw = (sys.executable, "-m", "data.demo", "--out", shop, "--rows", "40")
+    subprocess.run(draw, cwd=ROOT, check=True, capture_output=True)
+    words = ("--checkpoint", best, "--data", shop, "--cache-dir", tmp_path, "--calibrate", "--split", "all")
+    table = next(shop.glob("*.csv"))
+    header, *rows = csv.reader(table.open(encoding="utf-8"))
+
+    def blank(columns):
+        with table.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(header)
+            writer.writerows(["" if c in columns else v for c, v in zip(header, row, strict=True)] for row in rows)
+
+    blank(set(header) - {"id"})
+    done = command("evaluate.py", *words)
+    assert (done.returncode, "has a label" in done.stderr.splitlines()[-1]) == (2, True), done.stderr
+    assert json.loads((best / "config.json").read_text()) == before
+    blank({"usage"})
+    done = command("evaluate.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert "no row has a label of usage, so the temperature there stays as it was" in done.stdout
+    after = json.loads((best / "config.json").read_text())["calibration"]
+    assert after["rows"] == 40
+    assert after["temperature"]["usage"] == before["calibration"]["temperature"]["usage"]
+    assert after["threshold"]["joint"]["usage"] == before["calibration"]["threshold"]["joint"]["usage"]
 
 
 def test_a_run_in_progress_is_not_calibrated(command, demo_run, cache_dir, tmp_path):
@@ -122,9 +157,13 @@ def test_a_full_disk_is_one_line(command, demo_run, cache_dir):
 
 def test_of_many_rows_those_with_labels_are_chosen_unseen_ones_too():
     labels = np.array([[-1, -1]] * 6 + [[-2, -1]] * 2 + [[0, -1]] * 2)
-    task = SimpleNamespace(store=SimpleNamespace(rows=lambda split: np.arange(10)), labels=labels)
+    known = SimpleNamespace(numbers=np.full((10, 1), np.nan))
+    task = SimpleNamespace(store=SimpleNamespace(rows=lambda split: np.arange(10)), labels=labels, known=known)
     assert choice(task, "val", 10).tolist() == list(range(10))
     assert choice(task, "val", 8).tolist() == [6, 7, 8, 9]
     assert set(choice(task, "val", 3)) < {6, 7, 8, 9}
+    known.numbers[2] = 0.5
+    assert choice(task, "val", 8).tolist() == [2, 6, 7, 8, 9], "a number is something too"
+    known.numbers[:] = np.nan
     task.labels = np.full((10, 2), -1)
     assert len(choice(task, "val", 3)) == 3

@@ -77,8 +77,28 @@ def test_gradcheck_with_ranks_that_differ(dropped):
         dropped = torch.tensor(dropped)
     weight, bias = fresh(6, 5).detach(), fresh(6).detach()
     rows = (slice(4, 6), slice(0, 2))
-    inputs = (fresh(4, 5), None, weight, bias, None, None, dropped, fresh(4, 5), rows, fresh(2, 3), fresh(2, 1))
-    assert torch.autograd.gradcheck(_LoRALinearFunction.apply, inputs)
+    base = functional.Frozen(weight, bias)
+
+    def layer(x, lora_A, *lora_B):
+        return _LoRALinearFunction.apply(x, lora_A, base, rows, dropped, None, *lora_B)
+
+    assert torch.autograd.gradcheck(layer, (fresh(4, 5), fresh(4, 5), fresh(2, 3), fresh(2, 1)))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_torch_compile_sees_a_whole_model(dropout):
+    torch.manual_seed(0)
+    layers = LoRALinear(nn.Linear(6, 8), 2, 3, dropout), nn.GELU(), LoRALinear(nn.Linear(8, 4), 2, 3, dropout)
+    model = nn.Sequential(nn.LayerNorm(6), *layers).double()
+    for layer in layers[::2]:
+        nn.init.normal_(layer.lora_B)
+    x = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
+    y = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    if dropout:
+        plain = model.eval()(x)
+        assert 0 < (y - plain).norm() < 2 * (plain - model[3].base_layer.bias).norm(), "it drops something"
+    else:
+        torch.testing.assert_close(gradients(y, model, x), gradients(model(x), model, x), rtol=1e-12, atol=1e-12)
 
 
 def test_input_without_gradient_still_trains_the_pair():
@@ -103,9 +123,10 @@ def test_keeps_one_copy_of_the_input():
     layer = make_layer("plain", 0.3)
     x = torch.randn(7, 5, dtype=torch.float64)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        layer(x)
+        y = layer(x)
     assert [tuple(t.shape) for t in saved if t.numel() == x.numel()] == [(7, 5)]
-    assert any(t.data_ptr() == layer.base_layer.weight.data_ptr() for t in saved), "the weight is kept by reference"
+    weight = layer.base_layer.weight
+    assert y.grad_fn.next_functions[0][0].base.weight.data_ptr() == weight.data_ptr(), "the weight is kept by reference"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -20,6 +20,18 @@ def test_by_hand():
     assert quantised(torch.tensor([1.0, 1.0, 9.0])).tolist() == [63, 0]
 
 
+def test_steps_do_not_overflow_fp16_where_the_outputs_do_not():
+    linear = nn.Linear(1024, 1, bias=False)
+    nn.init.constant_(linear.weight, 0.05)  # 127 steps each: 1,024 of those are twice what fp16 holds
+    x = torch.ones(1, 1024, dtype=torch.float16)
+    torch.testing.assert_close(Int8Linear(linear)(x).item(), 51.2, rtol=2e-3, atol=0)
+    layer = LoRALinear(Int8Linear(linear), 1, 1)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        (layer(x) * 50_000).backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 2500), rtol=2e-3, atol=0)
+
+
 def test_errors_are_passed_on_by_hand():
     """Two inputs that are nearly always equal: what the second weight lacks the first makes up for."""
     linear = nn.Linear(3, 1, bias=False)

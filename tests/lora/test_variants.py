@@ -48,6 +48,19 @@ def test_dora_by_hand():
     assert layer(torch.tensor([1.0, 1.0])).tolist() == [128, 201]
 
 
+def test_dora_of_a_row_of_zeros_is_finite_and_can_learn():
+    base = nn.Linear(2, 2, bias=False)
+    set_(base.weight, [[3, 4], [0, 0]])
+    layer = LoRALinear(base, rank=1, alpha=1, dora=True)
+    assert layer.merge().weight.tolist() == [[3, 4], [0, 0]]
+    layer(torch.ones(1, 2)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude))
+    set_(layer.lora_A, [[3, 4]])
+    set_(layer.lora_B, [[0], [1]])
+    set_(layer.lora_magnitude, [5, 10])
+    assert layer.merge().weight.tolist() == [[3, 4], [6, 8]]
+
+
 def test_dora_leaves_the_blocks_without_it_as_they_are():
     base = nn.Linear(2, 6, bias=False)
     layer = LoRAFusedLinear(base, {"key": 1}, num_blocks=3, rank=1, alpha=1, dora=True)
