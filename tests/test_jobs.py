@@ -264,6 +264,10 @@ def test_another_job_on_the_same_folder_is_refused(command, mixed, demo_run, wit
     (tmp_path / "job" / "job.json").write_text("{")
     done = command("infer.py", mixed / "photos" / "0.png", *best, *job)
     assert (done.returncode, "job.json is damaged" in done.stderr.splitlines()[-1]) == (2, True)
+    (tmp_path / "job" / "job.json").unlink()
+    (tmp_path / "job" / "job.json").mkdir()  # it cannot be read, like one of another user's
+    done = command("infer.py", mixed / "photos" / "0.png", *best, *job)
+    assert (done.returncode, "error: cannot read " in done.stderr.splitlines()[-1]) == (2, True), done.stderr
 
 
 def test_a_lock_that_cannot_be_opened_is_one_line(command, mixed, demo_run, tmp_path):
