@@ -67,7 +67,7 @@ def holds_run(out: Path, args: argparse.Namespace | None = None) -> bool:
         given = json.loads(options_text(args))
         left_open = [name for name in ("data", "backbone") if given[name] is None]
         left_open += ["amp"] if given["amp"] == "auto" else []
-        left_open += ["data"] if written["data"].startswith(f"{given['data']}@") else []  # of whichever commit
+        left_open += ["data"] if str(written["data"]).startswith(f"{given['data']}@") else []  # of whichever commit
         return given | {name: written[name] for name in (*left_open, "processes")} == written
     except (OSError, ValueError, TypeError, KeyError):
         return args is None

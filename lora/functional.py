@@ -102,7 +102,8 @@ class _LoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         h, dropped, lora_A, *rest = ctx.saved_tensors
         lora_B, kept = rest[: len(ctx.rows)], rest[len(ctx.rows) :]
-        needs_x, needs_A, *_, needs_B = *ctx.needs_input_grad[:6], ctx.needs_input_grad[6:]
+        needs_x, needs_A, *_ = ctx.needs_input_grad
+        needs_B = ctx.needs_input_grad[-len(lora_B) :]
         dx = dA = None
         if needs_x or needs_A:
             dh = torch.cat([linear(dy[:, block], B_k.T) for block, B_k in zip(ctx.rows, lora_B, strict=True)], dim=1)
