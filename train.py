@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import math
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -68,15 +69,7 @@ def train_epoch(
     loader = make_loader(task.store, task.known, [distributed.share(batch) for batch in batches], device)
     weights = torch.tensor([a["weight"] for a in task.config["attributes"]], device=device)
     drawing = torch.Generator(device)
-
-    def prepare(pixels: Tensor) -> Tensor:
-        # For the micro-batch of all processes: what becomes of a picture does not depend on how many share it.
-        chance = torch.rand(micro_batch_size(args), CHANCES, generator=drawing, device=device)
-        mine = distributed.share(chance)[: len(pixels)]
-        if not len(mine):  # of a picture that only stands in for none
-            mine = chance[: len(pixels)]
-        return task.preprocess.augmented(pixels, mine.T, args.warp)
-
+    prepare = partial(augmented, args, task, drawing)
     task.model.train()
     unread = []  # (step, rows, losses and norm still on the device) of the steps since the last look
     done = len(rows) - sum(map(len, batches))
@@ -111,23 +104,36 @@ def train_epoch(
                 read = check_finite(unread, state, task.names, task.store.ids)
                 unread.clear()
             if step % LOG_EVERY == 0 and figures is not None and board:
-                *losses, norm = read[-1]
-                scalars = {
-                    "learning_rate": lr,
-                    "gradient_norm": norm,
-                    "images_per_second": bar.format_dict["rate"] or 0,
-                }
-                if args.amp == "fp16":
-                    scalars |= {"loss_scale": state.scaler.get_scale(), "overflows": state.progress["overflows"]}
-                board.train(step, losses, loss=sum(losses), **scalars)
-                skipped = {"overflows": overflows} if (overflows := state.progress["overflows"]) else {}
-                bar.set_postfix(loss=f"{sum(losses):.3f}", **skipped)
+                show_step(state, board, bar, step, lr, *read[-1])
             bar.update(sum(map(len, batches[start : start + args.accum])))
             if saving:
                 state.save_last(board)
             if stopping:
                 return False
     return True
+
+
+def augmented(args: argparse.Namespace, task: Task, drawing: torch.Generator, pixels: Tensor) -> Tensor:
+    """This process's pixels of a micro-batch -> images (B, 3, S, S), moved about as `drawing` has it.
+
+    It draws for the micro-batch of all processes: what becomes of a picture does not depend on how many share it.
+    """
+    chance = torch.rand(micro_batch_size(args), CHANCES, generator=drawing, device=drawing.device)
+    mine = distributed.share(chance)[: len(pixels)]
+    if not len(mine):  # of a picture that only stands in for none
+        mine = chance[: len(pixels)]
+    return task.preprocess.augmented(pixels, mine.T, args.warp)
+
+
+def show_step(state: TrainingState, board: Board, bar: tqdm, step: int, lr: float, *figures: float) -> None:
+    """Show on TensorBoard and beside the bar what a step gave: each attribute's loss and, last, the gradient norm."""
+    *losses, norm = figures
+    overflows = state.progress["overflows"]
+    scalars = {"learning_rate": lr, "gradient_norm": norm, "images_per_second": bar.format_dict["rate"] or 0}
+    if state.scaler.is_enabled():
+        scalars |= {"loss_scale": state.scaler.get_scale(), "overflows": overflows}
+    board.train(step, losses, loss=sum(losses), **scalars)
+    bar.set_postfix(loss=f"{sum(losses):.3f}", **({"overflows": overflows} if overflows else {}))
 
 
 def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
