@@ -104,7 +104,7 @@ def train_epoch(
                 read = check_finite(unread, state, task.names, task.store.ids)
                 unread.clear()
             if step % LOG_EVERY == 0 and figures is not None and board:
-                show_step(state, board, bar, step, lr, *read[-1])
+                show_step(state, board, bar, step, lr, read[-1])
             bar.update(sum(map(len, batches[start : start + args.accum])))
             if saving:
                 state.save_last(board)
@@ -125,7 +125,7 @@ def augmented(args: argparse.Namespace, task: Task, drawing: torch.Generator, pi
     return task.preprocess.augmented(pixels, mine.T, args.warp)
 
 
-def show_step(state: TrainingState, board: Board, bar: tqdm, step: int, lr: float, *figures: float) -> None:
+def show_step(state: TrainingState, board: Board, bar: tqdm, step: int, lr: float, figures: list[float]) -> None:
     """Show on TensorBoard and beside the bar what a step gave: each attribute's loss and, last, the gradient norm."""
     *losses, norm = figures
     overflows = state.progress["overflows"]
