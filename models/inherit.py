@@ -10,9 +10,10 @@ others now.
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from errors import UserError
 from lora import get_adapter_params, load_params
@@ -74,23 +75,28 @@ def _set(lora: dict) -> dict:
     return {key: value for key, value in json.loads(json.dumps(lora)).items() if value not in (None, False)}
 
 
+class Layer(NamedTuple):
+    """A linear layer, and what each of its outputs (rows of its weight) and inputs (columns) means."""
+
+    linear: nn.Linear
+    rows: list[tuple]
+    columns: list[tuple]
+
+
 def _inherit_heads(
     heads: HierarchicalHeads, config: dict, old_heads: HierarchicalHeads, old: dict
 ) -> dict[str, tuple[int, int]]:
     """Copy what both have; {attribute: (outputs kept, outputs)}."""
-    kept, rescale = {}, _rescale(config, old)
-    before = list(_levels(old_heads, old))
-    for names, linears, columns, rows in _levels(heads, config):
-        kept |= {name: (0, sum(row[0] == name for row in rows)) for name in names}
-        match = [level for level in before if set(level[0]) & set(names) and len(level[1]) == len(linears)]
-        for _, old_linears, old_columns, old_rows in match[:1]:  # of two levels made one, the first
-            hidden = list(range(linears[0].out_features))
-            if len(linears) == 1:
-                _copy(linears[0], old_linears[0], rows, old_rows, columns, old_columns, rescale)
-            else:
-                _copy(linears[0], old_linears[0], hidden, hidden, columns, old_columns, rescale)
-                _copy(linears[1], old_linears[1], rows, old_rows, hidden, hidden, rescale)
-            kept |= {name: (sum(r[0] == name and r in old_rows for r in rows), kept[name][1]) for name in names}
+    kept, rescale, before = {}, _rescale(config, old), list(_levels(old_heads, old))
+    for names, layers in _levels(heads, config):
+        matches = [was for theirs, was in before if set(theirs) & set(names) and len(was) == len(layers)]
+        match = matches[0] if matches else []  # of two levels made one, the first
+        for layer, was in zip(layers, match, strict=False):
+            _copy(layer, was, rescale)
+        known = set(match[-1].rows) if match else set()
+        for name in names:
+            outputs = [row for row in layers[-1].rows if row[0] == name]
+            kept[name] = (len(known.intersection(outputs)), len(outputs))
     return kept
 
 
@@ -103,33 +109,39 @@ def _rescale(config: dict, old: dict) -> dict[tuple, tuple[float, float]]:
     }
 
 
-def _levels(heads: HierarchicalHeads, config: dict) -> Iterator[tuple[list[str], list[nn.Linear], list, list]]:
-    """Of each level its attributes, its linear layers, and what each input column and each output row means."""
+def _levels(heads: HierarchicalHeads, config: dict) -> Iterator[tuple[list[str], list[Layer]]]:
+    """The attributes of each level, and its layers: one, or two with a hidden one between them."""
     attributes = {a["name"]: a for a in config["attributes"]}
     first = next(module for module in heads.levels[0].modules() if isinstance(module, nn.Linear))
     text = TEXT_WIDTH if config["text"] else 0
-    columns: list = [("image", i) for i in range(first.in_features - text)]  # of the embedding
-    columns += [("text", i, json.dumps(config["text"])) for i in range(text)]
+    seen: list[tuple] = [("image", i) for i in range(first.in_features - text)]  # of the embedding
+    seen += [("text", i, json.dumps(config["text"])) for i in range(text)]
     for names, level in zip(heads.by_level, heads.levels, strict=True):
-        rows = []
+        outputs = []
         for a in (attributes[name] for name in names):
-            meanings = a["labels"] if a["kind"] == "class" else [NUMBER]
-            rows += [(a["name"], meaning) for meaning in meanings]
-        yield names, [module for module in level.modules() if isinstance(module, nn.Linear)], list(columns), rows
-        columns += rows
+            outputs += [(a["name"], label) for label in (a["labels"] if a["kind"] == "class" else [NUMBER])]
+        *hidden, last = [module for module in level.modules() if isinstance(module, nn.Linear)]
+        between = [("hidden", i) for i in range(last.in_features)] if hidden else seen
+        yield names, [Layer(linear, between, seen) for linear in hidden] + [Layer(last, outputs, between)]
+        seen = seen + outputs
 
 
 @torch.no_grad()
-def _copy(
-    linear: nn.Linear, old: nn.Linear, rows: list, old_rows: list, columns: list, old_columns: list, rescale: dict
-) -> None:
+def _copy(new: Layer, old: Layer, rescale: dict) -> None:
     """Rows that both layers have, over columns that both have; those columns of the rows that are new become zero."""
-    row_of, column_of = ({key: i for i, key in enumerate(keys)} for keys in (old_rows, old_columns))
-    to = torch.tensor([i for i, key in enumerate(rows) if key in row_of], dtype=torch.long)
-    at = torch.tensor([i for i, key in enumerate(columns) if key in column_of], dtype=torch.long)
-    row_a, row_b = torch.tensor([rescale.get(rows[i], (1.0, 0.0)) for i in to]).view(-1, 2).unbind(1)
-    column_a, column_b = torch.tensor([rescale.get(columns[i], (1.0, 0.0)) for i in at]).view(-1, 2).unbind(1)
-    come = old.weight[[row_of[rows[i]] for i in to]][:, [column_of[columns[i]] for i in at]] / column_a
-    linear.weight[to] = 0.0
-    linear.weight[to[:, None], at] = come * row_a[:, None]
-    linear.bias[to] = (old.bias[[row_of[rows[i]] for i in to]] - come @ column_b) * row_a + row_b
+    rows, old_rows = _shared(new.rows, old.rows)
+    columns, old_columns = _shared(new.columns, old.columns)
+    row_a, row_b = torch.tensor([rescale.get(new.rows[i], (1.0, 0.0)) for i in rows]).view(-1, 2).unbind(1)
+    column_a, column_b = torch.tensor([rescale.get(new.columns[i], (1.0, 0.0)) for i in columns]).view(-1, 2).unbind(1)
+    come = old.linear.weight[old_rows][:, old_columns] / column_a
+    new.linear.weight[rows] = 0.0
+    new.linear.weight[rows[:, None], columns] = come * row_a[:, None]
+    new.linear.bias[rows] = (old.linear.bias[old_rows] - come @ column_b) * row_a + row_b
+
+
+def _shared(mine: list[tuple], theirs: list[tuple]) -> tuple[Tensor, Tensor]:
+    """Where what both lists hold is in the one, and in the other."""
+    place = {meaning: i for i, meaning in enumerate(theirs)}
+    pairs = [(i, place[meaning]) for i, meaning in enumerate(mine) if meaning in place]
+    here, there = torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(1)
+    return here, there
