@@ -122,6 +122,13 @@ def test_two_processes_train_what_one_trains_with_batches_of_both(alone, pair):
     }
 
 
+def test_two_processes_train_on_a_base_in_8_bits_as_one_does(words, tmp_path):
+    words = (*words, "--limit", 200, "--epochs", 1, "--base", "int8")
+    for processes in (1, 2):  # both under torchrun: rounding depends on how many threads there are
+        run(processes, "train.py", *words, "--batch-size", 16 // processes, "--out", tmp_path / str(processes))
+    assert_close(tmp_path / "1", tmp_path / "2")
+
+
 def test_scores_of_three_processes_are_those_of_one(command, alone, cache_dir, tmp_path):
     """Of 400 rows one process has a row more than the others: none is left out, none counts twice."""
     options = ("--checkpoint", alone / "best", "--data", "demo", "--limit", 400, "--cache-dir", cache_dir)
