@@ -1,7 +1,8 @@
-"""Attributes for images: files, folders and globs in, a table or JSON, CSV or Parquet out.
+"""Attributes for images: files, folders, globs or a table in, a table or JSON, CSV or Parquet out.
 
     python infer.py shirt.jpg
     python infer.py photos/ --out labels.csv --plot sheet.png
+    python infer.py shop/styles.csv --out labels.csv                  # a table beside images/: answers by its ids
     torchrun --nproc-per-node 8 infer.py catalogue/ --out labels      # parquet, tar or photos; any number of machines
 
 Exit code 1 says that some image could not be read; its answer is the reason. (Of several processes it is 0.)
@@ -55,7 +56,9 @@ def no_titles(table: Path) -> str:
 def parse_args(argv: list[str] | None, crew: Crew):
     parser = Parser(description="Predict the attributes of product photos.")
     parser.add_argument(
-        "images", nargs="+", help="image files, parquet, tar shards; folders or globs of them; hub:OWNER/NAME"
+        "images",
+        nargs="+",
+        help="image files, parquet, tar shards; folders or globs of them; FILE.csv beside images/; hub:OWNER/NAME",
     )
     add_checkpoint_options(parser)
     parser.add_argument(

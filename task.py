@@ -25,10 +25,11 @@ from data.attributes import (
     of_config,
 )
 from data.batches import Rows, epoch_batches
+from data.catalogue import Catalogue
 from data.columns import Chosen
 from data.preprocess import Preprocess
 from data.schema import FASHION_FILE, Attribute, read_schema
-from data.sources import Catalogue, load_source
+from data.sources import load_source
 from data.split import SPLITS
 from data.store import ImageStore, common_size, open_store
 from data.titles import SPECIAL, TitleReader, choose_vocabulary

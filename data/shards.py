@@ -1,13 +1,15 @@
-"""What `infer.py` reads, cut into shards that are read one row at a time: picture files, parquet, tar, a hub dataset.
+"""What `infer.py` reads, cut into shards that are read one row at a time: picture files, parquet, tar, CSV, the hub's.
 
-Nothing is read as a whole first, so the number of rows does not show in memory. (A page of parquet has to be there
-whole, and pyarrow fills it with 1,024 rows.)
+But for CSV nothing is read as a whole first, so the number of rows does not show in memory. (A page of parquet has to
+be there whole, and pyarrow fills it with 1,024 rows.)
 
     picture files   a slice of the sorted listing is a shard; a picture is read when it is its turn
     parquet         a range of rows is a shard, and only the columns that are needed are read. A range that begins
                     inside a row group reads past the rows before it, so row groups of many shards cost time
     tar             one shard each, as WebDataset writes them: members whose names agree up to the first dot are one
                     product; each of its pictures is a row, its title is in a `.txt`, or in a `.json` under the column
+    CSV             a file beside a folder `images/`, as training takes it; a slice of its rows is a shard, and after
+                    these come the rows without a picture
     hub:OWNER/NAME  each of its files is a shard, streamed by `datasets`
 
 A picture that cannot be had is a row with the reason. A parquet file that does not open is a `UserError`; where it
@@ -28,13 +30,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hub
+from data.catalogue import Catalogue
 from data.cells import text
+from data.csv_folder import open_csv
+from data.images import ImageError
 from data.parquet import File, open_file
 from data.parquet import rows as parquet_rows
 from data.tars import IMAGES, clean, members, product, read_titles
 from errors import UserError
 
-KINDS = {"image": IMAGES, "parquet": {".parquet"}, "tar": {".tar"}}
+KINDS = {"image": IMAGES, "parquet": {".parquet"}, "tar": {".tar"}}  # that folders are searched for
+CSV = ".csv"
 UNREAD = {".heic", ".heif", ".avif"}
 SHARD_ROWS = 4096
 
@@ -43,8 +49,8 @@ class Row(NamedTuple):
     """A picture to look at.
 
     Attributes:
-        name: what an answer calls it: the file; of parquet and the hub its `id`, else image.path, else FILE#ROW; of a
-            tar the member's name, which in a set of tars is there once.
+        name: what an answer calls it: the file; of a CSV file its `id`; of parquet and the hub too, else image.path,
+            else FILE#ROW; of a tar the member's name, which in a set of tars is there once.
         picture: encoded, or the file it lies in, or the reason why there is none.
         title: None where none is given, or nobody asked for titles.
     """
@@ -118,6 +124,11 @@ def open_source(
         elif kind == "parquet":
             for path in some:
                 shards += _parquet_shards(path, rows, title, notes)
+        elif kind == "csv":
+            for path in some:
+                catalogue = _open_csv(path, title, notes)
+                facts.append((os.fsencode(path), catalogue.fingerprint))
+                shards += _csv_shards(catalogue, rows, title)
         else:
             shards += [Shard(None, functools.partial(_tar_rows, path, title)) for path in some]
     if not shards:
@@ -127,10 +138,11 @@ def open_source(
 
 
 def _kind(name: str | Path) -> str:
-    """Of an input: "hub", "parquet", "tar", or "image", which is any file that a user named."""
+    """Of an input: "hub", "parquet", "tar", "csv", or "image", which is any other file that a user named."""
     if isinstance(name, str):
         return "hub"
-    return next((kind for kind, suffixes in KINDS.items() if name.suffix.lower() in suffixes), "image")
+    kinds = KINDS | {"csv": {CSV}}
+    return next((kind for kind, suffixes in kinds.items() if name.suffix.lower() in suffixes), "image")
 
 
 def _find(item: str, without: Path | None, notes: list[str]) -> list[str | Path]:
@@ -153,6 +165,8 @@ def _find(item: str, without: Path | None, notes: list[str]) -> list[str | Path]
     if is_folder and (links := sum(p.is_symlink() and p.is_dir() for p in matches if p.suffix.lower() not in every)):
         notes.append(f"{item}: {links:,} linked folder{'s' * (links > 1)} left out, name them to have them read")
     by_kind = {kind: [p for p in files if _kind(p) == kind] for kind in KINDS}
+    if is_folder and (path / "images").is_dir() and (tables := sorted(path.glob(f"*{CSV}"))):
+        notes.append(f"{item}: {', '.join(map(str, tables))} left out; name one to have answers go by its ids")
     if without:  # results of an earlier run are parquet too
         labels = (without / "labels").resolve()
         by_kind["parquet"] = [p for p in by_kind["parquet"] if labels not in p.resolve().parents]
@@ -170,6 +184,33 @@ def _file_rows(paths: list[Path]) -> Iterator[Row]:
     for path in paths:
         # A file name need not be text; what no text can hold is replaced, or no format could write it.
         yield Row(os.fsencode(path).decode("utf-8", "replace"), path)
+
+
+def _open_csv(table: Path, title: str | None, notes: list[str]) -> Catalogue:
+    try:
+        catalogue = open_csv(table)
+    except OSError as error:
+        raise UserError(f"cannot read {table}: {error.strerror}") from None
+    if title and title not in catalogue.columns:
+        notes.append(f"{table} lacks the column of titles, {title}: its pictures are read without")
+    return catalogue
+
+
+def _csv_shards(catalogue: Catalogue, rows: int, title: str | None) -> list[Shard]:
+    lost = [Row(skipped.id, skipped.reason) for skipped in catalogue.skipped]
+    cuts = [range(len(catalogue))[start : start + rows] for start in range(0, len(catalogue), rows)]
+    shards = [Shard(len(cut), functools.partial(_csv_rows, catalogue, cut, title)) for cut in cuts]
+    return shards + ([Shard(len(lost), lambda: iter(lost))] if lost else [])
+
+
+def _csv_rows(catalogue: Catalogue, some: range, title: str | None) -> Iterator[Row]:
+    titles = catalogue.columns.get(title)
+    for i in some:
+        try:
+            picture = catalogue.read(i)
+        except ImageError as error:
+            picture = str(error)
+        yield Row(catalogue.ids[i], picture, titles[i] if titles else None)
 
 
 def _parquet_shards(path: Path, rows: int, title: str | None, notes: list[str]) -> list[Shard]:

@@ -7,56 +7,24 @@ and what the caller asks for; all others come along.
 import hashlib
 import io
 import logging
-import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import hub
+from data.catalogue import Catalogue, stat_fingerprint
 from data.columns import VERSION, Column, check_columns
+from data.csv_folder import find_csv, open_csv
 from data.images import ImageError
 from data.parquet import BUFFER, open_parquet
-from data.table import composed, read_rows
-from data.tars import IMAGES, open_tars
+from data.tars import open_tars
 from errors import UserError
 
 NAME_BYTES = 80  # of a catalogue's name, in the names of files: some disks take 143 in all
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A row without a usable picture, and why."""
-
-    id: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Catalogue:
-    """Attributes:
-    name: what to call it in reports; never a path of this machine.
-    ids: one for each row.
-    columns: all metadata as text, column -> one value a row, None where missing.
-    read: row -> the picture's encoded bytes; raises `ImageError` where there are none.
-    fingerprint: changes when any row or picture may have changed.
-    skipped: rows left out because their picture does not exist.
-    run: how many neighbouring rows are read together; None where any row is read by itself.
-    """
-
-    name: str
-    ids: Sequence[str]
-    columns: dict[str, Sequence[str | None]]
-    read: Callable[[int], bytes]
-    fingerprint: str
-    skipped: list[Skipped] = field(default_factory=list)
-    run: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Sequence[str] = ()) -> Catalogue:
@@ -77,8 +45,8 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
     try:
         if spec == "demo":
             catalogue = _demo(cache_dir)
-        elif (table := _find_csv(path)) is not None:
-            catalogue = _csv(table)
+        elif (table := find_csv(path)) is not None:
+            catalogue = open_csv(table)
         elif path.exists():
             catalogue = _files(path, cache_dir, needs)
         elif spec.startswith("hub:"):
@@ -126,80 +94,6 @@ def in_file_name(name: str) -> str:
     return name.replace("/", "--").encode(errors="ignore")[:NAME_BYTES].decode(errors="ignore")
 
 
-def _stat_fingerprint(files: dict[str, os.stat_result]) -> str:
-    facts = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items())
-    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
-
-
-def _find_csv(path: Path) -> Path | None:
-    """The CSV file named by itself or by its folder: `styles.csv` there, or the only one beside a folder `images/`."""
-    if path.suffix.lower() == ".csv" and path.is_file():
-        return path
-    if (styles := path / "styles.csv").is_file():
-        return styles
-    tables = sorted(path.glob("*.csv")) if (path / "images").is_dir() else []
-    if len(tables) > 1:
-        raise UserError(f"{path} holds several CSV files; name one: --data {tables[0]}")
-    return tables[0] if tables else None
-
-
-def _csv(table: Path) -> Catalogue:
-    """A CSV file beside `images/`. A row's picture is the file there that its `image` names, or ID.jpg or the like."""
-    images = table.parent / "images"
-    if not images.is_dir():
-        raise UserError(f"{table.parent} has {table.name} but no folder images/")
-    # Looking names up in this listing, never joining them to a path, is also what confines an id like '../x'.
-    files = {str(path.relative_to(images)): path.stat() for path in images.rglob("*") if path.is_file()}
-    named: dict[str, str] = {}
-    for name in sorted(files, key=lambda name: (Path(name).suffix.lower() not in IMAGES, name)):  # pictures first
-        stem = str(Path(name).with_suffix(""))
-        named.setdefault(stem, name)
-        named.setdefault(composed(stem), name)
-    named |= {composed(name): name for name in sorted(files)} | {name: name for name in files}
-    rows, skipped, seen, pictures = [], [], set(), []
-    for number, row in read_rows(table):
-        if isinstance(row, str):
-            skipped.append(Skipped(f"line {number}", row))
-        elif not row["id"]:
-            skipped.append(Skipped(f"line {number}", "no id"))
-        elif (picture := _named(named, _in_images(row["image"]) if row.get("image") else row["id"])) is None:
-            skipped.append(Skipped(str(row["id"]), "no such file in images/"))
-        elif row["id"] in seen:
-            skipped.append(Skipped(row["id"], f"line {number} has an id that came before"))
-        else:
-            seen.add(row["id"])
-            rows.append(row)
-            pictures.append(picture)
-    ids = [row["id"] for row in rows]
-    return Catalogue(
-        name=table.resolve().parent.name,
-        ids=ids,
-        columns={name: [row[name] for row in rows] for name in (rows[0] if rows else {})},
-        read=lambda i: _read_file(images / pictures[i]),
-        fingerprint=_stat_fingerprint(files | {f"../{table.name}": table.stat()}),
-        skipped=skipped,
-    )
-
-
-def _named(files: dict[str, str], name: str) -> str | None:
-    """The file of this name, else of one that differs in how its accents are written."""
-    return files.get(name) or files.get(composed(name))
-
-
-def _in_images(name: str) -> str:
-    """A picture's name in a table -> within `images/`, whose own name, and what leads there, may stand before it."""
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    return str(Path(*parts[parts.index("images") + 1 :] if "images" in parts else parts))
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        error.filename = str(path)  # which opening tells, and reading does not
-        raise ImageError(error.strerror) from error
-
-
 def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     """Parquet or tar files, one or a folder of them; their text columns are copied to the cache."""
     opens = {".parquet": open_parquet, ".tar": open_tars}
@@ -209,7 +103,7 @@ def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     if suffix is None:
         raise UserError(f"{path} holds neither a CSV file with images/ nor *.parquet nor *.tar")
     files, root = found[suffix], path if path.is_dir() else path.parent
-    fingerprint = _stat_fingerprint({str(file.relative_to(root)): file.stat() for file in files})
+    fingerprint = stat_fingerprint({str(file.relative_to(root)): file.stat() for file in files})
     name = path.resolve().stem if path.is_file() else path.resolve().name
     texts = cache_dir / "columns" / f"{in_file_name(name)}-{fingerprint}-{VERSION}.arrow"
     opened = opens[suffix](files, texts, ("id", *needs))

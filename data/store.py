@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.catalogue import Catalogue, Skipped
 from data.cells import inert
 from data.images import ImageError, decode, native_size, pixel_hash, to_canvas
-from data.sources import Catalogue, Skipped, in_file_name
+from data.sources import in_file_name
 from data.split import in_split
 from errors import UserError
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.catalogue import Catalogue
 from data.cells import inert
-from data.sources import Catalogue
 
 # A given label is suspect where the model, calibrated, gives it less probability than `EXCLUDED` and its answer more
 # than `LIKELY`. How improbable the given label is tells labels flipped on purpose from hard pictures far better than

@@ -179,6 +179,33 @@ def test_an_empty_tar_has_no_rows_and_a_hostile_one_no_surprise(tmp_path):
     assert "huge.jpg is not whole" in last.picture
 
 
+def test_a_csv_file_is_answered_by_its_ids_and_each_row_once(tmp_path):
+    images = tmp_path / "shop" / "images"
+    images.mkdir(parents=True)
+    for i in range(5):
+        (images / f"{i}.png").write_bytes(picture(i, (6, 8)))
+    table = images.parent / "stock.csv"
+    table.write_text("id,name\n0,Blue jeans\n7,No picture\n1,\n2,Red shirt\n0,Again\n")
+    source = open_source([str(table)], title="name", rows=2)
+    assert [shard.rows for shard in source.shards] == [2, 1, 2]
+    titles = {"0": "Blue jeans", "1": None, "2": "Red shirt"}
+    found, lost = rows_of(source)[:3], rows_of(source)[3:]
+    assert found == [Row(i, picture(int(i), (6, 8)), title) for i, title in titles.items()]
+    assert lost == [Row("7", "no such file in images/"), Row("0", "line 6 has an id that came before")]
+    (images / "1.png").unlink()
+    assert rows_of(source)[1] == Row("1", "No such file or directory")
+    assert open_source([str(table)]).fingerprint != source.fingerprint
+
+    folder = open_source([str(table.parent)])
+    assert [row.name for row in rows_of(folder)] == [str(images / f"{i}.png") for i in (0, 2, 3, 4)]
+    assert folder.notes == [f"{table.parent}: {table} left out; name one to have answers go by its ids"]
+    assert open_source([str(table)], title="title").notes == [
+        f"{table} lacks the column of titles, title: its pictures are read without"
+    ]
+    with pytest.raises(UserError, match="no folder images/"):
+        open_source([str(table.rename(tmp_path / "stock.csv"))])
+
+
 def test_files_folders_and_globs_in_order_each_once(tmp_path):
     for name in ("b.png", "a.jpg", "c/d.webp", "odd"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import fashion
+from data.catalogue import Catalogue, Skipped
 from data.images import ImageError, decode
-from data.sources import Catalogue, Skipped, load_source
+from data.sources import load_source
 from data.store import open_store
 from errors import UserError
 from tests.data.conftest import HEADER, picture, write_kaggle

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from data.catalogue import Skipped
 from data.images import decode, pixel_hash
 from data.preprocess import Preprocess
-from data.sources import Skipped, load_source
+from data.sources import load_source
 from data.split import SPLITS, in_split, some
 from data.store import common_size, default_cache_dir, open_store
 from errors import UserError

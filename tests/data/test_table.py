@@ -4,7 +4,8 @@ import unicodedata
 
 import pytest
 
-from data.sources import Skipped, load_source
+from data.catalogue import Skipped
+from data.sources import load_source
 from data.table import LINES, read_rows
 from data.title_table import TitleTable
 from errors import UserError

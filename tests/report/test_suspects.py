@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data.attributes import MISSING, UNSEEN
+from data.catalogue import Catalogue
 from data.cells import inert
-from data.sources import Catalogue
 from report.suspects import EXCLUDED, Suspect, conflicting, contradicted, write_csv
 
 ROWS = np.array([10, 11, 12, 13, 14])

@@ -1,0 +1,43 @@
+"""A catalogue, wherever it comes from: rows of text columns, and encoded picture bytes on demand."""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row without a usable picture, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Attributes:
+    name: what to call it in reports; never a path of this machine.
+    ids: one for each row.
+    columns: all metadata as text, column -> one value a row, None where missing.
+    read: row -> the picture's encoded bytes; raises `ImageError` where there are none.
+    fingerprint: changes when any row or picture may have changed.
+    skipped: rows left out because their picture does not exist.
+    run: how many neighbouring rows are read together; None where any row is read by itself.
+    """
+
+    name: str
+    ids: Sequence[str]
+    columns: dict[str, Sequence[str | None]]
+    read: Callable[[int], bytes]
+    fingerprint: str
+    skipped: list[Skipped] = field(default_factory=list)
+    run: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def stat_fingerprint(files: dict[str, os.stat_result]) -> str:
+    facts = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items())
+    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
