@@ -101,7 +101,7 @@ def train_step(
     figures = torch.cat([distributed.total(losses), norm[None]])
     # Fused AdamW reads this on the device and leaves weights and state alone where it is 1: no wait to look at a loss.
     optimizer.found_inf = (~figures.isfinite().all()).float()
-    scaler.step(optimizer)  # under fp16 with the scaler's own `found_inf`
+    optimizer.step()  # not by the scaler, which would put its own `found_inf` there: that of gradients alone
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return figures

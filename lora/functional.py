@@ -99,6 +99,8 @@ class _LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)  # all is in the dtype of forward, whatever backward is called in
+    @torch.autocast("cuda", enabled=False)
     def backward(ctx, dy):
         h, dropped, lora_A, *rest = ctx.saved_tensors
         lora_B, kept = rest[: len(ctx.rows)], rest[len(ctx.rows) :]

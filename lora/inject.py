@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .layer import LoRAFusedLinear, LoRALayer, LoRALinear, choose
+from .layer import FrozenLinear, LoRAFusedLinear, LoRALayer, LoRALinear, choose
 from .pissa import start_at_principal
 from .state import get_adapter_params, set_trainable_params
 
@@ -63,8 +63,8 @@ def lora_layers(
         variant: `rslora`, `dora`, as in `LowRank`.
 
     Raises:
-        ValueError: there is no target, a target matches no layer or one that has LoRA already, no target layer is in
-            such a block, or `rank`, `alpha` or `dropout` is missing or out of range.
+        ValueError: there is no target, a target matches no layer, or one that has LoRA already, or a forward or hooks
+            of its own; no target layer is in such a block; `rank`, `alpha` or `dropout` is missing or out of range.
     """
     target_modules = list(target_modules)
     for what, setting in (("rank", rank), ("alpha", alpha)):
@@ -99,6 +99,8 @@ def _resolve(model: nn.Module, target_modules: Iterable[str], table: Table) -> d
             for path in paths:
                 if isinstance(layers[path], LoRALayer):
                     raise ValueError(f"target {name!r} matches {path}, which has LoRA already")
+                if not _is_plain(layers[path]):
+                    raise ValueError(f"target {name!r} matches {path}, which has a forward or hooks of its own")
                 plan.setdefault(path, {})[name] = target
     if not plan:
         raise ValueError("target_modules is empty: name at least one layer to adapt")
@@ -106,6 +108,12 @@ def _resolve(model: nn.Module, target_modules: Iterable[str], table: Table) -> d
         if len({target.of for target in targets.values()}) > 1:
             raise ValueError(f"targets {', '.join(targets)} split {path} in different ways")
     return plan
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """LoRA computes W x + b by itself: it would leave out a subclass's own forward, and hooks."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not hooked and type(layer).forward in (nn.Linear.forward, FrozenLinear.forward)
 
 
 def _only(plan: dict[str, dict[str, Target]], layers: set[int]) -> dict[str, dict[str, Target]]:

@@ -17,7 +17,7 @@ class Int8Linear(nn.Module):
     Only the weight is quantised: inputs, outputs and products stay in the dtype that is computed in.
 
     Args:
-        layer: the layer to replace; it is not changed.
+        layer: the layer to replace. Its weight is not changed; its bias is kept by reference, and frozen.
         inputs: (..., in) that it has seen, for which to round; default: each weight to the nearest.
     """
 

@@ -44,23 +44,25 @@ class LowRank(nn.Module):
         lengths = nn.Parameter(weight.detach().to(**where).norm(dim=1)) if dora else None
         self.register_parameter("lora_magnitude", lengths)
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
-        self.start: tuple[Tensor, Tensor] | None = None  # PiSSA's A and B, which the base then lacks
+        for name in ("start_A", "start_B"):  # PiSSA's A and B, which the base then lacks
+            self.register_buffer(name, None, persistent=False)
 
     @property
     def scaled_B(self) -> Tensor:
         """scaling · B, (out, rank): the one place where the scaling is applied."""
         return self.scaling * self.lora_B
 
+    @torch.autocast("cpu", enabled=False)  # what is merged, or measured by DoRA, is not to be rounded before
+    @torch.autocast("cuda", enabled=False)
     def delta_weight(self) -> Tensor:
-        """ΔW, (out, in)."""
+        """ΔW, (out, in), in the precision of A and B."""
         return self.scaled_B @ self.lora_A
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the update to the weight that was given: with PiSSA, less the part that was taken out of it."""
-        if self.start is None:
+        if self.start_A is None:
             return self.lora_A, self.lora_B
-        start_A, start_B = self.start
-        return torch.cat([self.lora_A, start_A]), torch.cat([self.lora_B, -start_B], dim=1)
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
 
     def row_scale(self, weight: Tensor) -> Tensor:
         """DoRA's m / |W₀ + ΔW| (out,), which multiplies each output. The length gets no gradient (its section 4.3)."""
@@ -98,6 +100,8 @@ class LoRALayer(Prepared):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), under autocast in its dtype."""
+        if any(p.requires_grad for p in self.base_layer.parameters()):
+            raise RuntimeError("the base of a LoRA layer requires a gradient, which it would not get; freeze it")
         rows, pairs = zip(*self.updates(), strict=True)
         base, scale = self._frozen(), self._row_scale()
         y = lora_linear(
@@ -110,6 +114,17 @@ class LoRALayer(Prepared):
         )
         return y if scale is None else _rescale(y, scale.to(y.dtype), base.bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """W₀ + ΔW (out, in), in the wider precision; for modules that read it rather than call the layer, as
+        `nn.MultiheadAttention` does, which then has no dropout here."""
+        weight, scale = self.base_layer.weight + self.delta_weight(), self._row_scale()
+        return weight if scale is None else weight * scale[:, None]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
     def reference_forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """What `forward` computes, in plain autograd, given which elements of `x` dropout keeps (1) and drops (0)."""
         dropped_out = x if keep is None else x * keep / (1 - self.dropout)
@@ -119,10 +134,7 @@ class LoRALayer(Prepared):
     @torch.no_grad()
     def merge(self) -> "FrozenLinear":
         """A new linear layer of weight W₀ + ΔW, added in the adapter's precision and rounded once. Changes nothing."""
-        base, scale = self.base_layer, self._row_scale()
-        weight = base.weight + self.delta_weight()
-        if scale is not None:
-            weight *= scale[:, None]
+        base, weight = self.base_layer, self.weight
         merged = FrozenLinear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         merged.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
         if base.bias is not None:
@@ -134,8 +146,8 @@ class LoRALayer(Prepared):
         """Keep the base as it is computed with in `dtype`, autocast's or its own, rather than make it so at every call.
 
         That is a copy in that dtype, and where oneDNN computes two, see `pack`; torch.compile computes without. To be
-        called once the layer is on its device. What is then moved, loaded or copied is not prepared any more, and a
-        base changed in place needs another call.
+        called once the layer is on its device. A layer that is then moved or copied, or loads a state dict, is not
+        prepared any more; a base that is changed without it needs another call.
         """
         self.kept = None
         self.kept = pack(self._frozen(dtype), for_gradients=True)
@@ -144,7 +156,7 @@ class LoRALayer(Prepared):
         """The base in `dtype`, by default in what is computed in now: autocast's dtype, or its own."""
         base, lora_A = self.base_layer, self.updates()[0][1].lora_A
         device = lora_A.device.type
-        if dtype is None and torch.is_autocast_enabled(device):
+        if dtype is None and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         if isinstance(base, Int8Linear):
             return base.frozen(dtype or lora_A.dtype)

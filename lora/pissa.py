@@ -28,7 +28,7 @@ def start_at_principal(layer: LoRALayer) -> None:
         root = (s[:rank] / pair.scaling).sqrt()
         pair.lora_B.copy_(u[:, :rank] * root)
         pair.lora_A.copy_(root[:, None] * v[:rank])
-        pair.start = pair.lora_A.clone(), pair.lora_B.clone()
+        pair.start_A, pair.start_B = pair.lora_A.clone(), pair.lora_B.clone()
     rest = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     rest.weight = nn.Parameter((base.weight - layer.delta_weight()).to(base.weight.dtype), requires_grad=False)
     rest.bias = base.bias

@@ -1,4 +1,6 @@
-"""A frozen base in 8 bits: a quarter of its memory, for training; merging is done onto the original weights."""
+"""A frozen base in 8 bits: a quarter of its memory, for training. What was trained is merged onto the original weights
+once it is loaded there: `merge_lora` here would merge onto the rounded ones.
+"""
 
 from collections.abc import Callable
 

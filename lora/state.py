@@ -72,6 +72,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 def parameter_summary(model: nn.Module) -> str:
     """Such as "trainable 2,654,208 / total 88,452,864 (3.00%)"."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    quantised = (buffer for buffer in model.buffers() if buffer.dtype is torch.int8)
+    total = sum(tensor.numel() for tensor in [*model.parameters(), *quantised])
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return f"trainable {trainable:,} / total {total:,} ({trainable / total:.2%})"

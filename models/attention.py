@@ -74,10 +74,11 @@ class _PackedAttention(torch.autograd.Function):
         o = torch.empty_like(q)
         for some in _chunks(q):
             torch.bmm(_probabilities(q[some], k[some]), v[some], out=o[some])
-        return _unpack(o[None], len(qkv))
+        return _unpack(o[None], num_heads)
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)  # all is in the dtype of forward, whatever backward is called in
     def backward(ctx, dout):
         (packed,) = ctx.saved_tensors
         (q, k, v), (do,) = packed, _pack(dout, 1, ctx.num_heads)
@@ -89,7 +90,7 @@ class _PackedAttention(torch.autograd.Function):
             ds = torch.ops.aten._softmax_backward_data(do[some] @ v[some].mT, p, -1, p.dtype)
             torch.baddbmm(dq[some], ds, k[some], beta=0, alpha=scale, out=dq[some])
             torch.baddbmm(dk[some], ds.mT, q[some], beta=0, alpha=scale, out=dk[some])
-        return _unpack(dpacked, len(dout)), None
+        return _unpack(dpacked, ctx.num_heads), None
 
 
 def _pack(x: Tensor, parts: int, num_heads: int) -> Tensor:
@@ -97,9 +98,9 @@ def _pack(x: Tensor, parts: int, num_heads: int) -> Tensor:
     return x.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
 
 
-def _unpack(x: Tensor, batch: int) -> Tensor:
+def _unpack(x: Tensor, num_heads: int) -> Tensor:
     """The inverse of `_pack`."""
-    return x.unflatten(1, (batch, -1)).permute(1, 3, 0, 2, 4).flatten(2)
+    return x.unflatten(1, (-1, num_heads)).permute(1, 3, 0, 2, 4).flatten(2)
 
 
 def _chunks(q: Tensor) -> list[slice]:

@@ -109,6 +109,18 @@ def test_an_overflow_under_fp16_takes_no_step_and_halves_the_scale():
     assert all(torch.equal(p, before[name]) for name, p in trained_params(model).items())
 
 
+def test_a_loss_that_is_not_finite_takes_no_step_under_fp16_though_the_gradient_is():
+    model, micro = tiny_model(), batch(4, 0)
+    micro.labels[:, 1] = 2
+    model.heads.levels[1][2].bias.data[2] = -torch.inf  # a probability of 0, whose slopes are those of another one
+    before = {name: p.detach().clone() for name, p in trained_params(model).items()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    figures = train_step(model, [micro], sgd(model), scaler, 0.1, None, in_double)
+    assert not figures[1].isfinite()
+    assert figures[-1].isfinite(), "the norm of the gradient"
+    assert all(torch.equal(p, before[name]) for name, p in trained_params(model).items())
+
+
 def test_a_window_without_any_label_changes_nothing_and_is_finite():
     unlabelled = batch(4, 0)
     unlabelled = unlabelled._replace(labels=torch.full_like(unlabelled.labels, -1))

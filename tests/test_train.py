@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from errors import UserError
 from models.backbone import create_backbone
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, read_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,6 +79,31 @@ def test_tensorboard_shows_losses_rates_scores_and_pictures(demo_run):
     assert len(events.Images("val/pictures")) == 3
     losses = [event.value for event in events.Scalars("train/loss")]
     assert losses[-1] < losses[0] / 2
+
+
+def test_what_is_asked_for_reaches_the_step(command, cache_dir, tmp_path, monkeypatch):
+    seen = {}
+
+    def look(model, window, optimizer, scaler, lr, amp, prepare, smoothing, stop, weights):
+        seen.update(drop=model.drop_patches, ratios=[group["lr_ratio"] for group in optimizer.param_groups])
+        seen.update(scaled=scaler.is_enabled(), amp=amp, smoothing=smoothing, micro_batches=len(window))
+        seen.update(weights=weights.tolist(), moved=prepare(window[0].pixels))
+        raise UserError("seen")
+
+    monkeypatch.setattr(train, "train_step", look)
+    words = ("--data", "demo", "--limit", 200, "--epochs", 1, "--cache-dir", cache_dir, "--out", tmp_path / "run")
+    words += ("--amp", "fp16", "--lora-plus", 4, "--drop-patches", 0.2, "--label-smoothing", 0.1, "--accum", 3)
+    assert "error: seen" in command("train.py", *words).stderr
+    unmoved = seen.pop("moved")
+    weights = [a["weight"] for a in read_config(tmp_path / "run" / "last")["attributes"]]
+    assert len(set(weights)) > 1
+    assert seen == {"drop": 0.2, "ratios": [4.0, 1.0, 1.0], "scaled": True, "amp": torch.float16, "smoothing": 0.1} | {
+        "micro_batches": 3,
+        "weights": pytest.approx(weights),
+    }
+    shutil.rmtree(tmp_path / "run")
+    command("train.py", *words, "--warp", 0.1)
+    assert not torch.equal(seen["moved"], unmoved)
 
 
 def test_ctrl_c_leaves_a_usable_checkpoint_and_resuming_ends_as_if_never_stopped(

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora import LoRAFusedLinear, LoRALinear, draw_dropped, functional
+from lora import LoRAFusedLinear, LoRALinear, draw_dropped, functional, keep_base_in
 from lora.functional import _LoRALinearFunction
 
 CPU = torch.device("cpu")
@@ -85,6 +85,15 @@ def test_gradcheck_with_ranks_that_differ(dropped):
     assert torch.autograd.gradcheck(layer, (fresh(4, 5), fresh(4, 5), fresh(2, 3), fresh(2, 1)))
 
 
+def test_torch_compile_passes_over_what_is_kept_in_onednns_layout():
+    model = nn.Sequential(LoRALinear(nn.Linear(64, 64), 2, 3), nn.GELU(), LoRALinear(nn.Linear(64, 4), 2, 3))
+    x = torch.randn(40, 64, requires_grad=True)
+    expected = gradients(model(x), model, x)
+    keep_base_in(model, torch.float32)
+    actual = gradients(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model, x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_torch_compile_sees_a_whole_model(dropout):
     torch.manual_seed(0)
@@ -142,6 +151,32 @@ def test_autocast(dropout):
     for actual, exact in zip(gradients(y.float(), layer, x), gradients(expected, layer, x), strict=True):
         assert actual.dtype == torch.float32
         assert (actual - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_backward_pass_may_be_under_another_autocast_than_the_forward_pass(kept):
+    layer, x = make_layer("two blocks", 0.0, dtype=torch.float32), torch.randn(4, 5, requires_grad=True)
+    expected = gradients(layer(x), layer, x)
+    if kept:
+        keep_base_in(layer, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            y = layer(x)
+        torch.testing.assert_close(gradients(y, layer, x), expected)
+
+
+def test_the_mask_of_a_gpu_drops_that_share_and_hides_the_same_in_both_directions(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # then a CPU draws what a GPU would
+    torch.manual_seed(0)
+    mask = draw_dropped(10**5, 0.1, CPU)
+    assert mask.dtype == torch.bool
+    assert abs(mask.double().mean() - 0.1) < 0.005
+    layer, x = make_layer("plain", 0.3), torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    state = torch.get_rng_state()
+    keep = (~draw_dropped(x.numel(), 0.3, CPU)).view_as(x).double()
+    torch.set_rng_state(state)
+    expected = gradients(layer.reference_forward(x, keep), layer, x)
+    torch.testing.assert_close(gradients(layer(x), layer, x), expected)
 
 
 def dropped_mask(shape, p):

@@ -96,6 +96,21 @@ def test_a_layer_is_adapted_only_once(make_adapted, table):
     assert trainable(model) == before | pairs("mlp.fc2"), "LoRA from an earlier call stays trainable"
 
 
+class Twice(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_that_does_more_than_its_product_is_refused():
+    hooked = nn.Linear(3, 3)
+    hooked.register_forward_hook(lambda layer, inputs, y: y.clamp(max=1))
+    for layer in (Twice(3, 3), hooked):
+        model = nn.Sequential(layer)
+        with pytest.raises(ValueError, match="target '0' matches 0, which has a forward or hooks of its own"):
+            apply_lora(model, ["0"], 1, 1)
+        assert model[0] is layer
+
+
 def test_one_target_in_a_table(make_vit):
     apply_lora(model := make_vit(), ["up"], 4, 8, table={"up": Target("fc1")})
     assert trainable(model) == pairs("mlp.fc1")

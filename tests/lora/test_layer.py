@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora import LoRAFusedLinear, LoRALinear
+from lora import LoRAFusedLinear, LoRALinear, apply_lora, merge_lora
 
 
 def set_(parameter, values):
@@ -84,6 +84,39 @@ def test_precision(base, adapter):
         rounded_once = (layer.base_layer.weight.to(adapter) + layer.delta_weight()).to(base)
         assert torch.equal(merged, rounded_once)
         assert layer(torch.randn(3, 6, dtype=base)).dtype == base
+
+
+def test_autocast_does_not_round_what_is_merged():
+    layer = LoRALinear(nn.Linear(64, 64), rank=2, alpha=4, dora=True)
+    nn.init.normal_(layer.lora_B)
+    with torch.autocast("cpu", torch.bfloat16):
+        merged = layer.merge().weight
+    assert torch.equal(merged, layer.merge().weight)
+
+
+def test_a_base_that_is_to_be_trained_is_an_error():
+    """It would get no gradient, and nobody would notice."""
+    layer = LoRALinear(nn.Linear(3, 3), rank=1, alpha=1)
+    layer.base_layer.bias.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="freeze it"):
+        layer(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("variant", [{}, {"dora": True}])
+def test_modules_that_read_the_weight_get_the_sum(variant):
+    """As the fast path of a `TransformerEncoderLayer`, and the output projection of its attention, do."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    plain, x = copy.deepcopy(block), torch.randn(3, 5, 8)
+    apply_lora(block, ["linear1", "linear2", "out_proj"], 2, 4, **variant)
+    for layer in (block.linear1, block.linear2, block.self_attn.out_proj):
+        nn.init.normal_(layer.lora_B)
+    y = block.train()(x)
+    assert (y - plain.train()(x)).norm() > 0.1
+    assert torch.autograd.grad(y.pow(3).sum(), block.self_attn.out_proj.lora_A, retain_graph=True)[0].norm() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(block.eval()(x), y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(merge_lora(block)(x), y, rtol=1e-4, atol=1e-5)
 
 
 def test_new_layers_take_the_mode_of_the_base():

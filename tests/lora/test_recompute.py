@@ -79,6 +79,18 @@ def test_the_input_is_not_kept(name):
     assert u.data_ptr() in kept
 
 
+@pytest.mark.parametrize("name", ["gelu", "norm"])
+def test_an_input_that_was_changed_in_place_is_kept_as_it_is(name):
+    """As a hook does that switches some activations off."""
+    maker, layer = make_pair(name)
+    u = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    x = maker(u)
+    with torch.no_grad():
+        x.mul_(3)
+    pair = layer.lora_A, layer.lora_B
+    torch.testing.assert_close(gradients(layer(x), *pair), gradients(layer.reference_forward(x), *pair))
+
+
 def test_an_input_of_other_making_is_kept():
     _, layer = make_pair("gelu")
     u = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)

@@ -103,6 +103,15 @@ def test_pissa_has_no_more_ranks_than_the_weight():
         apply_lora(nn.Sequential(nn.Linear(6, 4)), ["0"], 5, 1, pissa=True)
 
 
+def test_what_pissa_started_at_goes_where_the_layer_goes():
+    model = apply_lora(nn.Sequential(nn.Linear(6, 4)), ["0"], 2, 1, pissa=True)
+    names = list(model.state_dict())
+    assert not [name for name in names if "start" in name], "a checkpoint needs A and B alone"
+    A, B = model.to("meta")[0].factors()
+    assert (A.device.type, A.shape, B.shape) == ("meta", (4, 6), (4, 4))
+    assert model(torch.empty(3, 6, device="meta")).shape == (3, 4)
+
+
 def test_pissa_by_hand():
     base = nn.Linear(3, 3, bias=False)
     set_(base.weight, [[0, 3, 0], [5, 0, 0], [0, 0, 1]])

@@ -16,6 +16,20 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda qkv: packed_attention(qkv, 2), qkv)
 
 
+def test_the_backward_pass_may_be_under_another_autocast_than_the_forward_pass():
+    qkv = torch.randn(2, 5, 3 * 2 * 4, requires_grad=True)
+    expected = torch.autograd.grad(packed_attention(qkv, 2).pow(3).sum(), qkv)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            y = packed_attention(qkv, 2).pow(3).sum()
+        torch.testing.assert_close(torch.autograd.grad(y, qkv), expected)
+
+
+def test_no_pictures_have_no_answers():
+    attention = use_packed_attention(Attention(8, num_heads=2))
+    assert attention(torch.empty(0, 5, 8)).shape == (0, 5, 8)
+
+
 @pytest.mark.parametrize(("batch", "tokens"), [(2, 7), (90, 50), (2, 800)])
 def test_is_timm_s_attention(batch, tokens):
     """Of the shapes one is all its heads at a time, one several chunks of heads, one a head at a time."""
