@@ -24,7 +24,9 @@ def source_of(x: Tensor) -> Source | None:
     """
     if torch.compiler.is_compiling():  # the compiler chooses by itself what to compute again, and sees no `grad_fn`
         return None
-    node = x.grad_fn if x._version == 0 else None  # else it was changed in place since
+    node = x.grad_fn
+    if node is None or x._version:  # changed in place since
+        return None
     if type(node).__name__ == "GeluBackward0" and not _packed(node._raw_saved_self):
         return Source(partial(F.gelu, approximate=node._saved_approximate), (node._saved_self,))
     if type(node).__name__ == "NativeLayerNormBackward0" and not _packed(node._raw_saved_input):

@@ -20,7 +20,9 @@ from tests.test_step import batch, in_double, tiny_model
 def main(out: str) -> None:
     with distributed.joined():
         model, after = tiny_model(), {}
+        model.register_buffer("theirs", torch.tensor(distributed.rank()))
         parallel = distributed.in_step(model)
+        assert model.theirs == 0, "a base in 8 bits would be the first process's in all of them"
         params = trained_params(model)
         optimizer = torch.optim.AdamW(parameter_groups(params), fused=True)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
