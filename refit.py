@@ -103,14 +103,14 @@ def refit(task: Task, rows: np.ndarray, batch_size: int) -> tuple[dict, dict, di
     target = task.config.get("calibration", {}).get("target_precision", TARGET_PRECISION)
     uncalibrated = task.config | {"calibration": None}  # no threshold of the heads of before holds for these
 
-    def judged() -> tuple[dict, dict]:
+    def judged(calibration: dict | None = None) -> tuple[dict, dict]:
         with torch.inference_mode():
             logits = heads(of_val)
-        fitted = calibrate(logits, task.labels[val], uncalibrated, target)
-        calibrated = task._replace(config=task.config | {"calibration": fitted})
-        return judge(calibrated, "val", val, logits, joint=True).scores, fitted
+        calibration = calibration or calibrate(logits, task.labels[val], uncalibrated, target)
+        calibrated = task._replace(config=task.config | {"calibration": calibration})
+        return judge(calibrated, "val", val, logits, joint=True).scores, calibration
 
-    before, _ = judged()
+    before, _ = judged(task.config.get("calibration"))  # as it is in use, perhaps fitted on many more rows than these
     train_heads(heads, of_train, Rows(*(array[rows] for array in task.known)))
     return before, *judged()
 

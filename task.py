@@ -25,7 +25,7 @@ from data.attributes import (
     of_config,
 )
 from data.batches import Rows, epoch_batches
-from data.catalogue import Catalogue
+from data.catalogue import Catalogue, skipped_why
 from data.columns import Chosen
 from data.preprocess import Preprocess
 from data.schema import FASHION_FILE, Attribute, read_schema
@@ -99,7 +99,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
         raise UserError(f"{catalogue.name} is too small: {counts} rows; every split needs some")
     train_rows = store.rows("train")
     sizes = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    print(f"{catalogue.name}: {sizes} rows, {len(store.skipped):,} skipped")
+    print(f"{catalogue.name}: {sizes} rows; {skipped_why(store.skipped)}")
     kept = f"decoded images: {store.path} ({store.nbytes / 1e6:,.0f} MB, " if store.nbytes else "images are not kept ("
     print(f"{kept}{'new' if store.built else 'reused'})")
     entries, known = fit_targets(catalogue, train_rows, attributes, args.min_brand_count)

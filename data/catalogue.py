@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +23,7 @@ class Catalogue:
     ids: one for each row.
     columns: all metadata as text, column -> one value a row, None where missing.
     read: row -> the picture's encoded bytes; raises `ImageError` where there are none.
-    fingerprint: changes when any row or picture may have changed.
+    fingerprint: changes when a row comes or goes, or a picture may have changed.
     skipped: rows left out because their picture does not exist.
     run: how many neighbouring rows are read together; None where any row is read by itself.
     """
@@ -41,3 +43,12 @@ class Catalogue:
 def stat_fingerprint(files: dict[str, os.stat_result]) -> str:
     facts = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items())
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+
+
+def skipped_why(skipped: Sequence[Skipped]) -> str:
+    """How many rows were left out and, of the commonest reason, how many and which first: to say in passing."""
+    if not skipped:
+        return "0 skipped"
+    reason, count = Counter(re.sub(r"\d+", "…", row.reason) for row in skipped).most_common(1)[0]
+    first = next(row for row in skipped if re.sub(r"\d+", "…", row.reason) == reason)
+    return f"{len(skipped):,} skipped, {count:,} of them as {first.id}: {first.reason}"

@@ -1,5 +1,7 @@
 """A catalogue as Kaggle and shops have it: a CSV file beside a folder `images/`."""
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from data.catalogue import Catalogue, Skipped, stat_fingerprint
@@ -26,21 +28,15 @@ def open_csv(table: Path) -> Catalogue:
     images = table.parent / "images"
     if not images.is_dir():
         raise UserError(f"{table.parent} has {table.name} but no folder images/")
-    # Looking names up in this listing, never joining them to a path, is also what confines an id like '../x'.
     files = {str(path.relative_to(images)): path.stat() for path in images.rglob("*") if path.is_file()}
-    named: dict[str, str] = {}
-    for name in sorted(files, key=lambda name: (Path(name).suffix.lower() not in IMAGES, name)):  # pictures first
-        stem = str(Path(name).with_suffix(""))
-        named.setdefault(stem, name)
-        named.setdefault(composed(stem), name)
-    named |= {composed(name): name for name in sorted(files)} | {name: name for name in files}
+    names = Names(files)
     rows, skipped, seen, pictures = [], [], set(), []
     for number, row in read_rows(table):
         if isinstance(row, str):
             skipped.append(Skipped(f"line {number}", row))
         elif not row["id"]:
             skipped.append(Skipped(f"line {number}", "no id"))
-        elif (picture := _named(named, _in_images(row["image"]) if row.get("image") else row["id"])) is None:
+        elif (picture := names.find(row["image"]) if row.get("image") else names.spelt(row["id"])) is None:
             skipped.append(Skipped(str(row["id"]), "no such file in images/"))
         elif row["id"] in seen:
             skipped.append(Skipped(row["id"], f"line {number} has an id that came before"))
@@ -49,25 +45,44 @@ def open_csv(table: Path) -> Catalogue:
             rows.append(row)
             pictures.append(picture)
     ids = [row["id"] for row in rows]
+    facts = stat_fingerprint(files), ids, pictures  # no label: an edit of one leaves what was decoded as it is
     return Catalogue(
         name=table.resolve().parent.name,
         ids=ids,
         columns={name: [row[name] for row in rows] for name in (rows[0] if rows else {})},
         read=lambda i: _read_file(images / pictures[i]),
-        fingerprint=stat_fingerprint(files | {f"../{table.name}": table.stat()}),
+        fingerprint=hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest(),
         skipped=skipped,
     )
 
 
-def _named(files: dict[str, str], name: str) -> str | None:
-    """The file of this name, else of one that differs in how its accents are written."""
-    return files.get(name) or files.get(composed(name))
+class Names:
+    """Of the files in `images/`, the one that a table means by a name.
 
+    Looking names up in a listing, never joining them to a path, is also what confines a name like '../x'.
+    """
 
-def _in_images(name: str) -> str:
-    """A picture's name in a table -> within `images/`, whose own name, and what leads there, may stand before it."""
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    return str(Path(*parts[parts.index("images") + 1 :] if "images" in parts else parts))
+    def __init__(self, files: Iterable[str]):
+        self.exact: dict[str, str] = {}
+        for file in sorted(files, key=lambda file: (Path(file).suffix.lower() not in IMAGES, file)):  # pictures first
+            stem = str(Path(file).with_suffix(""))
+            self.exact.setdefault(stem, file)
+            self.exact.setdefault(composed(stem), file)
+        self.exact |= {composed(file): file for file in sorted(files)} | {file: file for file in files}
+        meant: dict[str, set[str]] = {}
+        for name, file in self.exact.items():
+            meant.setdefault(name.casefold(), set()).add(file)
+        self.in_any_case = {name: files.pop() for name, files in meant.items() if len(files) == 1}
+
+    def find(self, name: str) -> str | None:
+        """Of a name with its suffix, before which `images/`, and what leads there, may stand."""
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        inner = parts[parts.index("images") + 1 :] if "images" in parts else parts
+        return self.spelt(str(PurePosixPath(*parts))) or self.spelt(str(PurePosixPath(*inner)))
+
+    def spelt(self, name: str) -> str | None:
+        """Of this very name, with or without its suffix; else in how its accents are written, else in case, another."""
+        return self.exact.get(name) or self.exact.get(composed(name)) or self.in_any_case.get(composed(name).casefold())
 
 
 def _read_file(path: Path) -> bytes:

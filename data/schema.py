@@ -73,7 +73,7 @@ def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:
         UserError: it cannot be read or contradicts itself; the message names the attribute and the key.
     """
     try:
-        text = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} as TOML: {error}") from None
     for key in text.keys() - {"title", "attributes", "optional"}:

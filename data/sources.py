@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 import hub
-from data.catalogue import Catalogue, stat_fingerprint
+from data.catalogue import Catalogue, skipped_why, stat_fingerprint
 from data.columns import VERSION, Column, check_columns
 from data.csv_folder import find_csv, open_csv
 from data.images import ImageError
@@ -60,7 +60,7 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
             f"cannot read {spec}, or not unpack it into {cache_dir} (--cache-dir names another folder): {error}"
         ) from error
     if not len(catalogue):
-        raise UserError(f"{spec} has no rows with an image ({len(catalogue.skipped)} skipped)")
+        raise UserError(f"{spec} has no rows with an image ({skipped_why(catalogue.skipped)})")
     check_columns(catalogue.columns, needs, catalogue.name)
     catalogue = replace(catalogue, read=_identified(catalogue))
     return catalogue if limit is None or limit >= len(catalogue) else _take(catalogue, limit)
@@ -101,7 +101,7 @@ def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     found = {suffix: [file for file in there if file.suffix.lower() == suffix] for suffix in opens}
     suffix = next((s for s, files in found.items() if files), None)
     if suffix is None:
-        raise UserError(f"{path} holds neither a CSV file with images/ nor *.parquet nor *.tar")
+        raise UserError(f"{path} holds neither a CSV file (in UTF-8) with images/ nor *.parquet nor *.tar")
     files, root = found[suffix], path if path.is_dir() else path.parent
     fingerprint = stat_fingerprint({str(file.relative_to(root)): file.stat() for file in files})
     name = path.resolve().stem if path.is_file() else path.resolve().name

@@ -15,34 +15,36 @@ from errors import UserError
 
 UNQUOTED = "productDisplayName"  # of Kaggle's columns the one whose commas are not quoted, nor does it hold line breaks
 LINES = 500  # of a row, at most
-SEPARATORS = {";": '";"', "\t": "tabs"}  # that spreadsheets write in place of commas -> what to call them
+SEPARATORS = ",;\t"  # semicolons are what spreadsheets write where a comma is the decimal sign
 
 
 def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int, dict[str, str | None] | str]]:
     """(line number, {column: text}) of each row of a CSV file with the columns `needs`; the reason where none is read.
+    Lines of empty cells are passed over. Cells are separated by what separates most of the first line's.
 
     A cell in quotes may hold line breaks, but not in a table with the column `UNQUOTED`. A quote left open swallows no
     rows after it, unless a later one ends a row of the right width: its line is left out. So is a row of too many
     cells.
     """
     with table.open("rb") as lines:
-        header, taken = _row([next(lines, b"").removeprefix(codecs.BOM_UTF8)])
+        first = [next(lines, b"").removeprefix(codecs.BOM_UTF8)]
+        mark = max(SEPARATORS, key=lambda mark: len(_row(first, mark)[0] or []))
+        header, taken = _row(first, mark)
         if header is None or taken > 1:
-            raise UserError(f"{table} is not UTF-8 text with a row in each line; save it as such")
-        header = _trimmed(header, 0)
+            raise UserError(f"{table} is not UTF-8 text with a row in each line; save it as CSV in UTF-8")
+        header = [name.strip() for name in _trimmed(header, 0)]
         if twice := [name for name, times in Counter(header).items() if times > 1]:
             raise UserError(f"{table} has the column {twice[0] or 'without a name'} twice")
-        for mark, name in SEPARATORS.items():
-            if len(header) == 1 and mark in header[0]:
-                raise UserError(f"{table} is separated by {name}; save it separated by commas")
         check_columns(header, needs, table)
         title = header.index(UNQUOTED) if UNQUOTED in header else None
-        for number, cells in _rows(lines, len(header), title):
-            if cells:
-                yield number, cells if isinstance(cells, str) else dict(zip(header, map(text, cells), strict=True))
+        for number, cells in _rows(lines, mark, len(header), title):
+            if isinstance(cells, str):
+                yield number, cells
+            elif any(texts := [text(cell) for cell in cells]):
+                yield number, dict(zip(header, texts, strict=True))
 
 
-def _rows(lines: Iterable[bytes], width: int, title: int | None) -> Iterator[tuple[int, list[str] | str]]:
+def _rows(lines: Iterable[bytes], mark: str, width: int, title: int | None) -> Iterator[tuple[int, list[str] | str]]:
     """(number of its first line, `width` cells) of each row, no cells where it is empty, or the reason.
 
     Args:
@@ -51,24 +53,24 @@ def _rows(lines: Iterable[bytes], width: int, title: int | None) -> Iterator[tup
     lines, ahead, number = iter(lines), deque(), 2
     most = LINES if title is None else 1
     while ahead.extend(islice(lines, most - len(ahead))) or ahead:
-        cells, taken = _row(ahead, strict=True) if title is None else (None, 1)
+        cells, taken = _row(ahead, mark, strict=True) if title is None else (None, 1)
         if cells is None or len(cells := _trimmed(cells, width)) != width:
-            cells, taken = _single(ahead[0], width, title), 1
+            cells, taken = _single(ahead[0], mark, width, title), 1
         yield number, cells
         number += taken
         for _ in range(taken):
             ahead.popleft()
 
 
-def _single(line: bytes, width: int, title: int | None) -> list[str] | str:
+def _single(line: bytes, mark: str, width: int, title: int | None) -> list[str] | str:
     """The cells of a line that is a row, or the reason why it is none. It may end early: spreadsheets leave out the
     commas before empty cells."""
-    cells, taken = _row([line])
+    cells, taken = _row([line], mark)
     if cells is None:
         return "not UTF-8, or no CSV"
     cells = _trimmed(cells, width)
     if title is not None and (surplus := len(cells) - width) > 0:  # the title's own commas
-        cells[title : title + surplus + 1] = [",".join(cells[title : title + surplus + 1])]
+        cells[title : title + surplus + 1] = [mark.join(cells[title : title + surplus + 1])]
     if taken > 1 and (title is None or len(cells) < width):  # a title may well begin with one
         return "a quote that is left open"
     if len(cells) > width:
@@ -78,7 +80,7 @@ def _single(line: bytes, width: int, title: int | None) -> list[str] | str:
     return cells and cells + [""] * (width - len(cells))
 
 
-def _row(lines: Iterable[bytes], strict: bool = False) -> tuple[list[str] | None, int]:
+def _row(lines: Iterable[bytes], mark: str, strict: bool = False) -> tuple[list[str] | None, int]:
     """The cells of the first row and how many lines it takes: one more than there are where a quote is left open.
 
     None where it is not UTF-8 or no CSV (a cell of more than 128 kB), or `strict` and a quote does not end with its
@@ -86,7 +88,7 @@ def _row(lines: Iterable[bytes], strict: bool = False) -> tuple[list[str] | None
     """
     try:
         text = (line.decode().rstrip("\r\n") + "\n" for line in lines)
-        reader = csv.reader(itertools.chain(text, [] if strict else [""]), strict=strict)
+        reader = csv.reader(itertools.chain(text, [] if strict else [""]), delimiter=mark, strict=strict)
         return next(reader, []), reader.line_num
     except (UnicodeDecodeError, csv.Error):
         return None, 1

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 import refit
 from data.batches import Rows
 from durable import claim
-from models.checkpoint import load_checkpoint, make_heads, sealed
+from models.checkpoint import amend_config, load_checkpoint, make_heads, read_config, sealed
 from models.heads import HierarchicalHeads
 
 
@@ -69,6 +69,19 @@ def test_what_is_no_better_changes_nothing(command, demo_run, words, tmp_path, m
     assert (was == now) == (value == 0) or name == "FEWER"
     assert bytes_in(tmp_path / "run" / "best") == bytes_in(demo_run / "best")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["best"]
+
+
+def test_a_calibration_that_accepts_more_is_not_thrown_away(command, demo_run, words, tmp_path):
+    """As one may that was fitted on more rows than validation has."""
+    shutil.copytree(demo_run / "best", best := tmp_path / "run" / "best")
+    calibration = read_config(best)["calibration"]
+    calibration["threshold"]["joint"] = dict.fromkeys(calibration["threshold"]["joint"], 0.0)
+    amend_config(best, calibration=calibration)
+    before = bytes_in(best)
+    done = command("refit.py", "--checkpoint", best, *words)
+    assert "accepted 1.000, " in done.stdout
+    assert "stays as it was" in done.stdout
+    assert bytes_in(best) == before
 
 
 def test_what_is_not_known_teaches_nothing(monkeypatch):

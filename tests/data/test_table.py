@@ -28,6 +28,16 @@ def test_a_cell_in_quotes_holds_line_breaks(tmp_path, end):
     assert [number for number, _ in read_rows(tmp_path / "shop.csv")] == [2, 5, 6]
 
 
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_cells_are_separated_as_those_of_the_first_line(tmp_path, mark):
+    lines = [["id", " about ", "room"], ["1", '"A, B; C\tD"', "Hall"], ["", "", ""], ["2", " ", "Office"], ["3"]]
+    text = "\r\n".join(mark.join(cells) for cells in lines) + "\r\n"
+    assert rows(tmp_path / "shop.csv", text) == [
+        ("1", "A, B; C\tD", "Hall"), ("2", None, "Office"), ("3", None, None)
+    ]  # fmt: skip
+    assert next(read_rows(tmp_path / "shop.csv", ["about"]))[1]["about"] == "A, B; C\tD"
+
+
 @pytest.mark.parametrize("column", ["first", "last"])
 def test_a_quote_left_open_takes_no_other_row_with_it(tmp_path, column):
     bad = '"1,Bed,Bedroom' if column == "first" else '1,Bed,"Bedroom'
