@@ -85,8 +85,9 @@ class Job:
             raise UserError(f"{path} is damaged; name another --out, or delete {self.folder}") from None
         if differing:
             verb = "differ" if len(differing) > 1 else "differs"
+            grown = "; of a folder that has grown, give what is new alone" if "inputs" in differing else ""
             raise UserError(
-                f"--out {self.folder} holds another job (its {', '.join(differing)} {verb}); name another folder"
+                f"--out {self.folder} holds another job (its {', '.join(differing)} {verb}); name another folder{grown}"
             )
 
     def run(self, answer: Callable[[Shard], Iterable[list[dict]]]) -> None:
