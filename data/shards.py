@@ -71,9 +71,9 @@ class Shard(NamedTuple):
 class Source:
     """Attributes:
     shards: in order; their rows are all that was asked for.
-    fingerprint: changes with the name or the size of any input.
+    fingerprint: changes with the name or the size of any input, of CSV also with what a catalogue's does.
     files: the picture files among the inputs.
-    paths: all files among them.
+    paths: all files among them, and those that they name.
     notes: what the user should know about how the inputs were understood.
     """
 
@@ -107,7 +107,7 @@ def open_source(
     """
     notes: list[str] = []
     found = {name: None for item in asked for name in _find(item, without, notes)}  # each once
-    shards, facts, files = [], [], []
+    shards, facts, files, beside = [], [], [], []
     for kind, some in itertools.groupby(found, _kind):
         some = list(some)
         if kind == "hub":
@@ -129,12 +129,13 @@ def open_source(
                 catalogue = _open_csv(path, title, notes)
                 facts.append((os.fsencode(path), catalogue.fingerprint))
                 shards += _csv_shards(catalogue, rows, title)
+                beside += (p for p in (path.parent / "images").rglob("*") if p.is_file())
         else:
             shards += [Shard(None, functools.partial(_tar_rows, path, title)) for path in some]
     if not shards:
         raise UserError(f"{', '.join(asked)} has no rows")
     fingerprint = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
-    return Source(shards, fingerprint, files, [name for name in found if isinstance(name, Path)], notes)
+    return Source(shards, fingerprint, files, [*(p for p in found if isinstance(p, Path)), *beside], notes)
 
 
 def _kind(name: str | Path) -> str:

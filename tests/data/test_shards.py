@@ -188,6 +188,7 @@ def test_a_csv_file_is_answered_by_its_ids_and_each_row_once(tmp_path):
     table.write_text("id,name\n0,Blue jeans\n7,No picture\n1,\n2,Red shirt\n0,Again\n")
     source = open_source([str(table)], title="name", rows=2)
     assert [shard.rows for shard in source.shards] == [2, 1, 2]
+    assert {*source.paths} == {table, *images.iterdir()}, "no answer is written over them"
     titles = {"0": "Blue jeans", "1": None, "2": "Red shirt"}
     found, lost = rows_of(source)[:3], rows_of(source)[3:]
     assert found == [Row(i, picture(int(i), (6, 8)), title) for i, title in titles.items()]
