@@ -102,10 +102,8 @@ def check_same(saved: dict, config: dict, out: Path) -> None:
         ("catalogue has rows:", now["data"]["rows"], saved["data"]["rows"]),
     ):
         if found != wanted:
-            raise UserError(
-                f"--resume: the {what} {found}, but {out} was trained with {wanted}; "
-                f"a new run can start where it is: --init-from {out / 'best'}"
-            )
+            anew = f"; start a new run where it is: --init-from {out / 'best'}" if "rows" in what else ""
+            raise UserError(f"--resume: the {what} {found}, but {out} was trained with {wanted}{anew}")
     for key in ("attributes", "paths", "preprocess", "inputs", "text"):
         if now[key] != saved[key]:
             raise UserError(f"--resume: the catalogue is not the one {out} was trained on: its {key} differ")

@@ -137,7 +137,7 @@ def find_weights(name: str, model: VisionTransformer) -> Path:
     except Exception as error:  # of several libraries; whatever it is, there are no weights
         raise UserError(
             f"cannot get the weights of {name!r} from the hub ({type(error).__name__}); "
-            f"give --weights FILE.safetensors (timm/{name} there)"
+            f"give --weights FILE.safetensors ({repo} there)"
         ) from None
 
 
