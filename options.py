@@ -14,6 +14,7 @@ from errors import Parser, UserError, positive_int
 from models.backbone import DEMO, bare_backbone
 
 HUB_DATA, HUB_BACKBONE = "ashraq/fashion-product-images-small", "vit_base_patch16_224"
+MOVABLE = ("data", "weights", "attributes", "cache_dir")  # what may lie elsewhere when a run is resumed
 PATHS = ("weights", "cache_dir", "attributes", "init_from", "vocab")  # options that are files or folders
 EXTRA = {"with_price": ("price_in_vnd",), "with_season_year": ("season", "year")}  # switches and what they add
 AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -190,7 +191,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="save the whole state this often, and at each epoch's end (default: %(default)s)",
     )
     p.set_defaults(processes=1)  # how many the run was started with
-    p.add_argument("--resume", action="store_true", help="go on with --out (default: the newest run), with its options")
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with --out (default: the newest run), with its options; what has moved is named anew",
+    )
     p.add_argument(
         "--cache-dir", type=Path, default=default_cache_dir(), help="for decoded images (default: %(default)s)"
     )
@@ -214,8 +219,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     unset = object()
     said = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
     given = [name for name, value in said.items() if value is not unset]  # a default's value counts too
-    if args.resume and (others := [name for name in given if name not in ("out", "resume")]):
+    if args.resume and (others := [name for name in given if name not in ("out", "resume", *MOVABLE)]):
         raise UserError(f"--resume goes on with the run's own options; leave out --{others[0].replace('_', '-')}")
+    if args.resume:
+        vars(args).update({name: None for name in MOVABLE if name not in given})  # the run knows
     idle = [name for name in given if name in ("vocab", "title_length", "mask_title_leaks")]
     if idle and "title" not in args.inputs:
         raise UserError(f"--{idle[0].replace('_', '-')} is of titles, which --inputs {args.inputs} does not read")

@@ -13,10 +13,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import distributed
+import hub
 from durable import alone_in, replace_file
 from errors import UserError
 from models.checkpoint import newest_checkpoint, previous_of
-from options import PATHS, choose_amp, choose_source, parse_args
+from options import MOVABLE, PATHS, choose_amp, choose_source, parse_args
 
 SET_UP = ("options.json", "skipped.csv", "vocab.txt")  # what a run has written before its first checkpoint
 
@@ -28,7 +29,9 @@ def choose(argv: list[str] | None, device: torch.device, held: contextlib.ExitSt
         raise UserError("torchrun --max-restarts: name the run's folder with --out, or a restart could not find it")
     if not args.resume:
         args.resume = distributed.restarted() and holds_run(args.out, args)
-    if not args.resume:
+    if args.resume:
+        args.data = args.data and hub.pinned(args.data)
+    else:
         choose_source(args)
         args.amp = choose_amp(device) if args.amp == "auto" else args.amp
         args.processes = distributed.world()
@@ -80,33 +83,41 @@ def options_text(args: argparse.Namespace) -> str:
 
 
 def open_run(args: argparse.Namespace) -> argparse.Namespace:
-    """Keep the options in the run's folder; with `--resume`, the options that the run was started with."""
+    """Keep the options in the run's folder; with `--resume`, take those that the run was started with.
+
+    Where something lies elsewhere now, it is as given; once it has proved the same, `keep_options` keeps that.
+    """
     path = args.out / "options.json"
     if args.resume:
         try:
             options = json.loads(path.read_text(encoding="utf-8"))
             for name in PATHS:
                 options[name] = options[name] and Path(options[name])
-            return argparse.Namespace(**(vars(args) | options | {"resume": True}))
+            moved = {name: place for name in MOVABLE if (place := getattr(args, name)) is not None}
+            return argparse.Namespace(**(vars(args) | options | {"resume": True} | moved))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--resume: cannot read {path}: {error}") from None
     if any(args.out.glob("*/config.json")):
         raise UserError(f"--out {args.out} already holds a run: go on with it by --resume, or name another folder")
-    text = options_text(args)
     there = [file for name in (*SET_UP, Board.FILES) for file in args.out.glob(name)]
-    if there and not _has_options_of_a_run(path, text):  # as one has that was killed before its first save
+    if there and not _has_options_of_a_run(path, args):  # as one has that was killed before its first save
         raise UserError(f"--out {args.out} holds {there[0].name}, which is not of a run; name another folder")
-    try:
-        replace_file(path, text.encode())
-    except OSError as error:
-        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+    keep_options(args)
     return args
 
 
-def _has_options_of_a_run(path: Path, text: str) -> bool:
-    """Whether the file has the options that the text has, whatever their values."""
+def keep_options(args: argparse.Namespace) -> None:
+    """Write them where `--resume`, and whoever looks for the base weights, will read them."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")).keys() == json.loads(text).keys()
+        replace_file(args.out / "options.json", options_text(args).encode())
+    except OSError as error:
+        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+
+
+def _has_options_of_a_run(path: Path, args: argparse.Namespace) -> bool:
+    """Whether the file has the options that there are, whatever their values."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).keys() == json.loads(options_text(args)).keys()
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -35,7 +35,7 @@ from memory import ran_out
 from metrics import scores_table, trust_table
 from models.checkpoint import amend_config, load_checkpoint, load_tensors, read_config, trained_params
 from options import warn_if_slow
-from runs import Board, Stopped, StopRequest, choose, discard_run
+from runs import Board, Stopped, StopRequest, choose, discard_run, keep_options
 from state import TrainingState, check_finite
 from step import learning_rate, parameter_groups, train_step, windows
 from task import AMP, Task, setup
@@ -146,6 +146,8 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
     written = {}
     if args.resume:
         written = distributed.in_turn(state.restore)
+        if distributed.first():
+            keep_options(args)  # with the new place of what has moved
         print(f"going on with {args.out} at step {state.step:,} of {steps:,}")
     board = Board(args.out, task.names, written, state.step) if distributed.first() else None
     if not args.resume:

@@ -74,7 +74,9 @@ def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:
     """
     try:
         text = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read --attributes {path}: {error.strerror}") from None
+    except ValueError as error:
         raise UserError(f"cannot read {path} as TOML: {error}") from None
     for key in text.keys() - {"title", "attributes", "optional"}:
         raise UserError(f"{path}: {key!r} means nothing here; there are title, [attributes.NAME] and [optional.NAME]")

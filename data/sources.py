@@ -54,7 +54,7 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
         elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", spec):
             catalogue = _hub(spec)
         else:
-            raise UserError(f"no such data: {spec!r}; name a folder, a hub id OWNER/NAME, or demo")
+            raise UserError(f"no such data: {spec!r}; give --data a folder, a hub id OWNER/NAME, or demo")
     except OSError as error:
         raise UserError(
             f"cannot read {spec}, or not unpack it into {cache_dir} (--cache-dir names another folder): {error}"

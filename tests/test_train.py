@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from data.schema import FASHION_FILE
 from errors import UserError
-from models.backbone import create_backbone
+from models.backbone import DEMO_WEIGHTS, create_backbone
 from models.checkpoint import load_checkpoint, read_config
 
 ROOT = Path(__file__).parents[1]
@@ -164,6 +165,35 @@ def test_bad_files_in_a_catalogue_are_skipped_counted_and_listed(command, kaggle
     done = command("train.py", "--resume", "--out", tmp_path / "run")
     assert done.returncode == 2
     assert "--resume: the catalogue has rows: 118, but" in done.stderr
+
+
+def test_a_run_whose_files_have_moved_goes_on_where_they_are_named_anew(command, kaggle_folder, cache_dir, tmp_path):
+    folder = shutil.copytree(kaggle_folder, tmp_path / "shop")
+    shutil.copy(DEMO_WEIGHTS, tmp_path / "base.safetensors")
+    shutil.copy(FASHION_FILE, tmp_path / "own.toml")
+    run, options = tmp_path / "run", tmp_path / "run" / "options.json"
+    places = {"--data": folder, "--weights": tmp_path / "base.safetensors", "--attributes": tmp_path / "own.toml"}
+    words = [word for pair in places.items() for word in pair]
+    rest = ("--backbone", "demo", "--epochs", 1, "--cache-dir", cache_dir, "--out", run)
+    assert command("train.py", *words, *rest).returncode == 0
+    before, best = options.read_bytes(), ("--checkpoint", run / "best", "--json")
+    again, said = ["train.py", "--resume", "--out", run], command("infer.py", *best, folder / "images" / "10051.jpg")
+    for option, place in places.items():
+        place.rename(tmp_path / f"moved-{place.name}")
+        done = command(*again)
+        assert done.returncode == 2
+        assert option in done.stderr.splitlines()[-1] and str(place) in done.stderr.splitlines()[-1]
+        assert options.read_bytes() == before
+        again += [option, tmp_path / f"moved-{place.name}"]
+    done = command(*again, "--data", "demo")
+    assert (done.returncode, "--resume: the catalogue has rows" in done.stderr) == (2, True)
+    assert options.read_bytes() == before, "another catalogue is not taken for the one that has moved"
+    assert command(*again, "--cache-dir", tmp_path / "cache").returncode == 0
+    kept = json.loads(options.read_text())
+    wanted = json.loads(before) | {option[2:]: str(tmp_path / f"moved-{p.name}") for option, p in places.items()}
+    assert kept == wanted | {"cache_dir": str(tmp_path / "cache")}
+    done = command("infer.py", *best, tmp_path / "moved-shop" / "images" / "10051.jpg")
+    assert done.stdout.replace("moved-shop", "shop") == said.stdout != ""
 
 
 def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
