@@ -1,5 +1,6 @@
 """Whether the hub can be reached, known within seconds instead of a minute of retries; and what is newest there."""
 
+import http.client
 import re
 import threading
 import urllib.error
@@ -27,7 +28,7 @@ def reachable() -> bool:
         except urllib.error.HTTPError as error:
             if error.code >= 500 or error.code in (403, 407):  # a proxy's refusal is not the hub's answer
                 return
-        except OSError:
+        except (OSError, ValueError, http.client.HTTPException):  # no answer, no address, no answer in HTTP
             return
         answered.set()
 

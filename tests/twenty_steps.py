@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -23,6 +24,14 @@ def main(out: str) -> None:
         model.register_buffer("theirs", torch.tensor(distributed.rank()))
         parallel = distributed.in_step(model)
         assert model.theirs == 0, "a base in 8 bits would be the first process's in all of them"
+        exchanged = []  # the model's gradients fit one bucket
+
+        def noted(group, bucket):
+            exchanged.append(step)
+            return allreduce_hook(group, bucket)
+
+        if distributed.world() > 1:
+            parallel.register_comm_hook(None, noted)
         params = trained_params(model)
         optimizer = torch.optim.AdamW(parameter_groups(params), fused=True)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -32,6 +41,7 @@ def main(out: str) -> None:
             window = [mine if len(mine.labels) else all.unlabelled() for mine, all in zip(shares, whole, strict=True)]
             train_step(parallel, window, optimizer, scaler, 1e-3, None, in_double)
             after |= {f"{step}/{name}": p.detach().clone() for name, p in params.items()}
+        assert exchanged == (list(range(20)) if distributed.world() > 1 else []), "once in a window of two"
         if distributed.first():
             save_file(after, out)
 

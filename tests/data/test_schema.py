@@ -97,7 +97,7 @@ def test_an_optional_attribute_replaces_none_of_ones_own(tmp_path):
 
 
 def test_a_file_that_is_not_there_and_an_optional_attribute_that_is_not(tmp_path):
-    with pytest.raises(UserError, match="cannot read --attributes gone.toml: No such file"):
+    with pytest.raises(UserError, match=r"cannot read --attributes gone\.toml: No such file"):
         read_schema(tmp_path.__class__("gone.toml"))
     with pytest.raises(UserError, match=r"has no \[optional.price_in_vnd\]; nearest: price_vnd"):
         read_schema(write(tmp_path, "[attributes.a]\n[optional.price_vnd]"), ["price_in_vnd"])

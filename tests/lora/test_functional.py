@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora import LoRAFusedLinear, LoRALinear, draw_dropped, functional, keep_base_in
 from lora.functional import _LoRALinearFunction
@@ -127,6 +128,33 @@ def test_half_a_pair_can_be_frozen(frozen):
     torch.testing.assert_close(gradients(layer(x), layer, x), gradients(layer.reference_forward(x), layer, x))
 
 
+@pytest.mark.parametrize("needed", ["x", "lora_A", "lora_B"])
+def test_only_what_is_asked_for_is_computed(needed):
+    """Of the products with W, A, B, x and h in the backward pass, counted where the dispatcher sees them."""
+    layer = make_layer("plain", bias=False)
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=needed == "x")
+    for name in ("lora_A", "lora_B"):
+        getattr(layer, name).requires_grad_(needed == name)
+    loss = layer(x).sum()
+    with Counted() as products:
+        loss.backward()
+    # dh and dh A and dy W; dh and dhᵀ x; dyᵀ h
+    assert len(products.seen) == {"x": 3, "lora_A": 2, "lora_B": 1}[needed]
+
+
+class Counted(TorchDispatchMode):
+    """Which matrix products are made while it is entered."""
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "_linear_pointwise"):
+            self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
 def test_keeps_one_copy_of_the_input():
     saved = []
     layer = make_layer("plain", 0.3)
@@ -136,6 +164,18 @@ def test_keeps_one_copy_of_the_input():
     assert [tuple(t.shape) for t in saved if t.numel() == x.numel()] == [(7, 5)]
     weight = layer.base_layer.weight
     assert y.grad_fn.next_functions[0][0].base.weight.data_ptr() == weight.data_ptr(), "the weight is kept by reference"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_nothing_as_large_as_the_input_is_kept_in_fp32_under_autocast(dropout):
+    layer, saved = make_layer("two blocks", dropout, dtype=torch.float32), []
+    x = torch.randn(64, 5, requires_grad=True)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        layer(x)
+    assert [t.dtype for t in saved if t.numel() >= x.numel()] == [torch.bfloat16]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
