@@ -192,13 +192,28 @@ def test_a_label_is_text_never_a_formula(tmp_path):
     contact_sheet([np.zeros((8, 8, 3), np.uint8)], captions).savefig(tmp_path / "sheet.png")
 
 
-def test_newest_run_is_taken_and_named(command, demo_run, photos):
-    done = command("infer.py", photos / "0.png", cwd=demo_run.parent.parent)
-    assert done.returncode == 2, "there is no runs/ here"
-    (demo_run.parent.parent / "runs").symlink_to(demo_run.parent)
-    done = command("infer.py", photos / "0.png", cwd=demo_run.parent.parent)
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("infer.py", ["0.png"], "checkpoint runs/new/best"),
+        ("evaluate.py", ["--data", "demo", "--limit", 300], "checkpoint runs/new/best"),
+        ("export.py", ["--to", "timm", "--out", "merged.safetensors"], "checkpoint runs/new/best"),
+        ("refit.py", ["--data", "demo", "--limit", 1000], "runs/new/best"),
+        ("train.py", ["--resume"], "going on with runs/new at step"),
+    ],
+)
+def test_newest_run_is_taken_and_named(command, demo_run, photos, cache_dir, tmp_path, script, words, said):
+    shutil.copy(photos / "0.png", tmp_path)
+    words = [*words, "--cache-dir", cache_dir] if "--data" in words else words
+    done = command(script, *words, cwd=tmp_path)
+    assert done.returncode == 2 and "no run under runs/ has a" in done.stderr
+    for name, trained in (("new", 2), ("old", 1), ("older", 0)):
+        shutil.copytree(demo_run, tmp_path / "runs" / name)
+        for which in ("best", "last"):
+            os.utime(tmp_path / "runs" / name / which / "adapter.safetensors", (trained, trained))
+    done = command(script, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "checkpoint runs/demo/best" in done.stderr
+    assert said in done.stdout + done.stderr
 
 
 def test_calibrating_makes_no_run_the_newest(demo_run, tmp_path):

@@ -1,6 +1,7 @@
 """What happens to long runs: they are killed, preempted, run out of disk, and their files rot."""
 
 import functools
+import json
 import os
 import random
 import resource
@@ -11,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 import train
+from models.checkpoint import sealed
 from tests.faults.conftest import assert_same
 from tests.faults.processes import die_at, finish, start
 
@@ -65,6 +67,19 @@ def flip(path, at: float) -> None:
     data = bytearray(path.read_bytes())
     data[int(at * len(data))] ^= 1 << 4
     path.write_bytes(data)
+
+
+def test_the_loss_scale_of_fp16_goes_on_where_it_was(options, tmp_path):
+    run = stopped((*options, "--amp", "fp16"), tmp_path / "run", calls=3)
+    config = json.loads((run / "last" / "config.json").read_text())
+    config["resume"]["scaler"] |= {"scale": 512.0, "_growth_tracker": 7}
+    files = {name: (run / "last" / name).read_bytes() for name in ("adapter.safetensors", "optimizer.safetensors")}
+    (run / "last" / "config.json").write_bytes(sealed(config, files))
+    fault = functools.partial(die_at, 3, "train", "train_step")  # two steps and a save later
+    assert finish(start("train", "--resume", "--out", run, log=tmp_path / "log", fault=fault)) == KILLED
+    after = json.loads((run / "last" / "config.json").read_text())
+    assert after["progress"]["step"] == config["progress"]["step"] + 2
+    assert (after["resume"]["scaler"]["scale"], after["resume"]["scaler"]["_growth_tracker"]) == (512.0, 9)
 
 
 DAMAGE = {
