@@ -3,6 +3,7 @@
 import argparse
 import errno
 import functools
+import io
 import os
 import sys
 import tempfile
@@ -28,6 +29,13 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)
+
+
+def named(text: str) -> str:
+    """An option's type."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
 
 
 def share(text: str) -> float:
@@ -68,6 +76,8 @@ def exits_cleanly(main):
 
     @functools.wraps(main)
     def command(*args, **kwargs):
+        if isinstance(sys.stdout, io.TextIOWrapper):  # in no locale is a name a reason to end, and JSON is UTF-8
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
         try:
             code = main(*args, **kwargs)
             sys.stdout.flush()

@@ -10,7 +10,7 @@ import torch
 
 import hub
 from data.store import STORE_GB, default_cache_dir
-from errors import Parser, UserError, positive_int
+from errors import Parser, UserError, named, positive_int
 from models.backbone import DEMO, bare_backbone
 
 HUB_DATA, HUB_BACKBONE = "ashraq/fashion-product-images-small", "vit_base_patch16_224"
@@ -44,6 +44,7 @@ def add_catalogue_options(p: Parser) -> None:
     """Of every command that looks at a labelled catalogue with what training made."""
     p.add_argument(
         "--data",
+        type=named,
         required=True,
         help="hub id (hub:OWNER/NAME: not downloaded), folder of parquet, tar, or CSV and images/, or demo",
     )
@@ -78,10 +79,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = Parser(description="Train LoRA adapters and hierarchical heads on a frozen timm ViT.")
     p.add_argument(
         "--data",
+        type=named,
         help="hub id (hub:OWNER/NAME: not downloaded), folder of parquet, tar, or CSV and images/, or demo "
         f"(default: {HUB_DATA})",
     )
-    p.add_argument("--backbone", help=f"timm ViT by name, or demo (default: {HUB_BACKBONE})")
+    p.add_argument("--backbone", type=named, help=f"timm ViT by name, or demo (default: {HUB_BACKBONE})")
     p.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file (default: the hub's)")
     p.add_argument(
         "--img-size", type=positive_int, help="side of the model's input in pixels (default: the backbone's own)"
@@ -200,9 +202,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--cache-dir", type=Path, default=default_cache_dir(), help="for decoded images (default: %(default)s)"
     )
     args = p.parse_args(argv)
-    for name in ("data", "backbone"):
-        if getattr(args, name) == "":
-            raise UserError(f"--{name} is empty; name one, or leave it out")
     if not 0 < args.lr < math.inf:
         raise UserError(f"--lr {args.lr} is not a positive number")
     if not 0 < args.lora_plus < math.inf:

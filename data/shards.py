@@ -18,12 +18,10 @@ after the pictures before that place, a row by the tar's own name that says so.
 """
 
 import functools
-import glob
 import hashlib
 import itertools
 import os
 import tarfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +32,12 @@ from data.catalogue import Catalogue
 from data.cells import text
 from data.csv_folder import open_csv
 from data.images import ImageError
+from data.inputs import find_inputs, kind_of
 from data.parquet import File, open_file
 from data.parquet import rows as parquet_rows
 from data.tars import IMAGES, clean, members, product, read_titles
 from errors import UserError
 
-KINDS = {"image": IMAGES, "parquet": {".parquet"}, "tar": {".tar"}}  # that folders are searched for
-CSV = ".csv"
-UNREAD = {".heic", ".heif", ".avif"}
 SHARD_ROWS = 4096
 
 
@@ -93,9 +89,7 @@ class Source:
 def open_source(
     asked: list[str], title: str | None = None, rows: int = SHARD_ROWS, without: Path | None = None
 ) -> Source:
-    """Files, folders (searched to any depth), globs and `hub:OWNER/NAME`, in order, each once.
-
-    A folder or glob is taken for what it holds: pictures, else parquet, else tar.
+    """Files, folders, globs and `hub:OWNER/NAME`, in order, each once: see `find_inputs`.
 
     Args:
         title: the column of titles, where they are asked for.
@@ -106,9 +100,9 @@ def open_source(
         UserError: there is no such input, or none of its rows; a parquet file that is none, or lacks `image`.
     """
     notes: list[str] = []
-    found = {name: None for item in asked for name in _find(item, without, notes)}  # each once
+    found = {name: None for word in asked for name in find_inputs(word, without, notes)}  # each once
     shards, facts, files, beside = [], [], [], []
-    for kind, some in itertools.groupby(found, _kind):
+    for kind, some in itertools.groupby(found, kind_of):
         some = list(some)
         if kind == "hub":
             for name in some:
@@ -116,7 +110,7 @@ def open_source(
                 facts.append((name, revision))
                 shards += stream_shards(name, splits, title)
             continue
-        facts += [(os.fsencode(path), path.stat().st_size) for path in some]
+        facts += [(os.fsencode(path), path.stat().st_size if os.path.exists(path) else None) for path in some]
         if kind == "image":
             files += some
             cuts = [some[start : start + rows] for start in range(0, len(some), rows)]
@@ -136,49 +130,6 @@ def open_source(
         raise UserError(f"{', '.join(asked)} has no rows")
     fingerprint = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
     return Source(shards, fingerprint, files, [*(p for p in found if isinstance(p, Path)), *beside], notes)
-
-
-def _kind(name: str | Path) -> str:
-    """Of an input: "hub", "parquet", "tar", "csv", or "image", which is any other file that a user named."""
-    if isinstance(name, str):
-        return "hub"
-    kinds = KINDS | {"csv": {CSV}}
-    return next((kind for kind, suffixes in kinds.items() if name.suffix.lower() in suffixes), "image")
-
-
-def _find(item: str, without: Path | None, notes: list[str]) -> list[str | Path]:
-    """The files that a word of the command line means, or the word itself where it names a dataset on the hub."""
-    if not item:
-        raise UserError("one of the inputs is an empty word; name files or folders")
-    if item.startswith("hub:"):
-        return [item]
-    path = Path(item)
-    if os.path.isfile(item):  # which says no to a word too long for a name, where `Path.is_file` raises
-        return [path]
-    is_folder = os.path.isdir(item)
-    matches = path.rglob("*") if is_folder else map(Path, glob.glob(item, recursive=True))
-    matches = [p for p in matches if not p.name.startswith("._")]  # of macOS, which holds no picture
-    every = set().union(*KINDS.values())
-    files = sorted(p for p in matches if p.suffix.lower() in every and p.is_file())
-    for kind, count in Counter(p.suffix.lower() for p in matches).items():
-        if kind in UNREAD:
-            notes.append(f"{item}: {count:,} {kind} left out, a format that is not read; convert them to JPEG")
-    if is_folder and (links := sum(p.is_symlink() and p.is_dir() for p in matches if p.suffix.lower() not in every)):
-        notes.append(f"{item}: {links:,} linked folder{'s' * (links > 1)} left out, name them to have them read")
-    by_kind = {kind: [p for p in files if _kind(p) == kind] for kind in KINDS}
-    if is_folder and (path / "images").is_dir() and (tables := sorted(path.glob(f"*{CSV}"))):
-        notes.append(f"{item}: {', '.join(map(str, tables))} left out; name one to have answers go by its ids")
-    if without:  # results of an earlier run are parquet too
-        labels = (without / "labels").resolve()
-        by_kind["parquet"] = [p for p in by_kind["parquet"] if labels not in p.resolve().parents]
-    chosen, *others = [kind for kind, some in by_kind.items() if some] or [None]
-    if chosen is None:
-        where = f"no image in folder {item}" if is_folder else f"no image file, folder or match for {item!r}"
-        raise UserError("; ".join([f"{where} (looked for {', '.join(sorted(every))})", *notes]))
-    for kind in others:
-        count = f"{len(by_kind[kind]):,} {kind} file{'s' * (len(by_kind[kind]) > 1)}"
-        notes.append(f"{item}: took the {chosen} files; {count} left out, name them to have them read")
-    return by_kind[chosen]
 
 
 def _file_rows(paths: list[Path]) -> Iterator[Row]:

@@ -16,6 +16,7 @@ from errors import UserError
 from lora import Target
 
 from .attention import use_packed_attention
+from .schema import MOST_PATCHES
 
 # What the recipe's target names mean in timm's `vision_transformer.py`: query, key and value are the three row blocks
 # of the fused `attn.qkv`; dense is the attention output and both MLP layers, never the convolution `patch_embed.proj`.
@@ -65,9 +66,10 @@ def create_backbone(
     fingerprint = weights_fingerprint(model)
     if img_size or patch_size:
         size, patch = img_size or model.patch_embed.img_size[0], patch_size or model.patch_embed.patch_size[0]
-        if size < patch or size % patch:
+        if size < patch or size % patch or size > MOST_PATCHES * patch:
+            number = f"more than {MOST_PATCHES}" if size > patch and not size % patch else "no whole number of"
             raise UserError(
-                f"an image of {size} pixels a side has no whole number of patches of {patch}; "
+                f"an image of {size} pixels a side has {number} patches of {patch}; "
                 "give another --img-size or --patch-size"
             )
         model.set_input_size(img_size=size, patch_size=patch)

@@ -50,6 +50,16 @@ def test_table_of_one_image(demo_run, photos):
     assert [line.split()[0] for line in lines[1:8]] == ATTRIBUTES
 
 
+def test_a_name_that_the_locale_has_no_letters_for(demo_run, photos, tmp_path):
+    """It could not be printed, which ended the answers; and the JSON on standard output is UTF-8 everywhere."""
+    shutil.copy(photos / "0.png", tmp_path / "caf\u00e9.png")
+    words = [sys.executable, ROOT / "infer.py", tmp_path / "caf\u00e9.png", "--checkpoint", demo_run / "best", "--json"]
+    surrounding = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(list(map(str, words)), capture_output=True, timeout=120, env=surrounding)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode("utf-8"))["image"] == str(tmp_path / "caf\u00e9.png")
+
+
 def test_numbers_are_written_to_be_read():
     numbers = {
         2012.0: "2012",

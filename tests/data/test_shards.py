@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import shards
+from data.images import ImageError, decode
 from data.shards import Row, open_source, stream_shards
 from errors import UserError
 from tests.data.conftest import picture, write_tar
@@ -249,6 +251,48 @@ def test_a_linked_folder_is_named(shop, tmp_path):
     source = open_source([str(tmp_path / "photos")])
     assert source.files == [tmp_path / "photos" / "a.png"]
     assert source.notes == [f"{tmp_path / 'photos'}: 1 linked folder left out, name them to have them read"]
+
+
+def test_a_link_that_leads_nowhere_is_a_row_with_the_reason(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(0))
+    (tmp_path / "b.png").symlink_to("gone.png")
+    (tmp_path / "c.png").symlink_to("c.png")
+    for asked in (tmp_path, tmp_path / "*.png"):
+        source = open_source([str(asked)])
+        assert source.files == [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+        for path, reason in ((source.files[1], "No such file or directory"), (source.files[2], "Too many levels of")):
+            with pytest.raises(ImageError, match=reason):
+                decode(path)
+    (tmp_path / "gone.png").write_bytes(picture(0))
+    assert open_source([str(tmp_path / "*.png")]).fingerprint != source.fingerprint
+
+
+def test_a_folder_that_may_not_be_read_is_named():
+    with tempfile.TemporaryDirectory() as name:
+        photos = Path(name)
+        photos.chmod(0o755)
+        (photos / "a.png").write_bytes(b"x")
+        (photos / "mine").mkdir(0o000)
+        (photos / "listed").mkdir()
+        (photos / "listed" / "b.png").write_bytes(b"x")
+        (photos / "listed").chmod(0o444)
+        user = os.geteuid()
+        try:
+            os.seteuid(user or 65534)  # root may read all
+            source = open_source([name])
+        finally:
+            os.seteuid(user)
+    assert source.files == [photos / "a.png", photos / "listed" / "b.png"], "the latter for its reason to be given"
+    assert source.notes == [f"{photos}: 1 in it cannot be read, {photos / 'mine'}: Permission denied"]
+
+
+def test_other_files_are_counted_but_hidden_ones(tmp_path):
+    for name in (".DS_Store", "a.png", "b.mov", "c.MOV", "d.psd", "README", "e.csv"):
+        (tmp_path / name).write_bytes(b"x")
+    said = f"{tmp_path}: left out as no pictures: 2 .mov, "
+    (note,) = open_source([str(tmp_path)]).notes
+    assert note.startswith(said)
+    assert set(note.removeprefix(said).split(", ")) == {"1 .psd", "1 without a suffix", "1 .csv"}
 
 
 def test_a_word_too_long_for_a_name_is_one_line():

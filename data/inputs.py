@@ -1,0 +1,89 @@
+"""Which inputs the words of a command line mean: files, folders to any depth, globs; and what is said of all others."""
+
+import glob
+import os
+from collections import Counter
+from pathlib import Path
+
+from data.tars import IMAGES
+from errors import UserError
+
+KINDS = {"image": IMAGES, "parquet": {".parquet"}, "tar": {".tar"}}  # that folders are searched for
+SOUGHT = set().union(*KINDS.values())
+CSV = ".csv"
+UNREAD = {".heic", ".heif", ".avif"}
+NAMED = 5  # kinds of other files
+
+
+def kind_of(name: str | Path) -> str:
+    """Of an input: "hub", "parquet", "tar", "csv", or "image", which is any other file that a user named."""
+    if isinstance(name, str):
+        return "hub"
+    kinds = KINDS | {"csv": {CSV}}
+    return next((kind for kind, suffixes in kinds.items() if name.suffix.lower() in suffixes), "image")
+
+
+def find_inputs(word: str, without: Path | None, notes: list[str]) -> list[str | Path]:
+    """The files that a word means, or the word itself where it names a dataset on the hub.
+
+    A folder or glob is taken for what it holds: pictures, else parquet, else tar. A link that leads nowhere is a
+    picture that cannot be read, not one that is not there.
+
+    Args:
+        without: a job's folder, whose results are no input.
+        notes: is told what was left out.
+
+    Raises:
+        UserError: there is no such input.
+    """
+    if not word:
+        raise UserError("one of the inputs is an empty word; name files or folders")
+    if word.startswith("hub:"):
+        return [word]
+    path = Path(word)
+    if os.path.isfile(word):  # which says no to a word too long for a name, where `Path.is_file` raises
+        return [path]
+    is_folder = os.path.isdir(word)
+    matches = _inside(path, notes) if is_folder else list(map(Path, glob.glob(word, recursive=True)))
+    matches = [p for p in matches if os.path.isfile(p) or not os.path.exists(p)]
+    matches = [p for p in matches if not p.name.startswith("._")]  # of macOS, which holds no picture
+    tables = sorted(path.glob(f"*{CSV}")) if is_folder and (path / "images").is_dir() else []
+    _note_others(word, matches, tables, notes)
+    by_kind = {kind: sorted(p for p in matches if p.suffix.lower() in KINDS[kind]) for kind in KINDS}
+    if without:  # results of an earlier run are parquet too
+        labels = (without / "labels").resolve()
+        by_kind["parquet"] = [p for p in by_kind["parquet"] if labels not in p.resolve().parents]
+    chosen, *others = [kind for kind, some in by_kind.items() if some] or [None]
+    if chosen is None:
+        where = f"no image in folder {word}" if is_folder else f"no image file, folder or match for {word!r}"
+        raise UserError("; ".join([f"{where} (looked for {', '.join(sorted(SOUGHT))})", *notes]))
+    for kind in others:
+        count = f"{len(by_kind[kind]):,} {kind} file{'s' * (len(by_kind[kind]) > 1)}"
+        notes.append(f"{word}: took the {chosen} files; {count} left out, name them to have them read")
+    return by_kind[chosen]
+
+
+def _inside(folder: Path, notes: list[str]) -> list[Path]:
+    """What is in a folder, to any depth, but folders."""
+    found, closed, linked = [], [], 0
+    for where, folders, names in os.walk(folder, onerror=closed.append):
+        found += (Path(where, name) for name in names)
+        linked += sum(os.path.islink(os.path.join(where, name)) for name in folders)
+    if closed:
+        notes.append(f"{folder}: {len(closed):,} in it cannot be read, {closed[0].filename}: {closed[0].strerror}")
+    if linked:
+        notes.append(f"{folder}: {linked:,} linked folder{'s' * (linked > 1)} left out, name them to have them read")
+    return found
+
+
+def _note_others(word: str, matches: list[Path], tables: list[Path], notes: list[str]) -> None:
+    """Say how many files of other kinds there are, and what helps where something does."""
+    shown = [p for p in matches if not p.name.startswith(".") and p not in tables]
+    others = Counter(suffix for p in shown if (suffix := p.suffix.lower()) not in SOUGHT)
+    for kind in others.keys() & UNREAD:
+        notes.append(f"{word}: {others.pop(kind):,} {kind} left out, a format that is not read; convert them to JPEG")
+    if tables:
+        notes.append(f"{word}: {', '.join(map(str, tables))} left out; name one to have answers go by its ids")
+    if others:
+        said = ", ".join(f"{count:,} {kind or 'without a suffix'}" for kind, count in others.most_common(NAMED))
+        notes.append(f"{word}: left out as no pictures: {said}{', and others' * (len(others) > NAMED)}")
