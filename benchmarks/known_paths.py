@@ -1,0 +1,63 @@
+"""What rare paths are worth: answers decoded over all paths of training, over those seen often, and without odd ones.
+
+    python benchmarks/known_paths.py --checkpoint adapters/vit_tiny_fashion --weights FILE --data FASHION
+
+A path is odd where its last label has another path at least so many times as often, as belts among the tops. Validation
+rows; temperatures as they are, fitted over all paths. The odd paths are named last, for a person to look at.
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data.store import STORE_GB, default_cache_dir
+from errors import Parser, exits_cleanly
+from evaluate import evaluate, load_task
+from metrics import score
+from models.decode import Decoder
+
+OFTEN, TIMES = (2, 3, 5, 10), (100, 20, 10, 2)
+
+
+@exits_cleanly
+def main() -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir())
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task = load_task(args.checkpoint, args.weights, args.data, args.cache_dir, None, device, STORE_GB)
+    found, names = evaluate(task, "val", device), list(task.classes)
+    (paths,) = task.config["paths"]
+    columns = [names.index(name) for name in paths["attributes"]]
+    trained = task.labels[task.store.rows("train")][:, columns]
+    counts = Counter(map(tuple, trained[(trained >= 0).all(1)].tolist()))
+    commonest = Counter()  # last label -> rows of its commonest path
+    for path, count in counts.items():
+        commonest[path[-1]] = max(commonest[path[-1]], count)
+
+    kept = {"all": list(counts)} | {f"seen {n} times or more": [p for p in counts if counts[p] >= n] for n in OFTEN}
+    for times in TIMES:
+        kept[f"odd by {times} left out"] = [p for p in counts if counts[p] * times > commonest[p[-1]]]
+    print(f"{'paths':<24}{'':>5}" + "".join(f"{name:>16}" for name in (*paths["attributes"], "path")))
+    for what, known in kept.items():
+        config = task.config | {"paths": [paths | {"known": sorted(map(list, known))}]}
+        said = Decoder(config)(found.logits).labels.numpy()
+        scores = score(task.labels[found.rows], said, names, task.config["paths"])
+        figures = [scores["attributes"][name]["accuracy"] for name in paths["attributes"]]
+        print(f"{what:<24}{len(known):>5}" + "".join(f"{x:>16.4f}" for x in (*figures, scores["path_accuracy"])))
+    print(f"\nodd by {TIMES[1]}:")
+    for path in sorted(set(counts) - set(kept[f"odd by {TIMES[1]} left out"])):
+        text = " > ".join(task.classes[name][label] for name, label in zip(paths["attributes"], path, strict=True))
+        print(f"{counts[path]:>4} {text} (elsewhere {commonest[path[-1]]:,})")
+    return 0
+
+
+if __name__ == "__main__":
+    main()
