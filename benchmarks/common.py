@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -123,6 +124,19 @@ def in_turn(
             if round_ >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def peak_memory(way: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that tensors of this process take while a way runs, beyond those that are there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        way()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        way()
+    memory = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())))
 
 
 def in_processes(commands: Mapping[Path, list], jobs: int, what: str) -> None:

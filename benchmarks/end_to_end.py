@@ -7,6 +7,7 @@ Takes the options of `train.py`. *Trainer* is what a user of transformers writes
 resized and normalised by torchvision in two worker processes, `Trainer.train()` with autocast, accumulation and
 clipping. *train.py* is its own `train_epoch`, with its image store already built, as it is from the second epoch on.
 They take turns; a turn is `STEPS` optimizer steps. Trainer's clock starts after the first step, when its workers run.
+*peak* is the most memory that tensors take in a turn, beyond the models, without what Trainer's workers need.
 """
 
 import copy
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import machine, training
+from common import machine, peak_memory, training
 from lora_step import HF_TARGETS, hf_vit
 
 from errors import exits_cleanly
@@ -145,13 +146,14 @@ def main() -> None:
                 found = way()
                 if round_:  # the first warms up
                     speed[way].append(found)
+        peak = {way: peak_memory(way, run.device) for way in speed}
     ratios = [a / b for a, b in zip(speed[ours], speed[theirs], strict=True)]
     print(
         f"{args.backbone}, {task.preprocess.size[0]} px, {args.amp or 'fp32'}, batch {args.batch_size} x {args.accum}"
     )
     print(machine(run.device, peft, transformers))
-    print(f"Trainer + PEFT  {statistics.median(speed[theirs]):8.1f} images/s")
-    print(f"train.py        {statistics.median(speed[ours]):8.1f} images/s")
+    for name, way in (("Trainer + PEFT", theirs), ("train.py", ours)):
+        print(f"{name:<16}{statistics.median(speed[way]):8.1f} images/s, peak {peak[way] / 1e9:.2f} GB")
     print(f"ratio           {statistics.median(ratios):8.2f}  (rounds: {', '.join(f'{r:.2f}' for r in ratios)})")
 
 

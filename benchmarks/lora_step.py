@@ -6,7 +6,8 @@
 A step is forward, backward and AdamW on pictures in memory, ViT-B/16 at 224 px, rank 16 on query, key, value and dense,
 dropout 0.05, random weights (the numbers do not depend on them). The ways take turns in one process; speeds are ratios
 to PEFT on Hugging Face's ViT, by the median over rounds. *floor* is two passes of the frozen forward without gradients,
-plus 5 % for the low-rank products. *kept* is what is in memory between forward and backward beside the model itself.
+plus 5 % for the low-rank products. *kept* is what is in memory between forward and backward beside the model itself,
+*peak* the most at any time of a step.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import in_turn, machine, ratios
+from common import in_turn, machine, peak_memory, ratios
 
 from lora import apply_lora, keep_base_in
 from models.attention import use_packed_attention
@@ -175,17 +176,19 @@ def main() -> None:
     kept = {name: step.kept(*batch) for name, step in steps.items()}
     ways = steps | {FLOOR: steps["linear probe"].twice_forward}
     seconds = in_turn({name: partial(way, *batch) for name, way in ways.items()}, args.rounds, device)
+    peak = {name: peak_memory(partial(step, *batch), device) for name, step in steps.items()}
     seconds[FLOOR] = [1.05 * s for s in seconds[FLOOR]]
     times_first = {name: ratios(seconds[FIRST], times) for name, times in seconds.items()}
 
     title = f"{args.backbone}, {args.amp}, batch {args.batch_size}" + ", compiled" * args.compile
     title += f"\n{machine(device, peft, transformers)}"
     print(title)
-    print(f"{'':<28}{'images/s':>9}{'ratio':>7}{'rounds':>15}{'kept, GB':>10}{'ratio':>7}")
+    print(f"{'':<28}{'images/s':>9}{'ratio':>7}{'rounds':>15}{'kept, GB':>10}{'ratio':>7}{'peak, GB':>10}{'ratio':>7}")
     for name, times in seconds.items():
         speed, ratio = args.batch_size / statistics.median(times), statistics.median(times_first[name])
         spread = f"{min(times_first[name]):.2f} to {max(times_first[name]):.2f}"
-        memory = f"{kept[name] / 1e9:>10.2f}{kept[name] / kept[FIRST]:>7.2f}" if name in kept else ""
+        bytes_ = [of for of in (kept, peak) if name in of]
+        memory = "".join(f"{of[name] / 1e9:>10.2f}{of[name] / of[FIRST]:>7.2f}" for of in bytes_)
         print(f"{name:<28}{speed:>9.2f}{ratio:>7.2f}{spread:>15}{memory}")
     if args.profile:
         for name, run in ("this project", steps["this project"]), (FLOOR, steps["linear probe"].twice_forward):

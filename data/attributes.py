@@ -142,9 +142,8 @@ def families(attributes: Sequence[Attribute]) -> list[list[str]]:
 def known_paths(labels: np.ndarray, attributes: Sequence[Attribute]) -> list[dict]:
     """Of each hierarchy, {"attributes": its names, "known": the distinct class paths (P, names)}.
 
-    The paths are those of labels (N, A) that are labelled in full, sorted: all of them, however rare. Some are a mistake
-    of the catalogue's, but leaving them out makes no answer better, and more of the rare ones are real
-    (`benchmarks/known_paths.py`).
+    The paths are those of labels (N, A) that are labelled in full, sorted: all of them, however rare. Some are mistakes
+    of the catalogue, but leaving them out makes no answer better (`benchmarks/known_paths.py`).
     """
     names, known = [a.name for a in attributes if a.kind == "class"], []
     for family in families(attributes):
