@@ -10,10 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from lora import apply_lora, from_peft, get_adapter_params, merge_lora, to_peft
 from models.backbone import VIT_TARGETS, hf_name, timm_name
+from step import WEIGHT_DECAY, parameter_groups
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install -r benchmarks/requirements.txt")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed, as for PEFT")
 
+from peft.optimizers import create_loraplus_optimizer  # noqa: E402
+
+PAIRS = ("attn.qkv.query", "attn.qkv.key", "attn.qkv.value", "attn.proj", "mlp.fc1", "mlp.fc2")
 IMAGES = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 VARIANTS = {
     "lora": {},
@@ -21,6 +25,7 @@ VARIANTS = {
     "dora": {"dora": True},
     "rslora and dora": {"rslora": True, "dora": True},
     "pissa": {"pissa": True},
+    "some blocks": {"layers": [1]},
 }
 
 
@@ -123,7 +128,7 @@ def test_gradients_are_pefts(vits, tmp_path, variant):
             theirs_grad[f"base_model.model.{hf_name(pair, old)}.{end}"], p.grad, rtol=1e-4, atol=1e-6, msg=name
         )
         checked += 1
-    assert checked == len(theirs_grad) == (36 if "dora" in variant else 24)
+    assert checked == len(theirs_grad) == {"dora": 36, "rslora and dora": 36, "some blocks": 12}.get(variant, 24)
 
 
 def test_pissa_starts_as_pefts(vits):
@@ -136,6 +141,36 @@ def test_pissa_starts_as_pefts(vits):
         model = apply_lora(copy.deepcopy(block.mlp).float(), ["fc1"], 4, 8, pissa=True)
         torch.testing.assert_close(model.fc1.delta_weight(), layer.get_delta_weight("default"), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(model.fc1.base_layer.weight, layer.base_layer.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_lora_plus_goes_the_way_of_pefts(vits, tmp_path):
+    ours, theirs = vits
+    model = adapted(ours).train()
+    folder = saved(model, tmp_path / "adapter", is_old(theirs))
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), folder, is_trainable=True).double()
+    params = get_adapter_params(model)
+    start = {name: p.detach().clone() for name, p in params.items()}
+    optimizers = [
+        torch.optim.AdamW(parameter_groups(params, lora_plus=16)),
+        create_loraplus_optimizer(
+            wrapped, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=WEIGHT_DECAY
+        ),
+    ]
+    for group in optimizers[0].param_groups:
+        group["lr"] = 1e-3 * group["lr_ratio"]
+    for _ in range(5):
+        model(IMAGES).pow(3).sum().backward()
+        wrapped(IMAGES).last_hidden_state[:, 0].pow(3).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    trained = dict(wrapped.named_parameters())
+    for name, p in params.items():
+        pair, _, kind = name.rpartition(".")
+        other = trained[f"base_model.model.{hf_name(pair, is_old(theirs))}.{kind}.default.weight"]
+        moved = (other - start[name]).abs().max()
+        assert (1e-3, 1e-2)[kind == "lora_B"] < moved < (6e-3, 9e-2)[kind == "lora_B"]
+        torch.testing.assert_close(p, other, rtol=0, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
@@ -159,6 +194,20 @@ def test_what_peft_saved_is_read(vits, tmp_path, options):
     expected = wrapped(IMAGES).last_hidden_state[:, 0]
     assert (expected - ours(IMAGES)).abs().max() > 1e-2
     torch.testing.assert_close(model(IMAGES), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_chosen_by_index_are_those_of_peft(vits, tmp_path):
+    """In a model around the ViT, as PEFT finds no number in a name that begins with `layers.`."""
+    ours, theirs = copy.deepcopy(vits)
+    names = [layer.rpartition(".")[2] for layer in (hf_name(f"blocks.0.{end}", is_old(theirs)) for end in PAIRS)]
+    around = torch.nn.ModuleDict({"vit": theirs})
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=names, layers_to_transform=[1])
+    wrapped = peft.get_peft_model(around, config)
+    expected = apply_lora(copy.deepcopy(ours), VIT_TARGETS, 4, 8, table=VIT_TARGETS, layers=[1])
+    found = {name.split(".vit.")[1].rsplit(".lora_A")[0] for name, _ in wrapped.named_parameters() if "lora_A" in name}
+    pairs = {name.rpartition(".")[0] for name in get_adapter_params(expected)}
+    assert {timm_name(layer) for layer in found if not layer.startswith("pooler")} == pairs
+    assert len(pairs) == 6
 
 
 @pytest.mark.parametrize("old", [False, True])
