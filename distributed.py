@@ -82,7 +82,8 @@ def joined() -> Iterator[torch.device]:
     try:
         with contextlib.ExitStack() as quiet:
             if not first():
-                quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
+                nowhere = quiet.enter_context(open(os.devnull, "w", encoding="utf-8", errors="surrogateescape"))
+                quiet.enter_context(contextlib.redirect_stdout(nowhere))
             yield device
     finally:
         if sys.exc_info()[0] is None:  # otherwise the others are not waiting to say goodbye

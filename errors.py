@@ -62,7 +62,7 @@ def check_writable(path: Path, option: str, inputs: Iterable[Path | None] = ()) 
     """Raise a `UserError` now, not after the work, where a file of this name could not be made, or is itself read."""
     if path.is_dir():
         raise UserError(f"cannot write {option} {path}: it is a folder")
-    if path.exists() and any(read and read.exists() and path.samefile(read) for read in inputs):
+    if path.exists() and any(read and os.path.exists(read) and path.samefile(read) for read in inputs):
         raise UserError(f"{option} {path} would replace what is read; give another name")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()

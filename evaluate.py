@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +26,9 @@ import distributed
 import hub
 from calibration import TARGET_PRECISION, calibrate, calibration_scores
 from data import price
-from data.attributes import MISSING
+from data.attributes import MISSING, UNSEEN
 from data.batches import Batch, epoch_batches, make_loader
+from data.columns import Chosen
 from data.preprocess import Preprocess
 from data.split import SPLITS, some
 from durable import at_rest
@@ -39,6 +41,7 @@ from options import add_catalogue_options, add_checkpoint_options
 from report.page import write_report
 from task import Task, load_task
 
+NAMED = 3  # labels that the checkpoint does not know, of an attribute
 SCORED = 50_000  # rows of a split, at most, by which training and refitting judge: their outputs have to fit in memory
 
 
@@ -138,6 +141,18 @@ def same_catalogue(task: Task, limit: int | None) -> bool:
     return any(data.get(key, "").startswith(found) for key in ("fingerprint", "heads_fingerprint"))
 
 
+def unknown_labels(task: Task, rows: np.ndarray) -> dict[str, Counter]:
+    """{attribute: how many of the rows have each label that training never had}, where there is any.
+
+    Without those that are found inside a longer text, such as brands.
+    """
+    found = {}
+    for column, a in enumerate(a for a in task.config["attributes"] if a["kind"] == "class"):
+        if a["derive"] is None and len(unseen := rows[task.labels[rows, column] == UNSEEN]):
+            found[a["name"]] = Counter(Chosen(task.catalogue.columns[a["column"]], unseen))
+    return found
+
+
 def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device) -> None:
     """What the command does, in each of the processes that share the rows."""
     args.data, folder = distributed.decided(lambda: (hub.pinned(args.data), args.checkpoint))
@@ -170,6 +185,9 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
         found = judge(task, split, rows, found.logits, joint)
     print(f"{name}, {split}: {len(rows):,} rows; {len(task.store.skipped):,} of the catalogue skipped")
     print(f"answers from {found.scores['inputs']}")
+    for attribute, labels in unknown_labels(task, rows).items():
+        said = ", ".join(f"{label!r} ({count:,})" for label, count in labels.most_common(NAMED))
+        print(f"{attribute}: wrong in {labels.total():,} rows for a label that training never had, as {said}")
     print(scores_table(found.scores))
     print(trust_table(found.scores))
     if args.json and distributed.first():

@@ -212,7 +212,13 @@ def told_in_a_line(args) -> Iterator[None]:
 def alone(args, source: Source, answered: Iterator[tuple[list[Row], list[dict]]], attributes: list[dict]) -> int:
     """Answer to the screen or a file; the exit code."""
     rows, unreadable, given, sheet = 0, 0, 0, []
+
+    def not_written(kind, *_):
+        if kind is KeyboardInterrupt and args.out:
+            print(f"{args.out} was not written; with a folder as --out what is done is kept", file=sys.stderr)
+
     with ExitStack() as stack:
+        stack.push(not_written)
         output = stack.enter_context(Output(args.out, attributes, f".{os.getpid()}")) if args.out else None
         few = source.rows is not None and source.rows <= args.batch_size
         bar = stack.enter_context(tqdm(total=source.rows, unit="img", disable=few))

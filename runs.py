@@ -29,6 +29,8 @@ def choose(argv: list[str] | None, device: torch.device, held: contextlib.ExitSt
         raise UserError("torchrun --max-restarts: name the run's folder with --out, or a restart could not find it")
     if not args.resume:
         args.resume = distributed.restarted() and holds_run(args.out, args)
+        if args.resume:
+            vars(args).update(dict.fromkeys(MOVABLE))  # where the run has them; the hub may have moved on
     if args.resume:
         args.data = args.data and hub.pinned(args.data)
     else:

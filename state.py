@@ -107,6 +107,8 @@ def check_same(saved: dict, config: dict, out: Path) -> None:
     for key in ("attributes", "paths", "preprocess", "inputs", "text"):
         if now[key] != saved[key]:
             raise UserError(f"--resume: the catalogue is not the one {out} was trained on: its {key} differ")
+    if now["data"]["ids"] != saved["data"].get("ids", now["data"]["ids"]):
+        raise UserError(f"--resume: the catalogue is not the one {out} was trained on: its ids, or their order, differ")
 
 
 def check_finite(

@@ -22,10 +22,12 @@ from data.attributes import (
     fit_label_maps,
     fit_scales,
     known_paths,
+    nearly_alike,
+    numbers,
     of_config,
 )
 from data.batches import Rows, epoch_batches
-from data.catalogue import Catalogue, skipped_why
+from data.catalogue import Catalogue, digest, skipped_why
 from data.columns import Chosen
 from data.preprocess import Preprocess
 from data.schema import FASHION_FILE, Attribute, read_schema
@@ -37,10 +39,10 @@ from durable import replace_file
 from errors import UserError
 from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_base
 from models.backbone import create_backbone
-from models.checkpoint import attach, load_checkpoint
+from models.checkpoint import adapt, attach, load_checkpoint
 from models.classifier import AttributeClassifier
-from models.inherit import inherit
-from models.schema import contradiction, misfit
+from models.inherit import inherit, predecessor
+from models.schema import CONFIG, contradiction, misfit
 from options import AMP, EXTRA
 
 LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
@@ -86,13 +88,28 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     needs = columns_of(attributes, schema.title if reads else None)
     catalogue = load_source(args.data, args.cache_dir, args.limit, needs)
     backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size, args.patch_size)
+    config = {
+        "backbone": {"name": args.backbone}
+        | {name: getattr(args, name) for name in ("img_size", "patch_size", "keep_patches")}
+        | {"fingerprint": fingerprint},
+        "lora": {name: getattr(args, name) for name in LORA_OPTIONS},
+        "inputs": args.inputs,
+    }
+    # Mistakes are told before pictures are decoded: in the options of LoRA, in what is inherited from, in cells.
+    if where := misfit(config["lora"], CONFIG["lora"], "lora"):
+        raise UserError(f"no checkpoint of this run could be read: its {where} is not what it should be")
+    adapt(backbone, config)
+    if args.init_from and not args.resume:
+        predecessor(config, args.init_from)
+    for a in (a for a in attributes if a.kind == "number"):
+        numbers(catalogue.columns, a)
     wants = timm.data.resolve_model_data_config(backbone)
     size = wants["input_size"][1:]
     preprocess = Preprocess(
         common_size(catalogue, max(size)), size, wants["interpolation"], wants["mean"], wants["std"]
     )
     store = open_store(catalogue, preprocess.canvas, args.cache_dir, args.store_gb * 1e9)
-    if distributed.first():
+    if distributed.first() and not args.resume:
         store.write_skipped(args.out / "skipped.csv")
     counts = {split: len(store.rows(split)) for split in SPLITS}
     if not all(counts.values()):
@@ -105,18 +122,14 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     entries, known = fit_targets(catalogue, train_rows, attributes, args.min_brand_count)
     if not (known.labels[store.rows("val")] >= 0).any():
         raise UserError(f"{catalogue.name}: no row of the val split has a label of a class; label more of its rows")
-    config = {
-        "backbone": {"name": args.backbone}
-        | {name: getattr(args, name) for name in ("img_size", "patch_size", "keep_patches")}
-        | {"fingerprint": fingerprint},
-        "lora": {name: getattr(args, name) for name in LORA_OPTIONS},
+    config |= {
         "attributes": entries,
         "paths": known_paths(known.labels[train_rows], attributes),
         "title": schema.title,
-        "inputs": args.inputs,
         "text": None,
         "preprocess": asdict(preprocess),
-        "data": {"name": catalogue.name, "rows": len(catalogue), "fingerprint": catalogue.fingerprint},
+        "data": {"name": catalogue.name, "rows": len(catalogue), "fingerprint": catalogue.fingerprint}
+        | {"ids": digest(catalogue.ids)},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__},
     }
     if reads:
@@ -144,6 +157,9 @@ def fit_targets(
     scales = fit_scales(catalogue.columns, train_rows, attributes)
     known = encode(catalogue, attributes, maps, scales)
     print("classes:", ", ".join(f"{name} {len(m.labels)}" for name, m in maps.items()))
+    for name, m in maps.items():
+        for alike in nearly_alike(m.labels):
+            print(f"hint: {name} has {' and '.join(map(repr, alike))}, as classes of their own; are they one?")
     for a in (a for a in attributes if a.kind == "number"):
         simulated = " (simulated)" if a.derive == "price" else ""
         print(f"number: {a.name}{simulated}, mean {scales[a.name].mean:,.6g}, std {scales[a.name].std:,.4g}")

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
@@ -153,6 +154,14 @@ def known_paths(labels: np.ndarray, attributes: Sequence[Attribute]) -> list[dic
             found |= set(map(tuple, np.unique(paths[(paths >= 0).all(1)], axis=0).tolist()))
         known.append({"attributes": family, "known": [list(path) for path in sorted(found)]})
     return known
+
+
+def nearly_alike(labels: Sequence[str]) -> list[list[str]]:
+    """Labels that differ in case, spaces, hyphens or underscores alone, as where several people filled in a table."""
+    alike: dict[str, list[str]] = {}
+    for label in labels:
+        alike.setdefault(re.sub(r"[\s_-]", "", label.casefold()), []).append(label)
+    return [some for some in alike.values() if len(some) > 1]
 
 
 def class_counts(labels: np.ndarray, maps: dict[str, LabelMap]) -> dict[str, list[int]]:

@@ -45,6 +45,14 @@ def stat_fingerprint(files: dict[str, os.stat_result]) -> str:
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 
+def digest(ids: Sequence[str | None]) -> str:
+    """Of all ids in their order: as a run takes its batches."""
+    found = hashlib.blake2b(digest_size=16)
+    for id in ids:
+        found.update(f"{id}\n".encode(errors="surrogateescape"))
+    return found.hexdigest()
+
+
 def skipped_why(skipped: Sequence[Skipped]) -> str:
     """How many rows were left out and, of the commonest reason, how many and which first: to say in passing."""
     if not skipped:

@@ -1,6 +1,7 @@
 """Cells of a table: as text, as text that a spreadsheet will show and not run, and as a number."""
 
 import math
+import re
 
 from errors import UserError
 
@@ -16,11 +17,13 @@ def text(value) -> str | None:
 
 
 def inert(cell):
-    """Text that a spreadsheet would take for a formula, with an apostrophe before it; everything else as it is.
+    """Text that a spreadsheet would take for a formula, with an apostrophe before it; everything else as it is, also a
+    number such as -500.
 
     The rule and its characters: OWASP, "CSV Injection".
     """
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
+    suspect = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+    return f"'{cell}" if suspect and not re.fullmatch(r"-\d+(\.\d+)?", cell) else cell
 
 
 def number(text: str | None, column: str, id: str) -> float:

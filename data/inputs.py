@@ -13,6 +13,7 @@ SOUGHT = set().union(*KINDS.values())
 CSV = ".csv"
 UNREAD = {".heic", ".heif", ".avif"}
 NAMED = 5  # kinds of other files
+JOB = ("labels", "locks")  # folders of a job
 
 
 def kind_of(name: str | Path) -> str:
@@ -44,11 +45,11 @@ def find_inputs(word: str, without: Path | None, notes: list[str]) -> list[str |
     if os.path.isfile(word):  # which says no to a word too long for a name, where `Path.is_file` raises
         return [path]
     is_folder = os.path.isdir(word)
-    matches = _inside(path, notes) if is_folder else list(map(Path, glob.glob(word, recursive=True)))
+    matches = _inside(path, without, notes) if is_folder else list(map(Path, glob.glob(word, recursive=True)))
     matches = [p for p in matches if os.path.isfile(p) or not os.path.exists(p)]
     matches = [p for p in matches if not p.name.startswith("._")]  # of macOS, which holds no picture
-    tables = sorted(path.glob(f"*{CSV}")) if is_folder and (path / "images").is_dir() else []
-    _note_others(word, matches, tables, notes)
+    tables = sorted(path.glob(f"*{CSV}")) if is_folder and os.path.isdir(path / "images") else []
+    _note_others(word, len(path.parts) if is_folder else -1, matches, tables, notes)
     by_kind = {kind: sorted(p for p in matches if p.suffix.lower() in KINDS[kind]) for kind in KINDS}
     if without:  # results of an earlier run are parquet too
         labels = (without / "labels").resolve()
@@ -63,10 +64,13 @@ def find_inputs(word: str, without: Path | None, notes: list[str]) -> list[str |
     return by_kind[chosen]
 
 
-def _inside(folder: Path, notes: list[str]) -> list[Path]:
+def _inside(folder: Path, without: Path | None, notes: list[str]) -> list[Path]:
     """What is in a folder, to any depth, but folders."""
     found, closed, linked = [], [], 0
+    job = os.path.realpath(without) if without else None
     for where, folders, names in os.walk(folder, onerror=closed.append):
+        if job and os.path.realpath(where) == job:  # a job of millions has as many locks
+            folders[:] = [name for name in folders if name not in JOB]
         found += (Path(where, name) for name in names)
         linked += sum(os.path.islink(os.path.join(where, name)) for name in folders)
     if closed:
@@ -76,11 +80,12 @@ def _inside(folder: Path, notes: list[str]) -> list[Path]:
     return found
 
 
-def _note_others(word: str, matches: list[Path], tables: list[Path], notes: list[str]) -> None:
-    """Say how many files of other kinds there are, and what helps where something does."""
-    shown = [p for p in matches if not p.name.startswith(".") and p not in tables]
+def _note_others(word: str, depth: int, matches: list[Path], tables: list[Path], notes: list[str]) -> None:
+    """Say how many files of other kinds there are, and what helps where something does; but not of hidden ones, by a
+    part of their path from `depth` on."""
+    shown = [p for p in matches if p not in tables and not any(part.startswith(".") for part in p.parts[depth:])]
     others = Counter(suffix for p in shown if (suffix := p.suffix.lower()) not in SOUGHT)
-    for kind in others.keys() & UNREAD:
+    for kind in sorted(others.keys() & UNREAD):
         notes.append(f"{word}: {others.pop(kind):,} {kind} left out, a format that is not read; convert them to JPEG")
     if tables:
         notes.append(f"{word}: {', '.join(map(str, tables))} left out; name one to have answers go by its ids")

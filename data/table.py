@@ -3,6 +3,9 @@
 import codecs
 import csv
 import itertools
+import os
+import re
+import sys
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +18,7 @@ from errors import UserError
 
 UNQUOTED = "productDisplayName"  # of Kaggle's columns the one whose commas are not quoted, nor does it hold line breaks
 LINES = 500  # of a row, at most
+OF_NO_LETTER = re.compile(rb"[\x00\x81\x8d\x8f\x90\x9d]")  # in Windows-1252
 SEPARATORS = ",;\t"  # semicolons are what spreadsheets write where a comma is the decimal sign
 
 
@@ -27,6 +31,10 @@ def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int
     cells.
     """
     with table.open("rb") as lines:
+        if _is_windows(table):
+            if not int(os.environ.get("RANK", 0)):  # torchrun's: once is enough
+                print(f"{table} is not in UTF-8: read as Windows-1252", file=sys.stderr)
+            lines = (line.decode("cp1252").encode() for line in lines)
         first = [next(lines, b"").removeprefix(codecs.BOM_UTF8)]
         mark = max(SEPARATORS, key=lambda mark: len(_row(first, mark)[0] or []))
         header, taken = _row(first, mark)
@@ -42,6 +50,24 @@ def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int
                 yield number, cells
             elif any(texts := [text(cell) for cell in cells]):
                 yield number, dict(zip(header, texts, strict=True))
+
+
+def _is_windows(table: Path) -> bool:
+    """Whether a file has letters beyond ASCII, none of which is UTF-8, and Windows-1252 has all: as Excel saves "CSV".
+    Where some are UTF-8, the others are damage. Encodings of other alphabets may look the same.
+    """
+    beyond = False
+    if not table.is_file():  # a pipe is read once
+        return False
+    with table.open("rb") as lines:
+        for line in lines:
+            if not line.isascii():
+                beyond = True
+                if not line.decode(errors="ignore").isascii() or OF_NO_LETTER.search(line):
+                    return False
+            elif b"\0" in line:  # UTF-16
+                return False
+    return beyond
 
 
 def _rows(lines: Iterable[bytes], mark: str, width: int, title: int | None) -> Iterator[tuple[int, list[str] | str]]:

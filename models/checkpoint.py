@@ -28,18 +28,24 @@ from models.text import WIDTH as TEXT_WIDTH
 FORMAT = 4  # raise it when older code could not read what is written
 
 
-def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
-    """Put LoRA layers and heads, as `config` describes them, on a backbone; only those require a gradient.
+def adapt(backbone: nn.Module, config: dict) -> nn.Module:
+    """Put LoRA layers, as `config` describes them, into a backbone that is to be trained.
 
     Raises:
         UserError: a LoRA target that matches nothing, a rank below 1 (the message names it).
     """
-    settings, text, blind = dict(config["lora"]), config["text"], config["inputs"] == "title"
+    settings = dict(config["lora"])
     try:
-        if not blind:
+        if config["inputs"] != "title":
             apply_lora(backbone, settings.pop("targets"), **settings, table=VIT_TARGETS)
     except ValueError as error:
         raise UserError(str(error)) from None
+    return backbone
+
+
+def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
+    """Put fresh heads on a backbone from `adapt`; they and its LoRA layers, and nothing else, require a gradient."""
+    text, blind = config["text"], config["inputs"] == "title"
     heads, keep = make_heads(backbone.num_features, config), config["backbone"]["keep_patches"]
     encoder = TextEncoder(len(text["vocab"]), text["length"], text["vocab"].index(PAD)) if text else None
     model = AttributeClassifier(backbone, heads, keep, encoder, blind)
@@ -202,7 +208,7 @@ def load_checkpoint(folder: Path, weights: Path | None = None) -> tuple[Attribut
         )
     if list(backbone.patch_embed.img_size) != config["preprocess"]["size"]:
         raise UserError(f"{folder} contradicts itself: its preprocess.size is not what its backbone reads")
-    model = attach(backbone, config)
+    model = attach(adapt(backbone, config), config)
     load_tensors(folder, model, config)
     return model.eval(), config
 

@@ -25,8 +25,8 @@ from models.text import WIDTH as TEXT_WIDTH
 NUMBER = "a number"  # what the one output of a number means; a class's outputs mean its labels
 
 
-def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
-    """Copy what `model`, described by `config`, shares with a checkpoint, in place; and say what was kept and is new.
+def predecessor(config: dict, folder: Path) -> dict:
+    """The config of the checkpoint that a run with this one (`backbone`, `lora` and `inputs` are enough) inherits from.
 
     Raises:
         UserError: the checkpoint cannot be read, or is of another backbone or other LoRA layers.
@@ -36,13 +36,25 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
         theirs, ours = old["backbone"][key], config["backbone"][key]
         if theirs != ours:
             raise UserError(f"--init-from {folder} has the {what} {theirs}, not {ours}")
-    seen = "image" in old["inputs"] and "image" in config["inputs"]
     theirs, ours = _set(old["lora"]), _set(config["lora"])
-    for key in sorted(theirs | ours) if seen else []:
+    for key in sorted(theirs | ours) if _both_see(old, config) else []:
         if theirs.get(key) != ours.get(key):
             raise UserError(f"--init-from {folder} has --{key} {theirs.get(key)}, not {ours.get(key)}")
+    return old
 
-    state = adapter_tensors(folder, old)
+
+def _both_see(old: dict, config: dict) -> bool:
+    return "image" in old["inputs"] and "image" in config["inputs"]
+
+
+def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
+    """Copy what `model`, described by `config`, shares with a checkpoint, in place; and say what was kept and is new.
+
+    Raises:
+        UserError: as `predecessor`, or the checkpoint's tensors do not fit its config.
+    """
+    old = predecessor(config, folder)
+    seen, state = _both_see(old, config), adapter_tensors(folder, old)
     read = old["text"] is not None and old["text"] == config["text"]
     heads = make_heads(model.backbone.num_features, old)
     mine = {"heads.": dict(heads.named_parameters())}

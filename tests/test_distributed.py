@@ -1,6 +1,7 @@
 """Several processes train as one: the same steps, the same scores, and nothing lost when one of them dies."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models.checkpoint import sealed
 from options import parse_args
-from runs import holds_run, options_text
+from runs import choose, holds_run, options_text
 from tests.faults.conftest import assert_same
 
 ROOT = Path(__file__).parents[1]
@@ -213,7 +214,7 @@ def test_a_restart_does_not_go_on_with_a_run_of_other_options(words, alone):
     assert (alone / "last" / "config.json").read_bytes() == before
 
 
-def test_a_restart_knows_its_run_though_the_hub_has_moved_on(tmp_path):
+def test_a_restart_knows_its_run_though_the_hub_has_moved_on(tmp_path, monkeypatch):
     (tmp_path / "last").mkdir()
 
     def options(*words):
@@ -229,6 +230,11 @@ def test_a_restart_knows_its_run_though_the_hub_has_moved_on(tmp_path):
     assert not holds_run(tmp_path, options("--data", "hub:owner/boots", "--amp"))
     assert not holds_run(tmp_path, options("--data", "hub:owner/shoes"))
     assert not holds_run(tmp_path, options("--data", "hub:owner/shoes", "--amp", "--seed", "5"))
+
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with contextlib.ExitStack() as held:  # and asks the hub for nothing
+        words = ["--out", str(tmp_path), "--data", "hub:owner/shoes", "--amp"]
+        assert choose(words, torch.device("cpu"), held).data == "hub:owner/shoes@1234"
 
 
 def test_restarts_need_a_folder_to_find_again(words):

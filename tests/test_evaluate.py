@@ -140,6 +140,22 @@ def test_errors(command, demo_run, cache_dir, tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_labels_that_training_never_had_are_named(command, demo_run, cache_dir, tmp_path):
+    subprocess.run([sys.executable, "-m", "data.demo", "--out", tmp_path, "--rows", "60"], cwd=ROOT, check=True)
+    with open(tmp_path / "styles.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, usage in zip(rows, ["Moonwalk"] * 3 + ["Siesta"], strict=False):
+        row["usage"] = usage
+    with open(tmp_path / "styles.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    words = ("--data", tmp_path, "--split", "all", "--cache-dir", cache_dir)
+    done = command("evaluate.py", "--checkpoint", demo_run / "best", *words)
+    assert done.returncode == 0, done.stderr
+    assert "usage: wrong in 4 rows for a label that training never had, as 'Moonwalk' (3), 'Siesta' (1)" in done.stdout
+
+
 def test_scores_replace_nothing_that_is_read(command, demo_run):
     for file in ("best/config.json", "options.json"):
         words = ("--checkpoint", demo_run / "best", "--data", "demo", "--json", demo_run / file)

@@ -96,7 +96,6 @@ def test_only_a_run_that_named_nothing_falls_back_to_the_demo(endpoint, capsys):
 
 def test_what_was_named_and_needs_the_hub_fails_in_one_line(endpoint, command, cache_dir, tmp_path):
     endpoint("http://127.0.0.1:9")
-    start = time.monotonic()
     words = (
         "--data",
         "demo",
@@ -113,4 +112,4 @@ def test_what_was_named_and_needs_the_hub_fails_in_one_line(endpoint, command, c
     done = command("train.py", "--backbone", "demo", "--out", tmp_path / "run2", "--cache-dir", cache_dir)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert options.HUB_DATA in done.stderr
-    assert time.monotonic() - start < 60, "it is known at once, not after retries"
+    assert huggingface_hub.constants.HF_HUB_OFFLINE, "so its libraries do not try again and again"

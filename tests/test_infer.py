@@ -246,6 +246,18 @@ def test_a_disk_that_is_full_is_one_line(command, demo_run, photos, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_says_what_becomes_of_the_answers(command, demo_run, photos, tmp_path, monkeypatch):
+    def interrupted(source):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("labeller.decode", interrupted)
+    out = tmp_path / "labels.csv"
+    done = command("infer.py", photos, "--checkpoint", demo_run / "best", "--out", out)
+    assert done.returncode == 130
+    assert done.stderr.endswith(f"{out} was not written; with a folder as --out what is done is kept\ninterrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_that_write_to_one_name_mix_no_rows(tmp_path):
     with Output(tmp_path / "labels.csv", [], ".1") as one, Output(tmp_path / "labels.csv", [], ".2") as other:
         for _ in range(3):

@@ -176,7 +176,8 @@ def test_a_run_whose_files_have_moved_goes_on_where_they_are_named_anew(command,
     words = [word for pair in places.items() for word in pair]
     rest = ("--backbone", "demo", "--epochs", 1, "--cache-dir", cache_dir, "--out", run)
     assert command("train.py", *words, *rest).returncode == 0
-    before, best = options.read_bytes(), ("--checkpoint", run / "best", "--json")
+    before, skipped = options.read_bytes(), (run / "skipped.csv").read_bytes()
+    best = ("--checkpoint", run / "best", "--json")
     again, said = ["train.py", "--resume", "--out", run], command("infer.py", *best, folder / "images" / "10051.jpg")
     for option, place in places.items():
         place.rename(tmp_path / f"moved-{place.name}")
@@ -188,12 +189,31 @@ def test_a_run_whose_files_have_moved_goes_on_where_they_are_named_anew(command,
     done = command(*again, "--data", "demo")
     assert (done.returncode, "--resume: the catalogue has rows" in done.stderr) == (2, True)
     assert options.read_bytes() == before, "another catalogue is not taken for the one that has moved"
+    assert (run / "skipped.csv").read_bytes() == skipped
     assert command(*again, "--cache-dir", tmp_path / "cache").returncode == 0
     kept = json.loads(options.read_text())
     wanted = json.loads(before) | {option[2:]: str(tmp_path / f"moved-{p.name}") for option, p in places.items()}
     assert kept == wanted | {"cache_dir": str(tmp_path / "cache")}
     done = command("infer.py", *best, tmp_path / "moved-shop" / "images" / "10051.jpg")
     assert done.stdout.replace("moved-shop", "shop") == said.stdout != ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--targets", "gate"), "target 'gate' matches no linear layer"),
+        (("--rank", "query=4"), "no rank for target 'key'"),
+        (("--init-from", "gone"), "no checkpoint at"),
+        (("--attributes", "own.toml"), "is not a number; mend that cell"),
+    ],
+)
+def test_a_mistake_is_told_before_pictures_are_decoded(command, kaggle_folder, tmp_path, words, message):
+    number = '[attributes.price]\ncolumn = "productDisplayName"\nkind = "number"\nlevel = 4\n'
+    (tmp_path / "own.toml").write_text(FASHION_FILE.read_text(encoding="utf-8") + number)
+    where = ("--data", kaggle_folder, "--backbone", "demo", "--cache-dir", tmp_path / "cache")
+    done = command("train.py", *where, *words, "--out", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
@@ -233,7 +253,7 @@ def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
         (["--limit", "3"], "is too small"),
         (["--data", ""], "argument --data: it is empty"),
         (["--backbone", ""], "argument --backbone: it is empty"),
-        (["--rank", "5000"], "no checkpoint of this run could be read: its lora.rank is not what it should be"),
+        (["--rank", "100000000"], "no checkpoint of this run could be read: its lora.rank is not what it should be"),
         (["--img-size", "257", "--patch-size", "1"], "an image of 257 pixels a side has more than 256 patches of 1;"),
         (["--img-size", "1000000"], "an image of 1000000 pixels a side has more than 256 patches of 8;"),
         (["--rank", "query=8,key=4,value=4,dense=4,dens=2"], "rank of 'dens', which is no target"),

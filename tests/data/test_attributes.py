@@ -13,6 +13,7 @@ from data.attributes import (
     families,
     fit_label_maps,
     known_paths,
+    nearly_alike,
 )
 from data.schema import FASHION, Attribute
 from errors import UserError
@@ -22,6 +23,14 @@ def catalogue(**changed):
     columns = {attribute.column: ["a", "b", "c", None] for attribute in FASHION}
     columns["productDisplayName"] = ["Nike Men Shoe", "Puma Women Shoe", "Zzz Men Shoe", None]
     return columns | changed
+
+
+def test_labels_that_differ_in_case_and_spaces_alone():
+    assert nearly_alike(["Jeans", "T-Shirts", "T Shirts", "Tshirts", "jeans ", "jean"]) == [
+        ["Jeans", "jeans "],
+        ["T-Shirts", "T Shirts", "Tshirts"],
+    ]
+    assert nearly_alike(["Men", "Women"]) == []
 
 
 def test_the_declaration():

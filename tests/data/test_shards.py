@@ -13,7 +13,7 @@ import pytest
 from data import shards
 from data.images import ImageError, decode
 from data.shards import Row, open_source, stream_shards
-from errors import UserError
+from errors import UserError, check_writable
 from tests.data.conftest import picture, write_tar
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -268,7 +268,7 @@ def test_a_link_that_leads_nowhere_is_a_row_with_the_reason(tmp_path):
 
 
 def test_a_folder_that_may_not_be_read_is_named():
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # which anybody may enter
         photos = Path(name)
         photos.chmod(0o755)
         (photos / "a.png").write_bytes(b"x")
@@ -280,14 +280,21 @@ def test_a_folder_that_may_not_be_read_is_named():
         try:
             os.seteuid(user or 65534)  # root may read all
             source = open_source([name])
+            (listed,) = open_source([str(photos / "listed")]).files
+            with pytest.raises(UserError, match="no image in folder"):
+                open_source([str(photos / "mine")])
+            with pytest.raises(UserError, match="Permission denied"):
+                check_writable(photos / "labels.csv", "--out", source.paths)
         finally:
             os.seteuid(user)
     assert source.files == [photos / "a.png", photos / "listed" / "b.png"], "the latter for its reason to be given"
+    assert listed == photos / "listed" / "b.png"
     assert source.notes == [f"{photos}: 1 in it cannot be read, {photos / 'mine'}: Permission denied"]
 
 
 def test_other_files_are_counted_but_hidden_ones(tmp_path):
-    for name in (".DS_Store", "a.png", "b.mov", "c.MOV", "d.psd", "README", "e.csv"):
+    (tmp_path / ".git").mkdir()
+    for name in (".DS_Store", ".git/config", "a.png", "b.mov", "c.MOV", "d.psd", "README", "e.csv"):
         (tmp_path / name).write_bytes(b"x")
     said = f"{tmp_path}: left out as no pictures: 2 .mov, "
     (note,) = open_source([str(tmp_path)]).notes

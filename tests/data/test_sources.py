@@ -180,7 +180,7 @@ def test_limit_is_spread_and_stable(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("./nothing/here", r"no such data: './nothing/here'; name a folder"),
+        ("./nothing/here", r"no such data: './nothing/here'; give --data a folder"),
         ("nothing", r"no such data: 'nothing'"),
         ("EMPTY", r"holds neither a CSV file \(in UTF-8\) with images/ nor \*.parquet"),
         ("TEXT", r"holds neither a CSV file \(in UTF-8\) with images/ nor \*.parquet"),

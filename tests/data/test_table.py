@@ -1,5 +1,7 @@
 """Tables as spreadsheets and shops write them, good or damaged."""
 
+import os
+import threading
 import unicodedata
 
 import pytest
@@ -36,6 +38,28 @@ def test_cells_are_separated_as_those_of_the_first_line(tmp_path, mark):
         ("1", "A, B; C\tD", "Hall"), ("2", None, "Office"), ("3", None, None)
     ]  # fmt: skip
     assert next(read_rows(tmp_path / "shop.csv", ["about"]))[1]["about"] == "A, B; C\tD"
+
+
+def test_a_table_that_excel_saved_on_windows(tmp_path, capsys):
+    text = "id;about\n1;Caf\u00e9 chair, 5 \u20ac\n2;Plain\n3;\u00dcber\n"
+    assert rows(tmp_path / "shop.csv", text.encode("cp1252")) == [
+        ("1", "Caf\u00e9 chair, 5 \u20ac"), ("2", "Plain"), ("3", "\u00dcber")
+    ]  # fmt: skip
+    assert capsys.readouterr().err == f"{tmp_path / 'shop.csv'} is not in UTF-8: read as Windows-1252\n"
+    assert rows(tmp_path / "shop.csv", text) == rows(tmp_path / "shop.csv", "\ufeff" + text)
+
+
+@pytest.mark.parametrize("line", [b"1;Caf\xc3\xa9 \xdc", b"1;\x81\xe9", b"1;\xe9\0"])
+def test_where_some_of_it_is_utf_8_or_no_letter_the_rest_is_damage(tmp_path, line):
+    assert rows(tmp_path / "shop.csv", b"id;about\n" + line) == ["not UTF-8, or no CSV"]
+
+
+def test_a_table_may_come_through_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("id,about\n1,Bed\n",))
+    writer.start()
+    assert [cells for _, cells in read_rows(tmp_path / "pipe")] == [{"id": "1", "about": "Bed"}]
+    writer.join()
 
 
 @pytest.mark.parametrize("column", ["first", "last"])

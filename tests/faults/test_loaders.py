@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from errors import UserError
 from models.backbone import DEMO, DEMO_WEIGHTS, create_backbone
 from models.checkpoint import (
+    adapt,
     attach,
     load_checkpoint,
     load_tensors,
@@ -46,7 +47,7 @@ def checkpoint(tmp_path_factory):
         "data": {"fingerprint": "x"},
     }
     folder = tmp_path_factory.mktemp("checkpoint") / "best"
-    save_checkpoint(folder, attach(backbone, config), config)
+    save_checkpoint(folder, attach(adapt(backbone, config), config), config)
     return folder
 
 
@@ -96,7 +97,7 @@ def test_mutated_adapters_whose_checksum_was_forged_do_not_crash(checkpoint, tmp
     """No checksum can tell these; what loads has every tensor, of the right shape, and finite."""
     folder, rng = shutil.copytree(checkpoint, tmp_path / "best"), random.Random(1)
     data, config = (folder / "adapter.safetensors").read_bytes(), json.loads((folder / "config.json").read_text())
-    model = attach(create_backbone(DEMO)[0], config)
+    model = attach(adapt(create_backbone(DEMO)[0], config), config)
     finite = lambda _: all(p.isfinite().all() for p in trained_params(model).values())  # noqa: E731
     refused = 0
     for _ in range(MUTANTS):

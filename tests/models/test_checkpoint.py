@@ -11,6 +11,7 @@ from errors import UserError
 from lora import merge_lora, parameter_summary
 from models.backbone import DEMO, bare_backbone, create_backbone
 from models.checkpoint import (
+    adapt,
     amend_config,
     attach,
     load_checkpoint,
@@ -48,7 +49,7 @@ def trained(tmp_path):
         "preprocess": PREPROCESS,
         "data": {"fingerprint": "x"},
     }
-    model = attach(backbone, config).eval()
+    model = attach(adapt(backbone, config), config).eval()
     for name, p in trained_params(model).items():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(p, std=0.1)
@@ -189,7 +190,7 @@ def test_variants_round_trip(tmp_path, variant):
         "preprocess": PREPROCESS,
         "data": {"fingerprint": "x"},
     }
-    model = attach(backbone, config).eval()
+    model = attach(adapt(backbone, config), config).eval()
     with torch.no_grad():
         for p in trained_params(model).values():
             p += 0.05 * torch.randn_like(p)
@@ -203,6 +204,7 @@ def test_vit_b_has_the_recipes_2654208_lora_parameters():
         backbone = bare_backbone("vit_base_patch16_224")
         lora = {"targets": ["query", "key", "value", "dense"], "rank": 16, "alpha": 32, "dropout": 0.05}
         rest = {"attributes": [], "inputs": "image", "text": None, "backbone": OWN_PATCHES}
-        model = attach(backbone, {"lora": lora} | rest)
+        config = {"lora": lora} | rest
+        model = attach(adapt(backbone, config), config)
     assert sum(p.numel() for p in trained_params(model).values()) == 2_654_208
     assert parameter_summary(model).startswith("trainable 2,654,208 / total 88,45")

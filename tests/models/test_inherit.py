@@ -5,7 +5,7 @@ import torch
 
 from errors import UserError
 from models.backbone import DEMO, create_backbone
-from models.checkpoint import attach, read_config, save_checkpoint, trained_params
+from models.checkpoint import adapt, attach, read_config, save_checkpoint, trained_params
 from models.inherit import inherit
 from tests.conftest import OWN_PATCHES
 from tests.models.test_checkpoint import IMAGES, PLAIN, PREPROCESS
@@ -36,7 +36,7 @@ def described(attributes: dict, rank: int = 4) -> dict:
 
 def fresh(config: dict, seed: int):
     torch.manual_seed(seed)
-    model = attach(create_backbone(DEMO)[0], config).eval()
+    model = attach(adapt(create_backbone(DEMO)[0], config), config).eval()
     for name, p in trained_params(model).items():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(p, std=0.1)

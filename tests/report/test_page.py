@@ -146,8 +146,8 @@ def judged(command, checkpoint, report) -> dict[str, list[tuple]]:
     }
 
 
-def cells(text: str, first: str) -> list[str]:
-    """The other cells of the table's row that begins with `first`."""
+def cells(text: str, first: str) -> list[list[str]]:
+    """The words of each other cell of the table's row that begins with `first`."""
     row = re.search(rf"<tr><t[hd]>{first}</t[hd]>(.*?)</tr>", text, re.DOTALL)
     return [re.sub(r"<.*?>", " ", cell).split() for cell in re.findall(r"<td.*?>(.*?)</td>", row[1], re.DOTALL)]
 

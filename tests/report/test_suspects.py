@@ -42,15 +42,16 @@ def test_conflicting_are_identical_pictures_alone_by_attribute_clearest_first():
     assert conflicting(ROWS, np.arange(5, dtype=np.uint64), labels, SAID, P) == []
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1"])
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1+1", "-1.", "-1\n", "@SUM(A1)", "\t=1", "\r=1", "\n=1"])
 def test_cells_that_look_like_formulas_are_made_inert(text):
     assert inert(text) == "'" + text
     assert inert("x" + text) == "x" + text
+    assert inert("-500") == "-500", "a number, and an id that must be found again"
 
 
 def test_csv_holds_every_suspect_and_no_formula(tmp_path):
     titles = [None] * 10 + ['=HYPERLINK("http://x","y")', None, "Plain, with a comma", "@SUM(A1)", None]
-    ids = [str(i) for i in range(10)] + ["-10", "11", "12", "13", "14"]
+    ids = [str(i) for i in range(10)] + ["-10+1", "11", "12", "13", "14"]
     catalogue = Catalogue("shop", ids, {}, lambda i: b"", "")
     single = [Suspect(10, "gender", 2, 0, 0.0001, 0.9)]
     groups = [[Suspect(12, "usage", 0, 0, 0.6, 0.6), Suspect(13, "usage", 1, 0, 0.1, 0.9)]]
@@ -59,7 +60,7 @@ def test_csv_holds_every_suspect_and_no_formula(tmp_path):
     with open(tmp_path / "suspects.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["why"], r["group"], r["id"], r["attribute"]) for r in rows] == [
-        ("contradicted", "", "'-10", "gender"),
+        ("contradicted", "", "'-10+1", "gender"),
         ("identical pictures", "1", "12", "usage"),
         ("identical pictures", "1", "13", "usage"),
     ]
