@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import options
 import train
 from data.schema import FASHION_FILE
 from errors import UserError
@@ -308,6 +309,14 @@ def test_resuming_takes_no_option_even_at_its_default(command, demo_run):
     done = command("train.py", "--resume", "--out", demo_run, "--epochs", 5)
     assert done.returncode == 2
     assert "leave out --epochs" in done.stderr
+
+
+def test_the_defaults_are_those_of_the_recipe():
+    """But for the learning rate: see `benchmarks/README.md`."""
+    args = vars(options.parse_args([]))
+    wanted = {"rank": 16, "alpha": 32, "dropout": 0.05, "targets": ["query", "key", "value", "dense"], "epochs": 5}
+    wanted |= {"batch_size": 16, "accum": 1, "lr": 1e-3, "seed": 0, "amp": None, "data": None, "backbone": None}
+    assert {name: args[name] for name in wanted} == wanted
 
 
 @pytest.mark.parametrize("name", ["options.json", "skipped.csv", "vocab.txt", "events.out.tfevents.1.other"])
