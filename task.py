@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 import distributed
 from data.attributes import (
@@ -23,8 +24,8 @@ from data.attributes import (
     fit_scales,
     known_paths,
     nearly_alike,
-    numbers,
     of_config,
+    read_numbers,
 )
 from data.batches import Rows, epoch_batches
 from data.catalogue import Catalogue, digest, skipped_why
@@ -87,22 +88,8 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
         raise UserError(f'--inputs {args.inputs}: {args.attributes} names no column of titles; add title = "COLUMN"')
     needs = columns_of(attributes, schema.title if reads else None)
     catalogue = load_source(args.data, args.cache_dir, args.limit, needs)
-    backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size, args.patch_size)
-    config = {
-        "backbone": {"name": args.backbone}
-        | {name: getattr(args, name) for name in ("img_size", "patch_size", "keep_patches")}
-        | {"fingerprint": fingerprint},
-        "lora": {name: getattr(args, name) for name in LORA_OPTIONS},
-        "inputs": args.inputs,
-    }
-    # Mistakes are told before pictures are decoded: in the options of LoRA, in what is inherited from, in cells.
-    if where := misfit(config["lora"], CONFIG["lora"], "lora"):
-        raise UserError(f"no checkpoint of this run could be read: its {where} is not what it should be")
-    adapt(backbone, config)
-    if args.init_from and not args.resume:
-        predecessor(config, args.init_from)
-    for a in (a for a in attributes if a.kind == "number"):
-        numbers(catalogue.columns, a)
+    numbers = read_numbers(catalogue.columns, attributes)
+    backbone, config = begin(args)
     wants = timm.data.resolve_model_data_config(backbone)
     size = wants["input_size"][1:]
     preprocess = Preprocess(
@@ -119,7 +106,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     print(f"{catalogue.name}: {sizes} rows; {skipped_why(store.skipped)}")
     kept = f"decoded images: {store.path} ({store.nbytes / 1e6:,.0f} MB, " if store.nbytes else "images are not kept ("
     print(f"{kept}{'new' if store.built else 'reused'})")
-    entries, known = fit_targets(catalogue, train_rows, attributes, args.min_brand_count)
+    entries, known = fit_targets(catalogue, numbers, train_rows, attributes, args.min_brand_count)
     if not (known.labels[store.rows("val")] >= 0).any():
         raise UserError(f"{catalogue.name}: no row of the val split has a label of a class; label more of its rows")
     config |= {
@@ -135,8 +122,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     if reads:
         config["text"] = fit_text(args, config, catalogue.columns[schema.title], train_rows)
         known = known._replace(tokens=read_titles(config, catalogue))
-    if where := misfit(json.loads(json.dumps(config))):  # better now than when a checkpoint of it is read
-        raise UserError(f"no checkpoint of this run could be read: its {where} is not what it should be")
+    check_fits(config, CONFIG)  # better now than when a checkpoint of it is read
     if what := contradiction(config):
         raise UserError(f"no checkpoint of this run could be read: {what}")
     model = attach(backbone, config)
@@ -149,13 +135,42 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     return Task(model, config, preprocess, catalogue, store, known)
 
 
+def begin(args: argparse.Namespace) -> tuple[VisionTransformer, dict]:
+    """The frozen backbone with its LoRA layers, and what a checkpoint's config says of both.
+
+    Before pictures are decoded, so that mistakes in these options are told at once; also in what is inherited from.
+    """
+    backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size, args.patch_size)
+    own = {name: getattr(args, name) for name in ("img_size", "patch_size", "keep_patches")}
+    config = {
+        "backbone": {"name": args.backbone} | own | {"fingerprint": fingerprint},
+        "lora": {name: getattr(args, name) for name in LORA_OPTIONS},
+        "inputs": args.inputs,
+    }
+    check_fits(config["lora"], CONFIG["lora"], "lora")
+    adapt(backbone, config)
+    if args.init_from and not args.resume:
+        predecessor(config, args.init_from)
+    return backbone, config
+
+
+def check_fits(part, shape, name: str = "") -> None:
+    """Raise a `UserError` where a part of a config, called `name`, could not be read back."""
+    if where := misfit(json.loads(json.dumps(part)), shape, name):
+        raise UserError(f"no checkpoint of this run could be read: its {where} is not what it should be")
+
+
 def fit_targets(
-    catalogue: Catalogue, train_rows: np.ndarray, attributes: Sequence[Attribute], min_brand_count: int
+    catalogue: Catalogue,
+    numbers: dict[str, np.ndarray],
+    train_rows: np.ndarray,
+    attributes: Sequence[Attribute],
+    min_brand_count: int,
 ) -> tuple[list[dict], Rows]:
     """A checkpoint's `attributes`, fitted on train rows, and what is known of all rows in their classes and scales."""
     maps = fit_label_maps(catalogue.columns, train_rows, attributes, min_brand_count)
-    scales = fit_scales(catalogue.columns, train_rows, attributes)
-    known = encode(catalogue, attributes, maps, scales)
+    scales = fit_scales(numbers, train_rows, attributes)
+    known = encode(catalogue, numbers, attributes, maps, scales)
     print("classes:", ", ".join(f"{name} {len(m.labels)}" for name, m in maps.items()))
     for name, m in maps.items():
         for alike in nearly_alike(m.labels):
@@ -211,7 +226,8 @@ def load_task(
     title = config["title"] if config["text"] else None
     catalogue = load_source(data, cache_dir, limit, columns_of(attributes.values(), title))
     store = open_store(catalogue, preprocess.canvas, cache_dir, store_gb * 1e9)
-    known = encode(catalogue, list(attributes.values()), maps, scales)
+    numbers = read_numbers(catalogue.columns, list(attributes.values()))
+    known = encode(catalogue, numbers, list(attributes.values()), maps, scales)
     if title:
         known = known._replace(tokens=read_titles(config, catalogue))
     return Task(model.to(device), config, preprocess, catalogue, store, known)
@@ -247,11 +263,15 @@ def read_titles(config: dict, catalogue: Catalogue) -> np.ndarray:
 
 
 def encode(
-    catalogue: Catalogue, attributes: Sequence[Attribute], maps: dict[str, LabelMap], scales: dict[str, Scale]
+    catalogue: Catalogue,
+    numbers: dict[str, np.ndarray],
+    attributes: Sequence[Attribute],
+    maps: dict[str, LabelMap],
+    scales: dict[str, Scale],
 ) -> Rows:
     """All that is known of the rows, in the classes and scales that were fitted."""
     return Rows(
         encode_labels(catalogue.columns, maps, attributes),
-        encode_numbers(catalogue.columns, scales, attributes),
+        encode_numbers(numbers, scales, len(catalogue)),
         np.empty((len(catalogue), 0), dtype=np.int32),
     )

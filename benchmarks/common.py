@@ -25,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
 from data.batches import epoch_batches, make_loader
-from errors import UserError
-from models.checkpoint import trained_params
+from errors import Parser, UserError
+from models.checkpoint import find_checkpoint, trained_params
 from models.classifier import attribute_losses
-from options import choose_amp, choose_source, parse_args
+from options import add_catalogue_options, add_checkpoint_options, choose_amp, choose_source, parse_args
 from runs import Board
 from state import TrainingState
 from step import MAX_GRAD_NORM, parameter_groups, windows
-from task import AMP, Task, setup
+from task import AMP, Task, load_task, setup
 
 
 class Training(NamedTuple):
@@ -124,6 +124,17 @@ def in_turn(
             if round_ >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def trained(description: str) -> Task:
+    """A checkpoint with a labelled catalogue, both named by the options of `evaluate.py`."""
+    parser = Parser(description=description)
+    add_checkpoint_options(parser)
+    add_catalogue_options(parser)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = find_checkpoint(args.checkpoint)
+    return load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device, args.store_gb)
 
 
 def peak_memory(way: Callable[[], object], device: torch.device) -> int:

@@ -10,13 +10,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data.store import STORE_GB, default_cache_dir
-from errors import Parser, exits_cleanly
-from evaluate import evaluate, load_task
+from common import trained
+
+from errors import exits_cleanly
+from evaluate import evaluate
 from metrics import score
 from models.decode import Decoder
 
@@ -25,19 +24,13 @@ OFTEN, TIMES = (2, 3, 5, 10), (100, 20, 10, 2)
 
 @exits_cleanly
 def main() -> int:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir())
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task = load_task(args.checkpoint, args.weights, args.data, args.cache_dir, None, device, STORE_GB)
+    task = trained(__doc__.splitlines()[0])
+    device = next(task.model.parameters()).device
     found, names = evaluate(task, "val", device), list(task.classes)
     (paths,) = task.config["paths"]
     columns = [names.index(name) for name in paths["attributes"]]
-    trained = task.labels[task.store.rows("train")][:, columns]
-    counts = Counter(map(tuple, trained[(trained >= 0).all(1)].tolist()))
+    labels = task.labels[task.store.rows("train")][:, columns]
+    counts = Counter(map(tuple, labels[(labels >= 0).all(1)].tolist()))
     commonest = Counter()  # last label -> rows of its commonest path
     for path, count in counts.items():
         commonest[path[-1]] = max(commonest[path[-1]], count)

@@ -15,14 +15,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common import trained
+
 from data.images import decode
-from data.store import STORE_GB, default_cache_dir
-from errors import Parser, exits_cleanly
-from evaluate import Evaluation, Task, evaluate, load_task
+from errors import exits_cleanly
+from evaluate import Evaluation, Task, evaluate
 from models.decode import Decoder
 from report.suspects import conflicting, contradicted
 
@@ -130,14 +130,8 @@ def conflicts(task: Task, evaluations: list[Evaluation]) -> None:
 
 @exits_cleanly
 def main() -> int:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir())
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task = load_task(args.checkpoint, args.weights, args.data, args.cache_dir, None, device, STORE_GB)
+    task = trained(__doc__.splitlines()[0])
+    device = next(task.model.parameters()).device
     val = evaluate(task, "val", device)
     flips(task, val)
     conflicts(task, [val, evaluate(task, "train", device)])

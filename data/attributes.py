@@ -80,11 +80,13 @@ def fit_label_maps(
     return maps
 
 
-def fit_scales(columns: Columns, train_rows: Sequence[int], attributes: Sequence[Attribute]) -> dict[str, Scale]:
-    """The scale of each number, from `train_rows` alone. Raises what `fit_label_maps` and `numbers` raise."""
+def fit_scales(
+    numbers: dict[str, np.ndarray], train_rows: Sequence[int], attributes: Sequence[Attribute]
+) -> dict[str, Scale]:
+    """The scale of each number (see `read_numbers`), from `train_rows` alone. Raises what `fit_label_maps` raises."""
     scales = {}
     for a in (a for a in attributes if a.kind == "number"):
-        values = numbers(columns, a)[train_rows]
+        values = numbers[a.name][train_rows]
         values = values[~np.isnan(values)]
         _check_varied(a, np.unique(values).tolist(), "leave it out")
         with np.errstate(over="ignore", invalid="ignore"):
@@ -101,16 +103,20 @@ def _check_varied(a: Attribute, values: list, remedy: str) -> None:
         raise UserError(f"{a.name} is {values[0]!r} in every train row (column {a.column}): nothing to learn; {remedy}")
 
 
-def numbers(columns: Columns, attribute: Attribute) -> np.ndarray:
-    """All values of a number: float64 (N,), NaN where the catalogue has none.
+def read_numbers(columns: Columns, attributes: Sequence[Attribute]) -> dict[str, np.ndarray]:
+    """{number: its values in all rows}, float64 (N,), NaN where the catalogue has none.
 
     Raises:
         UserError: a cell is no number; the message names the row.
     """
-    if attribute.derive == "price":
-        return price.simulate(columns)
-    cells = zip(columns[attribute.column], columns["id"], strict=True)
-    return np.fromiter((number(text, attribute.column, id) for text, id in cells), float, len(columns["id"]))
+    read = {}
+    for a in (a for a in attributes if a.kind == "number"):
+        if a.derive == "price":
+            read[a.name] = price.simulate(columns)
+        else:
+            cells = zip(columns[a.column], columns["id"], strict=True)
+            read[a.name] = np.fromiter((number(text, a.column, id) for text, id in cells), float, len(columns["id"]))
+    return read
 
 
 def encode_labels(columns: Columns, maps: dict[str, LabelMap], attributes: Sequence[Attribute]) -> np.ndarray:
@@ -122,12 +128,12 @@ def encode_labels(columns: Columns, maps: dict[str, LabelMap], attributes: Seque
     return labels
 
 
-def encode_numbers(columns: Columns, scales: dict[str, Scale], attributes: Sequence[Attribute]) -> np.ndarray:
-    """All rows -> float32 (N, M), one column a number, in standard deviations from the mean of train rows; NaN where
-    there is none."""
-    scaled = np.empty((len(columns["id"]), len(scales)), dtype=np.float32)
-    for column, a in enumerate(a for a in attributes if a.kind == "number"):
-        scaled[:, column] = (numbers(columns, a) - scales[a.name].mean) / scales[a.name].std
+def encode_numbers(numbers: dict[str, np.ndarray], scales: dict[str, Scale], rows: int) -> np.ndarray:
+    """float32 (rows, M), one column a number, in standard deviations from the mean of train rows; NaN where there is
+    none."""
+    scaled = np.empty((rows, len(scales)), dtype=np.float32)
+    for column, (name, scale) in enumerate(scales.items()):
+        scaled[:, column] = (numbers[name] - scale.mean) / scale.std
     return scaled
 
 

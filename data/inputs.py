@@ -1,5 +1,6 @@
 """Which inputs the words of a command line mean: files, folders to any depth, globs; and what is said of all others."""
 
+import functools
 import glob
 import os
 from collections import Counter
@@ -13,7 +14,7 @@ SOUGHT = set().union(*KINDS.values())
 CSV = ".csv"
 UNREAD = {".heic", ".heif", ".avif"}
 NAMED = 5  # kinds of other files
-JOB = ("labels", "locks")  # folders of a job
+JOB = ("labels", "locks")  # folders of a job: results of an earlier run are parquet too
 
 
 def kind_of(name: str | Path) -> str:
@@ -45,15 +46,16 @@ def find_inputs(word: str, without: Path | None, notes: list[str]) -> list[str |
     if os.path.isfile(word):  # which says no to a word too long for a name, where `Path.is_file` raises
         return [path]
     is_folder = os.path.isdir(word)
-    matches = _inside(path, without, notes) if is_folder else list(map(Path, glob.glob(word, recursive=True)))
+    matches = _inside(path, notes) if is_folder else list(map(Path, glob.glob(word, recursive=True)))
+    if without:
+        real = functools.cache(os.path.realpath)  # of few folders, for each of many files
+        results = {real(without / name) for name in JOB}
+        matches = [p for p in matches if real(p.parent) not in results]
     matches = [p for p in matches if os.path.isfile(p) or not os.path.exists(p)]
     matches = [p for p in matches if not p.name.startswith("._")]  # of macOS, which holds no picture
     tables = sorted(path.glob(f"*{CSV}")) if is_folder and os.path.isdir(path / "images") else []
     _note_others(word, len(path.parts) if is_folder else -1, matches, tables, notes)
     by_kind = {kind: sorted(p for p in matches if p.suffix.lower() in KINDS[kind]) for kind in KINDS}
-    if without:  # results of an earlier run are parquet too
-        labels = (without / "labels").resolve()
-        by_kind["parquet"] = [p for p in by_kind["parquet"] if labels not in p.resolve().parents]
     chosen, *others = [kind for kind, some in by_kind.items() if some] or [None]
     if chosen is None:
         where = f"no image in folder {word}" if is_folder else f"no image file, folder or match for {word!r}"
@@ -64,13 +66,10 @@ def find_inputs(word: str, without: Path | None, notes: list[str]) -> list[str |
     return by_kind[chosen]
 
 
-def _inside(folder: Path, without: Path | None, notes: list[str]) -> list[Path]:
+def _inside(folder: Path, notes: list[str]) -> list[Path]:
     """What is in a folder, to any depth, but folders."""
     found, closed, linked = [], [], 0
-    job = os.path.realpath(without) if without else None
     for where, folders, names in os.walk(folder, onerror=closed.append):
-        if job and os.path.realpath(where) == job:  # a job of millions has as many locks
-            folders[:] = [name for name in folders if name not in JOB]
         found += (Path(where, name) for name in names)
         linked += sum(os.path.islink(os.path.join(where, name)) for name in folders)
     if closed:

@@ -101,7 +101,7 @@ def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     found = {suffix: [file for file in there if file.suffix.lower() == suffix] for suffix in opens}
     suffix = next((s for s, files in found.items() if files), None)
     if suffix is None:
-        raise UserError(f"{path} holds neither a CSV file (in UTF-8) with images/ nor *.parquet nor *.tar")
+        raise UserError(f"{path} holds neither a CSV file with images/ nor *.parquet nor *.tar")
     files, root = found[suffix], path if path.is_dir() else path.parent
     fingerprint = stat_fingerprint({str(file.relative_to(root)): file.stat() for file in files})
     name = path.resolve().stem if path.is_file() else path.resolve().name

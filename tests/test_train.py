@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import options
 import train
 from data.schema import FASHION_FILE
 from errors import UserError
 from models.backbone import DEMO_WEIGHTS, create_backbone
 from models.checkpoint import load_checkpoint, read_config
+from options import parse_args
 
 ROOT = Path(__file__).parents[1]
 
@@ -313,7 +313,7 @@ def test_resuming_takes_no_option_even_at_its_default(command, demo_run):
 
 def test_the_defaults_are_those_of_the_recipe():
     """But for the learning rate: see `benchmarks/README.md`."""
-    args = vars(options.parse_args([]))
+    args = vars(parse_args([]))
     wanted = {"rank": 16, "alpha": 32, "dropout": 0.05, "targets": ["query", "key", "value", "dense"], "epochs": 5}
     wanted |= {"batch_size": 16, "accum": 1, "lr": 1e-3, "seed": 0, "amp": None, "data": None, "backbone": None}
     assert {name: args[name] for name in wanted} == wanted

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.attributes import Scale, encode_numbers, fit_scales
+from data.attributes import Scale, encode_numbers, fit_scales, read_numbers
 from data.schema import FASHION, FASHION_FILE, Attribute, read_schema
 from errors import UserError
 
@@ -108,9 +108,9 @@ WIDTH = [Attribute("width", 1, "cm", kind="number")]
 
 def test_numbers_are_scaled_by_train_rows_alone():
     columns = {"id": list("abcde"), "cm": ["1", "3.0", None, "8", "1e3"]}
-    scales = fit_scales(columns, [0, 1, 2, 3], WIDTH)
+    scales = fit_scales(read_numbers(columns, WIDTH), [0, 1, 2, 3], WIDTH)
     assert scales == {"width": Scale(4.0, pytest.approx(np.std([1, 3, 8])), 3.0)}
-    scaled = encode_numbers(columns, scales, WIDTH)
+    scaled = encode_numbers(read_numbers(columns, WIDTH), scales, len(columns["id"]))
     assert (scaled.dtype, scaled.shape) == (np.float32, (5, 1))
     assert np.isnan(scaled[2, 0])
     assert scaled[[0, 1, 3, 4], 0] == pytest.approx((np.array([1, 3, 8, 1000]) - 4) / np.std([1, 3, 8]))
@@ -120,16 +120,16 @@ def test_numbers_are_scaled_by_train_rows_alone():
 def test_a_number_that_is_none_is_named(text):
     columns = {"id": ["a", "b", "c"], "cm": ["1", "2", text]}
     with pytest.raises(UserError, match=f"'{text}' in column cm, id c, is not a number"):
-        fit_scales(columns, [0, 1], WIDTH)
+        fit_scales(read_numbers(columns, WIDTH), [0, 1], WIDTH)
 
 
 def test_a_number_too_large_for_a_mean_is_an_error():
     with pytest.raises(UserError, match=r"width is up to 1e\+308 \(column cm\), too large for a mean"):
-        fit_scales({"id": ["a", "b"], "cm": ["1e308", "-1e308"]}, [0, 1], WIDTH)
+        fit_scales(read_numbers({"id": ["a", "b"], "cm": ["1e308", "-1e308"]}, WIDTH), [0, 1], WIDTH)
 
 
 def test_a_number_without_variety_is_an_error():
     with pytest.raises(UserError, match=r"width is 2.0 in every train row \(column cm\)"):
-        fit_scales({"id": list("abc"), "cm": ["2", "2.0", "3"]}, [0, 1], WIDTH)
+        fit_scales(read_numbers({"id": list("abc"), "cm": ["2", "2.0", "3"]}, WIDTH), [0, 1], WIDTH)
     with pytest.raises(UserError, match="no train row has a value of width"):
-        fit_scales({"id": list("abc"), "cm": [None, None, "3"]}, [0, 1], WIDTH)
+        fit_scales(read_numbers({"id": list("abc"), "cm": [None, None, "3"]}, WIDTH), [0, 1], WIDTH)

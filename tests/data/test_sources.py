@@ -182,8 +182,8 @@ def test_limit_is_spread_and_stable(tmp_path):
     [
         ("./nothing/here", r"no such data: './nothing/here'; give --data a folder"),
         ("nothing", r"no such data: 'nothing'"),
-        ("EMPTY", r"holds neither a CSV file \(in UTF-8\) with images/ nor \*.parquet"),
-        ("TEXT", r"holds neither a CSV file \(in UTF-8\) with images/ nor \*.parquet"),
+        ("EMPTY", r"holds neither a CSV file with images/ nor \*.parquet"),
+        ("TEXT", r"holds neither a CSV file with images/ nor \*.parquet"),
         ("BROKEN", r"broken.parquet cannot be read as parquet"),
         ("NO_IMAGES", r"has styles.csv but no folder images/"),
         ("NO_ROWS", r"no rows with an image \(1 skipped, 1 of them as 100: no such file in images/\)"),
