@@ -161,6 +161,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
     p.add_argument("--amp", **MIXED, help="mixed precision (default: off)")
+    p.add_argument("--compile", action="store_true", help="torch.compile each block: for GPUs, twice as fast there")
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     p.add_argument("--attributes", type=Path, metavar="FILE.toml", help="what to predict (default: data/fashion.toml)")
     p.add_argument("--inputs", choices=["image", "title", "image+title"], default="image", help="(default: image)")

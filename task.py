@@ -203,7 +203,11 @@ def shrink(
 def place(model: AttributeClassifier, args: argparse.Namespace, device: torch.device) -> None:
     """Put the model on its device, its frozen weights ready to compute with too; and say how large it is."""
     model.to(device)
-    keep_base_in(model, AMP[args.amp] or torch.float32)
+    if args.compile:
+        for block in model.backbone.blocks:  # one by one: they are alike, so what is made for the first serves all
+            block.compile()
+    else:
+        keep_base_in(model, AMP[args.amp] or torch.float32)
     text = sum(p.numel() for p in model.text.parameters()) if model.text else 0
     heads = sum(p.numel() for p in model.heads.parameters())
     adapters = sum(p.numel() for p in get_adapter_params(model).values())

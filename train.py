@@ -264,6 +264,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     try:
         finished = fit(args, task, device)
     except RuntimeError as error:
+        if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise UserError(f"--compile: {str(error).splitlines()[0]}; start anew without it") from None
         if not ran_out(error):
             raise
         raise UserError(

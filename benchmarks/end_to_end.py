@@ -4,14 +4,15 @@
     python benchmarks/end_to_end.py --data FOLDER --backbone vit_tiny_patch16_224 --weights FILE --img-size 112
 
 Takes the options of `train.py`. *Trainer* is what a user of transformers writes: HF's ViT under PEFT, pictures decoded,
-resized and normalised by torchvision in two worker processes, `Trainer.train()` with autocast, accumulation and
-clipping. *train.py* is its own `train_epoch`, with its image store already built, as it is from the second epoch on.
+resized and normalised by torchvision in a worker process for each core, `Trainer.train()` with autocast, accumulation
+and clipping; it is not compiled where `--compile` is given. *train.py* is its own `train_epoch`, with its image store already built, as it is from the second epoch on.
 They take turns; a turn is `STEPS` optimizer steps. Trainer's clock starts after the first step, when its workers run.
 *peak* is the most memory that tensors take in a turn, beyond the models, without what Trainer's workers need.
 """
 
 import copy
 import io
+import os
 import statistics
 import sys
 import time
@@ -114,7 +115,7 @@ def make_trainer(task: Task, args, folder: Path, clock: Clock) -> transformers.T
         bf16=args.amp == "bf16",
         fp16=args.amp == "fp16",
         use_cpu=not torch.cuda.is_available(),
-        dataloader_num_workers=2,
+        dataloader_num_workers=os.cpu_count(),
         remove_unused_columns=False,
         save_strategy="no",
         report_to="none",

@@ -1,7 +1,7 @@
 """A training step of LoRA on a ViT: this project beside PEFT, full fine-tuning, and what no LoRA step can do without.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/lora_step.py [--amp bf16] [--batch-size 4] [--plot FILE.png] [--profile]
+    python benchmarks/lora_step.py [--amp bf16] [--batch-size 4] [--ways NAME …] [--plot FILE.png] [--profile]
 
 A step is forward, backward and AdamW on pictures in memory, ViT-B/16 at 224 px, rank 16 on query, key, value and dense,
 dropout 0.05, random weights (the numbers do not depend on them). The ways take turns in one process; speeds are ratios
@@ -33,6 +33,7 @@ from models.attention import use_packed_attention
 from models.backbone import VIT_TARGETS
 
 RANK, ALPHA, CLASSES = 16, 32, 100
+BLOCKS = ("Block", "ViTLayer")  # of timm and of transformers
 HF_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -103,17 +104,20 @@ class Step:
     def __init__(self, make, dropout: float, args: argparse.Namespace, device: torch.device):
         torch.manual_seed(0)
         backbone = make(args.backbone, dropout).to(device)
-        keep_base_in(backbone, AMP[args.amp] or torch.float32)  # of LoRA layers: the rivals have none of ours
+        if args.compile:  # block by block, as `train.py --compile` does
+            for block in (module for module in backbone.modules() if type(module).__name__ in BLOCKS):
+                block.compile()
+        else:
+            keep_base_in(backbone, AMP[args.amp] or torch.float32)  # of LoRA layers: the rivals have none of ours
         width = timm.create_model(args.backbone, num_classes=0).num_features
         self.model = nn.Sequential(backbone, nn.Linear(width, CLASSES, device=device)).train()
-        self.run = torch.compile(self.model) if args.compile else self.model
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], 1e-4, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.autocast = torch.autocast(device.type, AMP[args.amp], enabled=AMP[args.amp] is not None)
 
     def loss(self, images, labels):
         with self.autocast:
-            return F.cross_entropy(self.run(images).float(), labels)
+            return F.cross_entropy(self.model(images).float(), labels)
 
     def __call__(self, images, labels):
         self.scaler.scale(self.loss(images, labels)).backward()
@@ -160,21 +164,23 @@ def main() -> None:
     parser.add_argument("--amp", choices=AMP, default="fp32")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--compile", action="store_true", help="torch.compile every way")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(default: all)", metavar="NAME")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of every way")
     parser.add_argument("--plot", type=Path, help="draw the table here")
     parser.add_argument(
         "--profile", action="store_true", help="also say where this project's step and the floor spend time"
     )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = {name: Step(*way, args, device) for name, way in WAYS.items()}
+    steps = {name: Step(*WAYS[name], args, device) for name in [FIRST, *args.ways]}
     size = timm.data.resolve_model_data_config(timm.create_model(args.backbone))["input_size"]
     batch = (
         torch.randn(args.batch_size, *size, device=device),
         torch.randint(CLASSES, (args.batch_size,), device=device),
     )
     kept = {name: step.kept(*batch) for name, step in steps.items()}
-    ways = steps | {FLOOR: steps["linear probe"].twice_forward}
+    bare = Step(*WAYS["linear probe"], args, device)
+    ways = steps | {FLOOR: bare.twice_forward}
     seconds = in_turn({name: partial(way, *batch) for name, way in ways.items()}, args.rounds, device)
     peak = {name: peak_memory(partial(step, *batch), device) for name, step in steps.items()}
     seconds[FLOOR] = [1.05 * s for s in seconds[FLOOR]]
@@ -191,7 +197,7 @@ def main() -> None:
         memory = "".join(f"{of[name] / 1e9:>10.2f}{of[name] / of[FIRST]:>7.2f}" for of in bytes_)
         print(f"{name:<28}{speed:>9.2f}{ratio:>7.2f}{spread:>15}{memory}")
     if args.profile:
-        for name, run in ("this project", steps["this project"]), (FLOOR, steps["linear probe"].twice_forward):
+        for name, run in ("this project", steps["this project"]), (FLOOR, bare.twice_forward):
             with torch.profiler.profile() as profile:
                 run(*batch)
             key = f"self_{device.type}_time_total"

@@ -5,7 +5,6 @@ tensor for the update and another for its sum with the base, in both directions,
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,45 +36,37 @@ def lora_linear(
     x: Tensor,
     base: Frozen,
     lora_A: Tensor,
-    rows: Sequence[slice],
-    scaled_B: Sequence[Tensor],
+    scaled_B: Tensor,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Frozen linear layer plus low-rank updates of some of its output rows.
+    """Frozen linear layer plus a low-rank update.
 
-        y = W x + b;    y[rows_k] += scaled_B_k A_k dropout(x)    for each k
+        y = W x + b + scaled_B A dropout(x)
 
     Args:
         x: (..., in).
         base: W and b, in the dtype to compute in; they get no gradient.
-        lora_A: (sum of ranks, in), the A_k stacked, so that all of them are one matrix product.
-        rows: for each k the output rows that it updates.
-        scaled_B: for each k (rows, rank), with the LoRA scaling already in it.
+        lora_A: (rank, in).
+        scaled_B: (out, rank), with the LoRA scaling already in it.
         dropout: probability that an element of `x` is hidden from the updates; the base always sees all of `x`.
 
     Returns:
         (..., out), in the dtype of `base`. Gradients come back in each input's own dtype.
     """
-    dropped = None
-    if dropout:
-        dropped = draw_dropped(x.numel(), dropout, x.device)
-        lora_A = lora_A / (1 - dropout)  # the keep-scale of dropout costs a pass over small A instead of one over x
     # autograd Functions are opaque to autocast. Casting A and B out here lets autograd cast their gradients back.
     dtype = base.weight.dtype if base.scale is None else base.scale.dtype
-    y = _LoRALinearFunction.apply(
-        x.reshape(-1, x.shape[-1]).contiguous(),
-        lora_A.to(dtype),
-        base,
-        rows,
-        dropped,
-        source_of(x),
-        *(B.to(dtype) for B in scaled_B),
-    )
+    lora_A = lora_A / (1 - dropout)  # the keep-scale of dropout costs a pass over small A instead of one over x
+    rows, lora_B = x.reshape(-1, x.shape[-1]).contiguous(), scaled_B.to(dtype)
+    if torch.compiler.is_compiling() and base.scale is None:
+        y = _ForCompiler.apply(rows, lora_A.to(dtype), lora_B, base.weight, base.bias, dropout)
+    else:
+        dropped = draw_dropped(x.numel(), dropout, x.device) if dropout else None
+        y = _LoRALinearFunction.apply(rows, lora_A.to(dtype), lora_B, base, dropped, source_of(x))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _LoRALinearFunction(torch.autograd.Function):
-    """With d(·) zeroing the dropped elements, h = d(x) Aᵀ (n, ranks), and one row block for brevity:
+    """With d(·) zeroing the dropped elements and h = d(x) Aᵀ (n, rank):
 
     y  = x Wᵀ + b + h Bᵀ
     dh = dy B,    dA = dhᵀ d(x),    dB = dyᵀ h,    dx = dy W + d(dh A)
@@ -85,16 +76,14 @@ class _LoRALinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, lora_A, base, rows, dropped, source, *lora_B):
+    def forward(ctx, x, lora_A, lora_B, base, dropped, source):
         cast = x.to(lora_A.dtype)
         y = frozen_linear(cast, base)  # (n, out)
-        own = cast if cast is not x or dropped is None else x.clone()
-        h = linear(_zero_(own, dropped), lora_A)  # (n, sum of ranks)
-        for block, h_k, B_k in zip(rows, _parts(h, lora_B), lora_B, strict=True):
-            y[:, block].addmm_(h_k, B_k.T)  # into y: the update never exists as a tensor of its own
-        ctx.base, ctx.rows, ctx.x_dtype = base, rows, x.dtype
+        h = linear(_zeroed(cast, dropped, own=cast is not x), lora_A)  # (n, rank)
+        y.addmm_(h, lora_B.T)  # into y: the update never exists as a tensor of its own
+        ctx.base, ctx.x_dtype = base, x.dtype
         ctx.make, kept = source or (torch.clone, (cast,))
-        ctx.save_for_backward(h, dropped, lora_A, *lora_B, *kept)
+        ctx.save_for_backward(h, dropped, lora_A, lora_B, *kept)
         return y
 
     @staticmethod
@@ -102,29 +91,50 @@ class _LoRALinearFunction(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)  # all is in the dtype of forward, whatever backward is called in
     @torch.autocast("cuda", enabled=False)
     def backward(ctx, dy):
-        h, dropped, lora_A, *rest = ctx.saved_tensors
-        lora_B, kept = rest[: len(ctx.rows)], rest[len(ctx.rows) :]
-        needs_x, needs_A, *_ = ctx.needs_input_grad
-        needs_B = ctx.needs_input_grad[-len(lora_B) :]
-        dx = dA = None
+        h, dropped, lora_A, lora_B, *kept = ctx.saved_tensors
+        needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
+        dx = dA = dB = None
         if needs_x or needs_A:
-            dh = torch.cat([linear(dy[:, block], B_k.T) for block, B_k in zip(ctx.rows, lora_B, strict=True)], dim=1)
+            dh = linear(dy, lora_B.T)
         if needs_A:
-            x = ctx.make(*kept).to(dh.dtype).reshape(-1, lora_A.shape[1]).contiguous()  # as `_zero_` takes it
-            dA = dh.T @ _zero_(x, dropped)
+            x = ctx.make(*kept).to(dh.dtype).reshape(-1, lora_A.shape[1]).contiguous()
+            dA = dh.T @ _zeroed(x, dropped)
         if needs_x:
-            dx = _zero_(linear(dh, lora_A.T), dropped)
+            dx = _zeroed(linear(dh, lora_A.T), dropped)
             dx = add_frozen_gradient(dx, dy, ctx.base).to(ctx.x_dtype)
-        dB = [
-            (h_k.T @ dy[:, block]).T if needed else None  # so rather than dyᵀ h: a third sooner where out is large
-            for block, h_k, needed in zip(ctx.rows, _parts(h, lora_B), needs_B, strict=True)
-        ]
-        return dx, dA, None, None, None, None, *dB
+        if needs_B:
+            dB = (h.T @ dy).T  # so rather than dyᵀ h: a third sooner on a CPU where out is large
+        return dx, dA, dB, None, None, None
 
 
-def _parts(h: Tensor, lora_B: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """(n, sum of ranks) -> (n, rank) for each pair."""
-    return h.split([B.shape[1] for B in lora_B], dim=1)
+class _ForCompiler(torch.autograd.Function):
+    """The same for torch.compile, which makes one pass of all that lies between two products. So products are few:
+
+    y = [x h] [W B]ᵀ + b,    [dx₀ dh] = dy [W B],    dx = dx₀ + d(dh A)
+
+    What of this is kept the compiler chooses. Plain autograd would compute dW with dB.
+    """
+
+    @staticmethod
+    def forward(ctx, x, lora_A, lora_B, weight, bias, dropout):
+        ctx.x_dtype, ctx.dropout = x.dtype, dropout
+        x = x.to(weight.dtype)
+        seed = draw_seed(x.device) if dropout else None
+        seen = hide(x, seed, dropout)
+        h = seen @ lora_A.T  # (n, rank)
+        joined = torch.cat([weight, lora_B], dim=1)  # (out, in + rank)
+        ctx.save_for_backward(seen, seed, h, lora_A, joined)
+        return F.linear(torch.cat([x, h], dim=1), joined, bias)
+
+    @staticmethod
+    @once_differentiable
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def backward(ctx, dy):
+        seen, seed, h, lora_A, joined = ctx.saved_tensors
+        dx, dh = (dy @ joined).split([lora_A.shape[1], lora_A.shape[0]], dim=1)
+        dx = dx + hide(dh @ lora_A, seed, ctx.dropout)
+        return dx.to(ctx.x_dtype), dh.T @ seen, (h.T @ dy).T, None, None, None
 
 
 def frozen_linear(x: Tensor, base: Frozen) -> Tensor:
@@ -198,12 +208,12 @@ def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
 def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
     """Which of `numel` elements dropout drops, each on its own with probability `p`, from the default generator.
 
-    Off the CPU, and under torch.compile, a boolean mask (numel,). On the CPU, where drawing a number per element would
+    Off the CPU a boolean mask (numel,). On the CPU, where drawing a number per element would
     take a fifth of a training step, the positions of the dropped elements: the gap from one to the next is geometric,
     `1 + floor(log(1 - u) / log(1 - p))` for uniform u, so only about `p * numel` numbers are drawn, and about `4 p`
     bytes per element are kept.
     """
-    if device.type != "cpu" or torch.compiler.is_compiling():  # how many are dropped would be a number to wait for
+    if device.type != "cpu":  # how many are dropped would be a number to wait for
         return torch.empty(numel, dtype=torch.bool, device=device).bernoulli_(p)
     # Six standard deviations over the expected count: too few about once in 10⁹ draws, and then only a tail is kept.
     count = min(numel, math.ceil(numel * p + 6 * math.sqrt(numel * p)) + 8)
@@ -214,13 +224,40 @@ def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
     return positions.to(torch.int32 if numel < 2**31 else torch.int64)
 
 
-def _zero_(x: Tensor, dropped: Tensor | None) -> Tensor:
-    """Zero in place what `draw_dropped` chose of contiguous `x`; None is nothing."""
+def _zeroed(x: Tensor, dropped: Tensor | None, own: bool = True) -> Tensor:
+    """Contiguous `x` with zeros where `draw_dropped` chose, in place if it is the caller's `own`; None is nothing."""
     if dropped is None:
         return x
-    flat = x.view(-1)
     if dropped.dtype == torch.bool:
-        flat.masked_fill_(dropped, 0)
-    else:
-        flat.index_fill_(0, dropped.long(), 0)
+        return x.masked_fill_(dropped.view_as(x), 0) if own else x.masked_fill(dropped.view_as(x), 0)
+    x = x if own else x.clone()
+    x.view(-1).index_fill_(0, dropped.long(), 0)
     return x
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """For `hide`: one number of the default generator's."""
+    return torch.randint(-(2**31), 2**31, (), dtype=torch.int32, device=device)
+
+
+def hide(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """(n, in) -> the same with zeros, each element on its own with probability `p`; by the same seed the same ones.
+
+    For torch.compile, which makes this a part of the pass that `x` comes from. Which elements are dropped is neither
+    drawn from a generator, which would take longer than to write them, nor kept: it is a hash of the element's place,
+    by the seed.
+    """
+    if seed is None:
+        return x
+    rows, columns = (torch.arange(size, dtype=torch.int32, device=x.device) for size in x.shape)
+    place = rows[:, None] * x.shape[1] + columns  # int32 throughout: it wraps around
+    even = _hash(_hash(place ^ seed) + seed)  # by one round, neighbouring rows would be alike in 1 % of their elements
+    return torch.where(even < round(p * 2**32) - 2**31, 0, x)
+
+
+def _hash(z: Tensor) -> Tensor:
+    """int32 -> int32, such that each bit of `z` changes each bit of it about every other time: "lowbias32" (Wellons
+    2018, nullprogram.com/blog/2018/07/31). `>>` copies the sign, which is masked."""
+    z = (z ^ ((z >> 16) & 0xFFFF)) * 0x7FEB352D
+    z = (z ^ ((z >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return z ^ ((z >> 16) & 0xFFFF)

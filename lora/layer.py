@@ -89,7 +89,8 @@ class Prepared:
 
 
 class LoRALayer(Prepared):
-    """What both layers below share: a frozen `base_layer`, and `updates()`, the pairs for rows of its weight."""
+    """What both layers below share: a frozen `base_layer`, and pairs for rows of its weight: `updates()` gives them one
+    by one, `joint_pair()` as if they were one: A (sum of ranks, in) and the scaled B (out, sum of ranks)."""
 
     def _wrap(self, base_layer: nn.Linear, dropout: float) -> None:
         if not 0 <= dropout < 1:
@@ -102,14 +103,11 @@ class LoRALayer(Prepared):
         """(..., in) -> (..., out), under autocast in its dtype."""
         if any(p.requires_grad for p in self.base_layer.parameters()):
             raise RuntimeError("the base of a LoRA layer requires a gradient, which it would not get; freeze it")
-        rows, pairs = zip(*self.updates(), strict=True)
         base, scale = self._frozen(), self._row_scale()
         y = lora_linear(
             x,
             base if scale is None else base._replace(bias=None),
-            torch.cat([pair.lora_A for pair in pairs]),
-            rows,
-            [pair.scaled_B for pair in pairs],
+            *self.joint_pair(),
             self.dropout if self.training else 0.0,
         )
         return y if scale is None else _rescale(y, scale.to(y.dtype), base.bias)
@@ -156,7 +154,7 @@ class LoRALayer(Prepared):
         """The base in `dtype`, by default in what is computed in now: autocast's dtype, or its own."""
         base, lora_A = self.base_layer, self.updates()[0][1].lora_A
         device = lora_A.device.type
-        if dtype is None and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if dtype is None and device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         if isinstance(base, Int8Linear):
             return base.frozen(dtype or lora_A.dtype)
@@ -200,11 +198,8 @@ def cast(layer: nn.Linear, dtype: torch.dtype) -> Frozen:
 
 def serves(kept: Frozen | None, dtype: torch.dtype) -> bool:
     """Whether what `keep_base_in` made, if anything, can be computed with in `dtype`."""
-    return (
-        kept is not None
-        and kept.weight.dtype == dtype
-        and not (kept.weight.is_mkldnn and torch.compiler.is_compiling())  # the compiler knows no such layout
-    )
+    # The compiler knows no layout of oneDNN's, and casts beside other work.
+    return not torch.compiler.is_compiling() and kept is not None and kept.weight.dtype == dtype
 
 
 def choose(setting: float | Mapping[str, float], name: str) -> float:
@@ -238,6 +233,9 @@ class LoRALinear(LoRALayer, LowRank):
     def updates(self) -> list[tuple[slice, LowRank]]:
         return [(slice(None), self)]
 
+    def joint_pair(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A, self.scaled_B
+
 
 class LoRAFusedLinear(LoRALayer, nn.Module):
     """A frozen projection that is several in one, with a low-rank update for each of those to adapt.
@@ -247,7 +245,7 @@ class LoRAFusedLinear(LoRALayer, nn.Module):
 
         h = W₀ x + b,    h[rows_k] += ΔW_k dropout(x),    ΔW_k = scaling · B_k A_k
 
-    The base stays one matrix product, and so do all the A_k, which see one and the same dropout(x).
+    The base stays one matrix product, and so do all the A_k, which see one and the same dropout(x), and all the B_k.
 
     Args:
         base_layer: the layer to adapt; it is kept, by reference, and frozen.
@@ -284,6 +282,15 @@ class LoRAFusedLinear(LoRALayer, nn.Module):
 
     def updates(self) -> list[tuple[slice, LowRank]]:
         return [(rows, self.get_submodule(name)) for name, rows in self.rows.items()]
+
+    def joint_pair(self) -> tuple[Tensor, Tensor]:
+        lora_A = torch.cat([pair.lora_A for _, pair in self.updates()])
+        scaled_B, start = lora_A.new_zeros(self.base_layer.out_features, len(lora_A)), 0
+        for rows, pair in self.updates():
+            stop = start + len(pair.lora_A)
+            scaled_B[rows, start:stop] = pair.scaled_B  # all else is 0: no rank of another pair's reaches these rows
+            start = stop
+        return lora_A, scaled_B
 
     def delta_weight(self) -> Tensor:
         """ΔW, (out, in); zero in the blocks that are not adapted."""

@@ -42,6 +42,28 @@ def test_variants_train_and_load(command, cache_dir, tmp_path):
     assert isinstance(model.backbone.blocks[1].mlp.fc2, torch.nn.Linear), "--layers names the others"
 
 
+def test_a_compiled_run_learns_what_another_does(command, cache_dir, tmp_path):
+    words = ("--data", "demo", "--limit", 200, "--epochs", 1, "--dropout", 0, "--no-test", "--cache-dir", cache_dir)
+    for out, more in ("plain", ()), ("compiled", ("--compile",)):
+        done = command("train.py", *words, "--out", out, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    plain, compiled = (load_file(tmp_path / out / "best" / "adapter.safetensors") for out in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys(), "the names are those of the layers, compiled or not"
+    for name, tensor in plain.items():
+        assert (compiled[name] - tensor).norm() < 0.01 * tensor.norm(), name
+
+
+def test_a_compiler_that_is_not_there_is_named(command, cache_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "none")))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    torch._dynamo.reset()
+    words = ("--data", "demo", "--limit", 100, "--compile", "--cache-dir", cache_dir, "--out", "run")
+    done = command("train.py", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error: --compile: InvalidCxxCompiler" in done.stderr
+    assert "start anew without it" in done.stderr
+
+
 def test_of_many_rows_a_fixed_choice_is_scored(command, cache_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SCORED", 9)
     words = ("--data", "demo", "--limit", 200, "--epochs", 1, "--cache-dir", cache_dir, "--out", "run")
