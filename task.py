@@ -204,8 +204,11 @@ def place(model: AttributeClassifier, args: argparse.Namespace, device: torch.de
     """Put the model on its device, its frozen weights ready to compute with too; and say how large it is."""
     model.to(device)
     if args.compile:
-        for block in model.backbone.blocks:  # one by one: they are alike, so what is made for the first serves all
-            block.compile()
+        # Each by itself: most are alike, and what is made for one serves all of those. Kinds (adapted or not; the first
+        # has no gradient to pass on) times shapes (whole or last batch, training or not) can be more than torch's 8.
+        torch._dynamo.config.recompile_limit = 64
+        for block in model.backbone.blocks:
+            block.compile(dynamic=False)  # else a graph for all shapes would serve whole batches too, from the second
     else:
         keep_base_in(model, AMP[args.amp] or torch.float32)
     text = sum(p.numel() for p in model.text.parameters()) if model.text else 0

@@ -264,9 +264,11 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     try:
         finished = fit(args, task, device)
     except RuntimeError as error:
-        if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            raise UserError(f"--compile: {str(error).splitlines()[0]}; start anew without it") from None
-        if not ran_out(error):
+        cause = getattr(error, "inner_exception", error)  # of a failed compilation
+        if cause is not error and not ran_out(cause):
+            reason = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+            raise UserError(f"--compile: {reason}; without it: {again} --no-compile") from None
+        if not ran_out(cause):
             raise
         raise UserError(
             f"out of memory at --batch-size {args.batch_size}; start anew with half of it and twice --accum "

@@ -95,7 +95,7 @@ WAYS = {
     "full fine-tuning": (lambda name, dropout: timm_vit(name), 0.0),
     "linear probe": (frozen, 0.0),
 }
-FIRST, FLOOR = next(iter(WAYS)), "floor"
+FIRST, OURS, FLOOR = next(iter(WAYS)), "this project", "floor"
 
 
 class Step:
@@ -171,6 +171,8 @@ def main() -> None:
         "--profile", action="store_true", help="also say where this project's step and the floor spend time"
     )
     args = parser.parse_args()
+    if args.profile and OURS not in args.ways:
+        parser.error(f"--profile is of {OURS!r}; name it among --ways")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = {name: Step(*WAYS[name], args, device) for name in [FIRST, *args.ways]}
     size = timm.data.resolve_model_data_config(timm.create_model(args.backbone))["input_size"]
@@ -197,7 +199,7 @@ def main() -> None:
         memory = "".join(f"{of[name] / 1e9:>10.2f}{of[name] / of[FIRST]:>7.2f}" for of in bytes_)
         print(f"{name:<28}{speed:>9.2f}{ratio:>7.2f}{spread:>15}{memory}")
     if args.profile:
-        for name, run in ("this project", steps["this project"]), (FLOOR, bare.twice_forward):
+        for name, run in (OURS, steps[OURS]), (FLOOR, bare.twice_forward):
             with torch.profiler.profile() as profile:
                 run(*batch)
             key = f"self_{device.type}_time_total"

@@ -57,8 +57,9 @@ def lora_linear(
     dtype = base.weight.dtype if base.scale is None else base.scale.dtype
     lora_A = lora_A / (1 - dropout)  # the keep-scale of dropout costs a pass over small A instead of one over x
     rows, lora_B = x.reshape(-1, x.shape[-1]).contiguous(), scaled_B.to(dtype)
-    if torch.compiler.is_compiling() and base.scale is None:
-        y = _ForCompiler.apply(rows, lora_A.to(dtype), lora_B, base.weight, base.bias, dropout)
+    if torch.compiler.is_compiling():
+        weight = base.weight if base.scale is None else _widened(base.weight, dtype) * base.scale[:, None]
+        y = _ForCompiler.apply(rows, lora_A.to(dtype), lora_B, weight, base.bias, dropout)
     else:
         dropped = draw_dropped(x.numel(), dropout, x.device) if dropout else None
         y = _LoRALinearFunction.apply(rows, lora_A.to(dtype), lora_B, base, dropped, source_of(x))
@@ -112,7 +113,8 @@ class _ForCompiler(torch.autograd.Function):
 
     y = [x h] [W B]ᵀ + b,    [dx₀ dh] = dy [W B],    dx = dx₀ + d(dh A)
 
-    What of this is kept the compiler chooses. Plain autograd would compute dW with dB.
+    What of this is kept the compiler chooses. Plain autograd would compute dW with dB. Nothing is changed in place: of a
+    Function whose output is, torch 2.11 compiles the gradient to zero.
     """
 
     @staticmethod
@@ -132,9 +134,12 @@ class _ForCompiler(torch.autograd.Function):
     @torch.autocast("cuda", enabled=False)
     def backward(ctx, dy):
         seen, seed, h, lora_A, joined = ctx.saved_tensors
-        dx, dh = (dy @ joined).split([lora_A.shape[1], lora_A.shape[0]], dim=1)
-        dx = dx + hide(dh @ lora_A, seed, ctx.dropout)
-        return dx.to(ctx.x_dtype), dh.T @ seen, (h.T @ dy).T, None, None, None
+        if ctx.needs_input_grad[0]:
+            dx, dh = (dy @ joined).split([lora_A.shape[1], lora_A.shape[0]], dim=1)
+            dx = (dx + hide(dh @ lora_A, seed, ctx.dropout)).to(ctx.x_dtype)
+        else:
+            dx, dh = None, dy @ joined[:, lora_A.shape[1] :]
+        return dx, dh.T @ seen, (h.T @ dy).T, None, None, None  # what nobody asked for of these the compiler leaves out
 
 
 def frozen_linear(x: Tensor, base: Frozen) -> Tensor:
@@ -236,7 +241,7 @@ def _zeroed(x: Tensor, dropped: Tensor | None, own: bool = True) -> Tensor:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """For `hide`: one number of the default generator's."""
+    """For `hide`: a number from the default generator."""
     return torch.randint(-(2**31), 2**31, (), dtype=torch.int32, device=device)
 
 
@@ -251,13 +256,13 @@ def hide(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
         return x
     rows, columns = (torch.arange(size, dtype=torch.int32, device=x.device) for size in x.shape)
     place = rows[:, None] * x.shape[1] + columns  # int32 throughout: it wraps around
-    even = _hash(_hash(place ^ seed) + seed)  # by one round, neighbouring rows would be alike in 1 % of their elements
+    even = _hash(_hash(place ^ seed) + seed)  # by one round, rows a few apart would correlate by 0.01
     return torch.where(even < round(p * 2**32) - 2**31, 0, x)
 
 
 def _hash(z: Tensor) -> Tensor:
-    """int32 -> int32, such that each bit of `z` changes each bit of it about every other time: "lowbias32" (Wellons
-    2018, nullprogram.com/blog/2018/07/31). `>>` copies the sign, which is masked."""
+    """int32 -> int32, such that each bit of the input flips each bit of the output about half the time: "lowbias32"
+    (Wellons 2018, nullprogram.com/blog/2018/07/31). `>>` copies the sign, which is masked."""
     z = (z ^ ((z >> 16) & 0xFFFF)) * 0x7FEB352D
     z = (z ^ ((z >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
     return z ^ ((z >> 16) & 0xFFFF)

@@ -77,7 +77,9 @@ class Prepared:
     kept: Frozen | None = None
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"kept": None}  # oneDNN's layout cannot be copied: a copy has to be prepared anew
+        return super().__getstate__() | {
+            "kept": None
+        }  # oneDNN's layout cannot be copied: a copy has to be prepared anew
 
     def _apply(self, *args, **kwargs):
         self.kept = None  # moved, or of another dtype

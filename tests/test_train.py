@@ -53,15 +53,18 @@ def test_a_compiled_run_learns_what_another_does(command, cache_dir, tmp_path):
         assert (compiled[name] - tensor).norm() < 0.01 * tensor.norm(), name
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's kernels are not compiled by it")
 def test_a_compiler_that_is_not_there_is_named(command, cache_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "none")))
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     torch._dynamo.reset()
-    words = ("--data", "demo", "--limit", 100, "--compile", "--cache-dir", cache_dir, "--out", "run")
+    words = ("--data", "demo", "--limit", 100, "--epochs", 1, "--compile", "--cache-dir", cache_dir, "--out", "run")
     done = command("train.py", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert "error: --compile: InvalidCxxCompiler" in done.stderr
-    assert "start anew without it" in done.stderr
+    assert "without it: python train.py --resume --out run --no-compile" in done.stderr
+    done = command("train.py", "--resume", "--out", "run", "--no-compile", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_of_many_rows_a_fixed_choice_is_scored(command, cache_dir, tmp_path, monkeypatch):
@@ -262,6 +265,7 @@ def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
         (["--seed", "-1"], "--seed -1 is not between 0 and 4294967295"),
         (["--seed", "1790000000000000"], "--seed 1790000000000000 is not between 0 and 4294967295"),
         (["--title-length", "13"], "--title-length is of titles, which --inputs image does not read"),
+        (["--inputs", "title", "--compile"], "--compile is of the backbone, which --inputs title does not use"),
         (["--lr", "nan"], "--lr nan is not a positive number"),
         (["--rank", "query=0"], "--rank: 0 is not a whole number above 0"),
         (["--rank", "query=4"], "no rank for target 'key'"),

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -6,10 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora import LoRAFusedLinear, LoRALinear, draw_dropped, functional, keep_base_in
+from lora import Int8Linear, LoRAFusedLinear, LoRALinear, draw_dropped, functional, keep_base_in
 from lora.functional import _LoRALinearFunction
 
 CPU = torch.device("cpu")
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def make_layer(kind, dropout=0.0, bias=True, dtype=torch.float64):
@@ -112,17 +114,77 @@ def test_torch_compile_sees_a_whole_model(dropout, monkeypatch):
     torch.testing.assert_close(found, gradients(expected, model, x), rtol=1e-12, atol=1e-12)
 
 
-def test_input_without_gradient_still_trains_the_pair():
-    layer = make_layer("plain", 0.3)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_torch_compile_sees_a_layer_in_8_bits_whole(dropout):
+    layer = make_layer("two blocks", dropout, dtype=torch.float32)
+    layer.base_layer = Int8Linear(layer.base_layer)
+    x = torch.randn(40, 5, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    layer.dropout = 0.0
+    plain = layer(x)
+    assert (not torch.allclose(compiled, plain)) == bool(dropout)
+    for found, expected in zip(gradients(compiled, layer, x), gradients(plain, layer, x), strict=True):
+        assert (found - expected).norm() <= (1.5 if dropout else 1e-6) * expected.norm()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_what_a_compiled_layer_drops(device):
+    """With W = 0 and A and B of ones on their diagonals, zeros of y and of x's gradient are what dropout made."""
+    torch.compiler.reset()
+    layers = nn.Sequential(*(LoRALinear(nn.Linear(64, 64, bias=False), 64, 64, dropout=0.5) for _ in range(2)))
+    for layer in layers:
+        layer.base_layer.weight.data.zero_()
+        layer.lora_A.data, layer.lora_B.data = torch.eye(64), torch.eye(64)
+    layers = layers.to(device)
+
+    @torch.compile
+    def run(first, second):
+        return layers[0](first), layers[1](second)
+
+    def masks(seed=None, rows=50):
+        if seed is not None:
+            torch.manual_seed(seed)
+        inputs = [torch.ones(rows, 64, device=device, requires_grad=True) for _ in layers]
+        outputs = run(*inputs)
+        back = torch.autograd.grad(sum(y.sum() for y in outputs), inputs)
+        for y, dx in zip(outputs, back, strict=True):
+            assert torch.equal(y != 0, dx != 0), "the same in both directions"
+            assert torch.equal(y, dx), "and scaled alike"
+            assert abs((y != 0).float().mean() - 0.5) < 4 * 0.5 / y.numel() ** 0.5
+        return [y != 0 for y in outputs]
+
+    first, second = masks(seed=1)
+    later, _ = masks()
+    assert not torch.equal(first, second), "layers differ"
+    assert not torch.equal(first, later), "calls differ"
+    assert torch.equal(first, masks(seed=1)[0]), "a seed repeats"
+    masks(rows=30)  # another shape
+    assert torch.equal(first, masks(seed=1)[0])
+
+
+def test_a_copy_of_a_compiled_layer_computes_by_itself():
+    layer, x = make_layer("plain"), torch.randn(3, 5, dtype=torch.float64)
+    layer.compile(backend="aot_eager")
+    copied = copy.deepcopy(layer)
+    copied.lora_B.data.zero_()
+    torch.testing.assert_close(copied(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_input_without_gradient_still_trains_the_pair(compiled, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+    layer = make_layer("plain", 0.0 if compiled else 0.3)
     x = torch.randn(7, 5, dtype=torch.float64)
-    keep = keep_mask(x, 0.3)
+    keep = None if compiled else keep_mask(x, 0.3)
     pair = [layer.lora_A, layer.lora_B]
     expected = torch.autograd.grad(layer.reference_forward(x, keep).square().sum(), pair)
     torch.testing.assert_close(torch.autograd.grad(layer(x).square().sum(), pair), expected)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
-def test_half_a_pair_can_be_frozen(frozen):
+def test_half_a_pair_can_be_frozen(frozen, compiled, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
     layer = make_layer("plain")
     getattr(layer, frozen).requires_grad_(False)
     x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
