@@ -113,8 +113,8 @@ class _ForCompiler(torch.autograd.Function):
 
     y = [x h] [W B]ᵀ + b,    [dx₀ dh] = dy [W B],    dx = dx₀ + d(dh A)
 
-    What of this is kept the compiler chooses. Plain autograd would compute dW with dB. Nothing is changed in place: of a
-    Function whose output is, torch 2.11 compiles the gradient to zero.
+    What of this is kept the compiler chooses. Plain autograd would compute dW with dB. Nothing is changed in place:
+    where a Function's output is, torch 2.11 compiles its gradient to zero.
     """
 
     @staticmethod
