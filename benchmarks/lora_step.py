@@ -106,7 +106,7 @@ class Step:
         backbone = make(args.backbone, dropout).to(device)
         if args.compile:  # block by block, as `train.py --compile` does
             for block in (module for module in backbone.modules() if type(module).__name__ in BLOCKS):
-                block.compile()
+                block.compile(dynamic=False)
         else:
             keep_base_in(backbone, AMP[args.amp] or torch.float32)  # of LoRA layers: the rivals have none of ours
         width = timm.create_model(args.backbone, num_classes=0).num_features

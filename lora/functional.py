@@ -55,7 +55,8 @@ def lora_linear(
     """
     # autograd Functions are opaque to autocast. Casting A and B out here lets autograd cast their gradients back.
     dtype = base.weight.dtype if base.scale is None else base.scale.dtype
-    lora_A = lora_A / (1 - dropout)  # the keep-scale of dropout costs a pass over small A instead of one over x
+    if dropout:
+        lora_A = lora_A / (1 - dropout)  # the keep-scale of dropout costs a pass over small A instead of one over x
     rows, lora_B = x.reshape(-1, x.shape[-1]).contiguous(), scaled_B.to(dtype)
     if torch.compiler.is_compiling():
         weight = base.weight if base.scale is None else _widened(base.weight, dtype) * base.scale[:, None]

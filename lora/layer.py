@@ -77,9 +77,8 @@ class Prepared:
     kept: Frozen | None = None
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {
-            "kept": None
-        }  # oneDNN's layout cannot be copied: a copy has to be prepared anew
+        # oneDNN's layout cannot be copied: a copy has to be prepared anew.
+        return super().__getstate__() | {"kept": None}
 
     def _apply(self, *args, **kwargs):
         self.kept = None  # moved, or of another dtype
