@@ -12,6 +12,7 @@ import hub
 from data.store import STORE_GB, default_cache_dir
 from errors import Parser, UserError, named, positive_int
 from models.backbone import DEMO, bare_backbone
+from models.schema import RANK
 
 HUB_DATA, HUB_BACKBONE = "ashraq/fashion-product-images-small", "vit_base_patch16_224"
 MOVABLE = ("data", "weights", "attributes", "cache_dir", "compile")  # what may be otherwise when a run is resumed
@@ -20,6 +21,13 @@ EXTRA = {"with_price": ("price_in_vnd",), "with_season_year": ("season", "year")
 AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIXED = {"nargs": "?", "const": "auto", "choices": ["auto", "bf16", "fp16"]}  # of --amp
 LARGE = 40e6  # parameters from which training on a CPU takes days
+
+
+def rank(text: str) -> int:
+    """An option's type."""
+    if (value := positive_int(text)) not in RANK:
+        raise argparse.ArgumentTypeError(f"{text} is more than {RANK[-1]}")
+    return value
 
 
 def per_target(number):
@@ -98,7 +106,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument(
         "--rank",
-        type=per_target(positive_int),
+        type=per_target(rank),
         default=16,
         help="LoRA rank, PEFT's r; of single targets: query=8,dense=4 (default: %(default)s)",
     )
