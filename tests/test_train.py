@@ -56,12 +56,11 @@ def test_a_compiled_run_learns_what_another_does(command, cache_dir, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's kernels are not compiled by it")
-def test_a_compiler_that_is_not_there_is_named(command, cache_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "none")))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    torch._dynamo.reset()
+def test_a_compiler_that_is_not_there_is_named(command, cache_dir, tmp_path):
+    torch.compiler.reset()
     words = ("--data", "demo", "--limit", 100, "--epochs", 1, "--compile", "--cache-dir", cache_dir, "--out", "run")
-    done = command("train.py", *words, cwd=tmp_path)
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "none")), "force_disable_caches": True}):
+        done = command("train.py", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert "error: --compile: InvalidCxxCompiler" in done.stderr
     assert "without it: python train.py --resume --out run --no-compile" in done.stderr
