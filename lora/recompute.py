@@ -36,11 +36,8 @@ def source_of(x: Tensor) -> Source | None:
 
 
 def _packed(saved) -> bool:
-    """Whether hooks keep a saved tensor, as in a checkpointed block: to unpack it now would compute that block again.
-
-    A torch that cannot tell (2.8 and before) gives the right gradients all the same, later.
-    """
-    return getattr(saved, "unpack_hook", None) is not None
+    """Whether hooks keep a saved tensor, as in a checkpointed block: to unpack it now would compute that block anew."""
+    return saved.unpack_hook is not None
 
 
 def normalize(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
