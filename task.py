@@ -205,7 +205,8 @@ def place(model: AttributeClassifier, args: argparse.Namespace, device: torch.de
     model.to(device)
     if args.compile:
         # Each by itself: most are alike, and what is made for one serves all of those. Kinds (adapted or not; the first
-        # has no gradient to pass on) times shapes (whole or last batch, training or not) can be more than torch's 8.
+        # has no gradient to pass on) times shapes (whole or last batch) can be more than torch's 8. What is scored is a
+        # merged copy, which is not compiled.
         torch._dynamo.config.recompile_limit = 64
         for block in model.backbone.blocks:
             block.compile(dynamic=False)  # else a graph for all shapes would serve whole batches too, from the second

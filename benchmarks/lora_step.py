@@ -95,7 +95,7 @@ WAYS = {
     "full fine-tuning": (lambda name, dropout: timm_vit(name), 0.0),
     "linear probe": (frozen, 0.0),
 }
-FIRST, OURS, FLOOR = next(iter(WAYS)), "this project", "floor"
+FIRST, OURS, PROBE, FLOOR = next(iter(WAYS)), "this project", "linear probe", "floor"
 
 
 class Step:
@@ -181,7 +181,7 @@ def main() -> None:
         torch.randint(CLASSES, (args.batch_size,), device=device),
     )
     kept = {name: step.kept(*batch) for name, step in steps.items()}
-    bare = Step(*WAYS["linear probe"], args, device)
+    bare = steps.get(PROBE) or Step(*WAYS[PROBE], args, device)
     ways = steps | {FLOOR: bare.twice_forward}
     seconds = in_turn({name: partial(way, *batch) for name, way in ways.items()}, args.rounds, device)
     peak = {name: peak_memory(partial(step, *batch), device) for name, step in steps.items()}

@@ -214,10 +214,9 @@ def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
 def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
     """Which of `numel` elements dropout drops, each on its own with probability `p`, from the default generator.
 
-    Off the CPU a boolean mask (numel,). On the CPU, where drawing a number per element would
-    take a fifth of a training step, the positions of the dropped elements: the gap from one to the next is geometric,
-    `1 + floor(log(1 - u) / log(1 - p))` for uniform u, so only about `p * numel` numbers are drawn, and about `4 p`
-    bytes per element are kept.
+    Off the CPU a boolean mask (numel,). On the CPU, where drawing a number per element would take a fifth of a training
+    step, the positions of the dropped elements: the gap from one to the next is geometric, `1 + floor(log(1 - u) /
+    log(1 - p))` for uniform u, so only about `p * numel` numbers are drawn, and about `4 p` bytes per element are kept.
     """
     if device.type != "cpu":  # how many are dropped would be a number to wait for
         return torch.empty(numel, dtype=torch.bool, device=device).bernoulli_(p)

@@ -116,16 +116,18 @@ def test_torch_compile_sees_a_whole_model(dropout, monkeypatch):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_torch_compile_sees_a_layer_in_8_bits_whole(dropout):
+def test_torch_compile_sees_a_layer_in_8_bits_whole(dropout, monkeypatch):
     layer = make_layer("two blocks", dropout, dtype=torch.float32)
     layer.base_layer = Int8Linear(layer.base_layer)
     x = torch.randn(40, 5, requires_grad=True)
+    torch.manual_seed(1)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
-    layer.dropout = 0.0
-    plain = layer(x)
-    assert (not torch.allclose(compiled, plain)) == bool(dropout)
-    for found, expected in zip(gradients(compiled, layer, x), gradients(plain, layer, x), strict=True):
-        assert (found - expected).norm() <= (1.5 if dropout else 1e-6) * expected.norm()
+    found = gradients(compiled, layer, x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: dropout > 0)  # it drops what the compiler is told to
+    torch.manual_seed(1)
+    expected = layer(x)
+    torch.testing.assert_close(compiled, expected)
+    torch.testing.assert_close(found, gradients(expected, layer, x))
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
