@@ -1,7 +1,7 @@
 """A training step of LoRA on a ViT: this project beside PEFT, full fine-tuning, and what no LoRA step can do without.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/lora_step.py [--amp bf16] [--batch-size 4] [--ways NAME …] [--plot FILE.png] [--profile]
+    python benchmarks/lora_step.py [--amp bf16] [--batch-size 4] [--ways NAME …] [--compile [NAME …]] [--plot FILE.png]
 
 A step is forward, backward and AdamW on pictures in memory, ViT-B/16 at 224 px, rank 16 on query, key, value and dense,
 dropout 0.05, random weights (the numbers do not depend on them). The ways take turns in one process; speeds are ratios
@@ -101,10 +101,10 @@ FIRST, OURS, PROBE, FLOOR = next(iter(WAYS)), "this project", "linear probe", "f
 class Step:
     """One way of training, with what it needs to take a step."""
 
-    def __init__(self, make, dropout: float, args: argparse.Namespace, device: torch.device):
+    def __init__(self, make, dropout: float, args: argparse.Namespace, device: torch.device, compiled: bool = False):
         torch.manual_seed(0)
         backbone = make(args.backbone, dropout).to(device)
-        if args.compile:  # block by block, as `train.py --compile` does
+        if compiled:  # block by block, as `train.py --compile` does
             for block in (module for module in backbone.modules() if type(module).__name__ in BLOCKS):
                 block.compile(dynamic=False)
         else:
@@ -165,7 +165,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(default: all)", metavar="NAME")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of every way")
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        choices=WAYS,
+        help=f"these ways also with their blocks by torch.compile, and the floor (default: {OURS})",
+        metavar="NAME",
+    )
     parser.add_argument("--plot", type=Path, help="draw the table here")
     parser.add_argument(
         "--profile", action="store_true", help="also say where this project's step and the floor spend time"
@@ -174,7 +180,10 @@ def main() -> None:
     if args.profile and OURS not in args.ways:
         parser.error(f"--profile is of {OURS!r}; name it among --ways")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch._dynamo.config.recompile_limit = 64  # ways share the code of their blocks, and past it they are not compiled
+    also = () if args.compile is None else args.compile or [OURS]
     steps = {name: Step(*WAYS[name], args, device) for name in [FIRST, *args.ways]}
+    steps |= {f"{name}, compiled": Step(*WAYS[name], args, device, compiled=True) for name in also}
     size = timm.data.resolve_model_data_config(timm.create_model(args.backbone))["input_size"]
     batch = (
         torch.randn(args.batch_size, *size, device=device),
@@ -182,22 +191,24 @@ def main() -> None:
     )
     kept = {name: step.kept(*batch) for name, step in steps.items()}
     bare = steps.get(PROBE) or Step(*WAYS[PROBE], args, device)
-    ways = steps | {FLOOR: bare.twice_forward}
+    floors = {FLOOR: bare.twice_forward}
+    if also:
+        floors[f"{FLOOR}, compiled"] = Step(*WAYS[PROBE], args, device, compiled=True).twice_forward
+    ways = steps | floors
     seconds = in_turn({name: partial(way, *batch) for name, way in ways.items()}, args.rounds, device)
     peak = {name: peak_memory(partial(step, *batch), device) for name, step in steps.items()}
-    seconds[FLOOR] = [1.05 * s for s in seconds[FLOOR]]
+    seconds |= {name: [1.05 * s for s in seconds[name]] for name in floors}
     times_first = {name: ratios(seconds[FIRST], times) for name, times in seconds.items()}
 
-    title = f"{args.backbone}, {args.amp}, batch {args.batch_size}" + ", compiled" * args.compile
-    title += f"\n{machine(device, peft, transformers)}"
+    title = f"{args.backbone}, {args.amp}, batch {args.batch_size}\n{machine(device, peft, transformers)}"
     print(title)
-    print(f"{'':<28}{'images/s':>9}{'ratio':>7}{'rounds':>15}{'kept, GB':>10}{'ratio':>7}{'peak, GB':>10}{'ratio':>7}")
+    print(f"{'':<36}{'images/s':>9}{'ratio':>7}{'rounds':>15}{'kept, GB':>10}{'ratio':>7}{'peak, GB':>10}{'ratio':>7}")
     for name, times in seconds.items():
         speed, ratio = args.batch_size / statistics.median(times), statistics.median(times_first[name])
         spread = f"{min(times_first[name]):.2f} to {max(times_first[name]):.2f}"
         bytes_ = [of for of in (kept, peak) if name in of]
         memory = "".join(f"{of[name] / 1e9:>10.2f}{of[name] / of[FIRST]:>7.2f}" for of in bytes_)
-        print(f"{name:<28}{speed:>9.2f}{ratio:>7.2f}{spread:>15}{memory}")
+        print(f"{name:<36}{speed:>9.2f}{ratio:>7.2f}{spread:>15}{memory}")
     if args.profile:
         for name, run in (OURS, steps[OURS]), (FLOOR, bare.twice_forward):
             with torch.profiler.profile() as profile:

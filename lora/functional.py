@@ -5,6 +5,7 @@ tensor for the update and another for its sum with the base, in both directions,
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -122,11 +123,11 @@ class _ForCompiler(torch.autograd.Function):
     def forward(ctx, x, lora_A, lora_B, weight, bias, dropout):
         ctx.x_dtype, ctx.dropout = x.dtype, dropout
         x = x.to(weight.dtype)
-        seed = draw_seed(x.device) if dropout else None
-        seen = hide(x, seed, dropout)
+        marks = draw_marks(x) if dropout else (None, None)
+        seen = hide(x, marks, dropout)
         h = seen @ lora_A.T  # (n, rank)
         joined = torch.cat([weight, lora_B], dim=1)  # (out, in + rank)
-        ctx.save_for_backward(seen, seed, h, lora_A, joined)
+        ctx.save_for_backward(seen, h, lora_A, joined, *marks)
         return F.linear(torch.cat([x, h], dim=1), joined, bias)
 
     @staticmethod
@@ -134,10 +135,10 @@ class _ForCompiler(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def backward(ctx, dy):
-        seen, seed, h, lora_A, joined = ctx.saved_tensors
+        seen, h, lora_A, joined, *marks = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
             dx, dh = (dy @ joined).split([lora_A.shape[1], lora_A.shape[0]], dim=1)
-            dx = (dx + hide(dh @ lora_A, seed, ctx.dropout)).to(ctx.x_dtype)
+            dx = (dx + hide(dh @ lora_A, marks, ctx.dropout)).to(ctx.x_dtype)
         else:
             dx, dh = None, dy @ joined[:, lora_A.shape[1] :]
         return dx, dh.T @ seen, (h.T @ dy).T, None, None, None  # what nobody asked for of these the compiler leaves out
@@ -240,23 +241,23 @@ def _zeroed(x: Tensor, dropped: Tensor | None, own: bool = True) -> Tensor:
     return x
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """For `hide`: a number from the default generator."""
-    return torch.randint(-(2**31), 2**31, (), dtype=torch.int32, device=device)
+def draw_marks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """For `hide`: a number for each row (n,) and one for each column (in,) of `x`, from the default generator."""
+    rows, columns = (torch.randint(-(2**31), 2**31, (n,), dtype=torch.int32, device=x.device) for n in x.shape)
+    return rows, columns
 
 
-def hide(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """(n, in) -> the same with zeros, each element on its own with probability `p`; by the same seed the same ones.
+def hide(x: Tensor, marks: Sequence[Tensor | None], p: float) -> Tensor:
+    """(n, in) -> the same with zeros, each element on its own with probability `p`; by the same marks the same ones.
 
     For torch.compile, which makes this a part of the pass that `x` comes from. Which elements are dropped is neither
-    drawn from a generator, which would take longer than to write them, nor kept: it is a hash of the element's place,
-    by the seed.
+    drawn one by one, which would take longer than to write them, nor kept: it is a hash of their row's and column's
+    marks.
     """
-    if seed is None:
+    rows, columns = marks
+    if rows is None:
         return x
-    rows, columns = (torch.arange(size, dtype=torch.int32, device=x.device) for size in x.shape)
-    place = rows[:, None] * x.shape[1] + columns  # int32 throughout: it wraps around
-    even = _hash(_hash(place ^ seed) + seed)  # by one round, rows a few apart would correlate by 0.01
+    even = _hash(rows[:, None] ^ columns)  # of numbers without a pattern, so one round is enough
     return torch.where(even < round(p * 2**32) - 2**31, 0, x)
 
 

@@ -115,7 +115,7 @@ def test_what_is_asked_for_reaches_the_step(command, cache_dir, tmp_path, monkey
     def look(model, window, optimizer, scaler, lr, amp, prepare, smoothing, stop, weights):
         seen.update(drop=model.drop_patches, ratios=[group["lr_ratio"] for group in optimizer.param_groups])
         seen.update(scaled=scaler.is_enabled(), amp=amp, smoothing=smoothing, micro_batches=len(window))
-        seen.update(weights=weights.tolist(), moved=prepare(window[0].pixels))
+        seen.update(weights=weights.tolist(), moved=prepare(window[0].pixels.to(weights.device)))
         raise UserError("seen")
 
     monkeypatch.setattr(train, "train_step", look)

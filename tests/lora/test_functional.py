@@ -293,7 +293,7 @@ def test_what_the_compiler_is_given_is_plain_autograd_too(kind, bias, dropout, m
     layer = make_layer(kind, dropout, bias)
     x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     state = torch.get_rng_state()
-    keep = functional.hide(torch.ones_like(x), functional.draw_seed(CPU), dropout) if dropout else None
+    keep = functional.hide(torch.ones_like(x), functional.draw_marks(x), dropout) if dropout else None
     torch.set_rng_state(state)
     y, expected = layer(x), layer.reference_forward(x, keep)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
@@ -307,7 +307,8 @@ def dropped_mask(shape, p):
 
 
 def hashed_mask(shape, p):
-    return 1 - functional.hide(torch.ones(shape), functional.draw_seed(CPU), p)
+    seen = torch.ones(shape)
+    return 1 - functional.hide(seen, functional.draw_marks(seen), p)
 
 
 @pytest.mark.parametrize("draw", [dropped_mask, hashed_mask])
