@@ -16,7 +16,7 @@ from models.schema import RANK
 
 HUB_DATA, HUB_BACKBONE = "ashraq/fashion-product-images-small", "vit_base_patch16_224"
 MOVABLE = ("data", "weights", "attributes", "cache_dir", "compile")  # what may be otherwise when a run is resumed
-PATHS = ("weights", "cache_dir", "attributes", "init_from", "vocab")  # options that are files or folders
+PATHS = ("weights", "cache_dir", "attributes", "init_from", "teacher", "vocab")  # options that are files or folders
 EXTRA = {"with_price": ("price_in_vnd",), "with_season_year": ("season", "year")}  # switches and what they add
 AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIXED = {"nargs": "?", "const": "auto", "choices": ["auto", "bf16", "fp16"]}  # of --amp
@@ -139,6 +139,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         metavar="CHECKPOINT",
         help="start with the adapters and heads of an earlier run's best",
+    )
+    p.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="learn half from the labels and half from what this earlier model says of each picture",
     )
     p.add_argument("--epochs", type=positive_int, default=5, help="(default: %(default)s)")
     p.add_argument(

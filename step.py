@@ -5,7 +5,7 @@ optimizer update that ends a window.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -64,6 +64,7 @@ def train_step(
     smoothing: float = 0.0,
     stop: StopRequest | None = None,
     weights: Tensor | None = None,
+    teacher: Callable[[Tensor], Sequence[Tensor | None]] | None = None,
 ) -> Tensor | None:
     """One optimizer update over a window of micro-batches, of which each process has its share.
 
@@ -72,6 +73,7 @@ def train_step(
         prepare: pixels -> images (B, 3, S, S), augmented, on the device.
         smoothing: of labels, see `attribute_losses`.
         weights: (A,) of each attribute's loss; default: all 1.
+        teacher: images -> what else each class is learned from, see `attribute_losses`.
 
     Returns:
         the window's loss of each attribute and, last, the gradient norm before clipping, (A + 1,), still on the device;
@@ -84,10 +86,11 @@ def train_step(
     for number, batch in enumerate(window, 1):
         batch = batch.to(device)
         images = prepare(batch.pixels)  # not under autocast, which would place warped pixels in bf16
+        taught = teacher(images) if teacher else ()
         with distributed.exchange(model, now=number == len(window)):
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 outputs = model(images, batch.tokens)
-            micro = attribute_losses(outputs, batch.labels, known, smoothing, batch.numbers)
+            micro = attribute_losses(outputs, batch.labels, known, smoothing, batch.numbers, taught)
             loss = (micro if weights is None else micro * weights).sum()
             # The exchange gives the mean over processes, and the window's gradient is their sum.
             scaler.scale(loss * distributed.world()).backward()

@@ -45,6 +45,7 @@ from models.classifier import AttributeClassifier
 from models.inherit import inherit, predecessor
 from models.schema import CONFIG, contradiction, misfit
 from options import AMP, EXTRA
+from teacher import Teacher, check_teacher
 
 LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
 ROUNDED_FOR = 64  # train pictures: twice as many take twice as long, for a twentieth less error
@@ -54,6 +55,7 @@ class Task(NamedTuple):
     """Attributes:
     config: what a checkpoint's `config.json` says: attributes and their labels, known paths, preprocessing.
     known: labels and numbers, a row for each picture of the store.
+    teacher: whom training learns from too.
     """
 
     model: AttributeClassifier
@@ -62,6 +64,7 @@ class Task(NamedTuple):
     catalogue: Catalogue
     store: ImageStore
     known: Rows
+    teacher: Teacher | None = None
 
     @property
     def labels(self) -> np.ndarray:
@@ -132,7 +135,10 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     if args.init_from and not args.resume:
         print(inherit(model, config, args.init_from))
     place(model, args, device)
-    return Task(model, config, preprocess, catalogue, store, known)
+    teacher = (
+        Teacher(args.teacher, config, args.weights, device, AMP[args.amp] or torch.float32) if args.teacher else None
+    )
+    return Task(model, config, preprocess, catalogue, store, known, teacher)
 
 
 def begin(args: argparse.Namespace) -> tuple[VisionTransformer, dict]:
@@ -151,6 +157,8 @@ def begin(args: argparse.Namespace) -> tuple[VisionTransformer, dict]:
     adapt(backbone, config)
     if args.init_from and not args.resume:
         predecessor(config, args.init_from)
+    if args.teacher:
+        check_teacher(args.teacher)
     return backbone, config
 
 

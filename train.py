@@ -93,6 +93,7 @@ def train_epoch(
                 args.label_smoothing,
                 stop if distributed.world() == 1 else None,  # several take their step together or not at all
                 weights,
+                task.teacher,
             )
             stopping = distributed.any_of(stop.made)
             if figures is not None:

@@ -1,11 +1,15 @@
 """The whole model, backbone -> embedding -> heads, and its loss over labels that are present."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.heads import HierarchicalHeads
 from models.patches import forward_features
+
+TAUGHT = 0.5  # share of the loss that is the distance from what a teacher says
 
 
 class AttributeClassifier(nn.Module):
@@ -68,6 +72,7 @@ def attribute_losses(
     known: Tensor | None = None,
     smoothing: float = 0.0,
     numbers: Tensor | None = None,
+    taught: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """The loss of each attribute over the rows whose value is present: cross-entropy of a class, and of a number
     Huber's (quadratic up to one standard deviation, then linear: a few extreme prices do not rule it).
@@ -80,6 +85,8 @@ def attribute_losses(
         smoothing: probability that is taken from the label and spread over all classes (Szegedy et al. 2016,
             arXiv:1512.00567): catalogues have wrong labels, and a model that is never sure learns fewer by heart.
         numbers: (B, M) in standard deviations, NaN where the number is missing; default: there are none.
+        taught: of each class a teacher's probabilities (B, classes), or None. The cross-entropy with them counts
+            `TAUGHT`, that with the label the rest. They stand beside a label: where that is missing nothing is learned.
 
     Returns:
         (A + M,) losses, in fp32, or in fp64 where the outputs are; their weighted sum is what training minimises. An
@@ -91,10 +98,14 @@ def attribute_losses(
         known = known_targets(labels, numbers)
     classes = labels.shape[1]
     logits, guesses = list(outputs.values())[:classes], list(outputs.values())[classes:]
-    sums = [
-        F.cross_entropy(at_least_float(scores), target, ignore_index=-1, reduction="sum", label_smoothing=smoothing)
-        for scores, target in zip(logits, labels.clamp(min=-1).unbind(1), strict=True)
-    ]
+    sums = []
+    for scores, target, said in zip(logits, labels.clamp(min=-1).unbind(1), taught or [None] * classes, strict=True):
+        scores = at_least_float(scores)
+        loss = F.cross_entropy(scores, target, ignore_index=-1, reduction="sum", label_smoothing=smoothing)
+        if said is not None:
+            beside = F.cross_entropy(scores, said.to(scores.dtype), reduction="none")  # (B,)
+            loss = loss.lerp((beside * (target >= 0)).sum(), TAUGHT)
+        sums.append(loss)
     for guess, target in zip(guesses, numbers.unbind(1), strict=True):
         guess = at_least_float(guess.squeeze(1))
         sums.append(F.huber_loss(guess, target.where(target.isfinite(), guess.detach()), reduction="sum"))
