@@ -253,3 +253,9 @@ def test_a_column_of_titles_that_is_empty_or_not_there_is_one_line(command, draw
         )
         assert done.returncode == 2
         assert message in done.stderr.splitlines()[-1]
+
+
+def test_a_model_that_reads_titles_teaches_none(command, both, cache_dir, tmp_path):
+    words = ("--data", "demo", "--limit", 100, "--cache-dir", cache_dir, "--out", tmp_path / "run")
+    done = command("train.py", *words, "--teacher", both[0] / "best")
+    assert (done.returncode, "reads titles (--inputs image+title); name one that" in done.stderr) == (2, True)

@@ -231,6 +231,7 @@ def test_a_run_whose_files_have_moved_goes_on_where_they_are_named_anew(command,
         (("--targets", "gate"), "target 'gate' matches no linear layer"),
         (("--rank", "query=4"), "no rank for target 'key'"),
         (("--init-from", "gone"), "no checkpoint at"),
+        (("--teacher", "gone"), "no checkpoint at"),
         (("--attributes", "own.toml"), "is not a number; mend that cell"),
     ],
 )
