@@ -2,6 +2,7 @@
 
     python infer.py shirt.jpg
     python infer.py photos/ --out labels.csv --plot sheet.png
+    python infer.py photos/ --skip labels.csv --out new.csv            # what labels.csv has no labels for
     python infer.py shop/styles.csv --out labels.csv                  # a table beside images/: answers by its ids
     torchrun --nproc-per-node 8 infer.py catalogue/ --out labels      # parquet, tar or photos; any number of machines
 
@@ -30,7 +31,7 @@ from jobs import Crew, Job
 from labeller import Labeller
 from models.checkpoint import find_checkpoint, read_config
 from options import AMP, MIXED, add_checkpoint_options, choose_amp
-from output import Output, caption, table
+from output import Output, caption, labelled_in, table
 
 PLOT_AT_MOST = 48  # pictures on a contact sheet
 PLOT_KINDS = (".png", ".jpg", ".pdf", ".svg")
@@ -78,6 +79,12 @@ def parse_args(argv: list[str] | None, crew: Crew):
         "and that goes on where it was when it is started again",
     )
     parser.add_argument(
+        "--skip",
+        type=Path,
+        metavar="RESULT",
+        help="leave out the pictures that an earlier --out, a file or a folder, has labels for",
+    )
+    parser.add_argument(
         "--shard-rows",
         type=positive_int,
         default=SHARD_ROWS,
@@ -107,16 +114,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, crew)
     folder = find_checkpoint(args.checkpoint)
     config = read_config(folder)
-    source = open_source(
-        args.images, config["title"] if config["text"] else None, args.shard_rows, args.out if args.job else None
-    )
+    done = labelled_in(args.skip) if args.skip else frozenset()
+    job_folder, title = args.out if args.job else None, config["title"] if config["text"] else None
+    source = open_source(args.images, title, args.shard_rows, job_folder, done)
+    if not source.shards:
+        print(f"nothing is new: --skip {args.skip} has labels for all of it", file=sys.stderr)
+        return 0
     for option, path in (("--out", None if args.job else args.out), ("--plot", args.plot)):
         if path:
-            check_writable(path, option, [*source.paths, args.titles, args.weights])
+            check_writable(path, option, [*source.paths, args.titles, args.weights, args.skip])
     if not config["text"] and (args.title is not None or args.titles):
         raise UserError(f"{folder} was trained on pictures alone; leave out --title and --titles")
     title_of = find_titles(args.title, args.titles, config["title"], source) if config["text"] else None
     notes = [f"checkpoint {folder}", *source.notes, *notes_of(args, config, source, title_of)]
+    if done:
+        notes.append(f"left out: {len(done):,} pictures that {args.skip} has labels for")
     if crew.rank == 0:
         print(*notes, sep="\n", file=sys.stderr)
     labeller = load_labeller(args, folder, crew)

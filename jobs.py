@@ -85,7 +85,7 @@ class Job:
             raise UserError(f"{path} is damaged; name another --out, or delete {self.folder}") from None
         if differing:
             verb = "differ" if len(differing) > 1 else "differs"
-            grown = "; of a folder that has grown, give what is new alone" if "inputs" in differing else ""
+            grown = f", and --skip {self.folder} to leave out what this one has" if "inputs" in differing else ""
             raise UserError(
                 f"--out {self.folder} holds another job (its {', '.join(differing)} {verb}); name another folder{grown}"
             )

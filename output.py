@@ -8,8 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.cells import inert
+from data.cells import inert, without_apostrophe
 from durable import give_name
+from errors import UserError
 
 GROUP_ROWS = (
     4096  # of Parquet: a row group for each batch would need more room for its columns' places than for answers
@@ -78,6 +79,36 @@ class Output:
     def _write_held(self) -> None:
         self.file.write_table(pa.Table.from_batches(self.held, self.file.schema))
         self.held = []
+
+
+def labelled_in(path: Path) -> set[str]:
+    """Names of the pictures that an earlier result has labels for: a file that `Output` wrote, or a job's folder.
+
+    Raises:
+        UserError: it is no such result.
+    """
+    files, names = sorted((path / "labels").glob("*.parquet")) if path.is_dir() else [path], set()
+    if not files:
+        raise UserError(f"--skip {path} holds no answers: name a file that --out wrote, or a job's folder")
+    for file in files:
+        try:
+            names.update(name for name, error in _outcomes(file) if not error)
+        except OSError as error:
+            raise UserError(f"cannot read --skip {file}: {error.strerror or error}") from None
+        except (ValueError, KeyError, TypeError, csv.Error, pa.ArrowException) as error:
+            raise UserError(f"--skip {file} is no file that --out wrote: {error}".splitlines()[0]) from None
+    return names
+
+
+def _outcomes(file: Path) -> list[tuple[str, str | None]]:
+    """Each picture's name, and its error where it has one."""
+    if file.suffix.lower() == ".parquet":
+        columns = pq.read_table(file, columns=["image", "error"])
+        return list(zip(columns["image"].to_pylist(), columns["error"].to_pylist(), strict=True))
+    with open(file, newline="", encoding="utf-8") as lines:
+        if file.suffix.lower() != ".csv":
+            return [(answer["image"], answer.get("error")) for answer in map(json.loads, lines)]
+        return [(without_apostrophe(row["image"]), row["error"]) for row in csv.DictReader(lines)]
 
 
 def table(answer: dict) -> str:

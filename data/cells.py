@@ -26,6 +26,11 @@ def inert(cell):
     return f"'{cell}" if suspect and not re.fullmatch(r"-\d+(\.\d+)?", cell) else cell
 
 
+def without_apostrophe(cell: str) -> str:
+    """The inverse of `inert`."""
+    return cell[1:] if cell.startswith("'") and inert(cell[1:]) == cell else cell
+
+
 def number(text: str | None, column: str, id: str) -> float:
     """A cell's number; NaN where there is none. Raises a `UserError`, which names the cell, where it is no number."""
     if text is None:

@@ -22,7 +22,7 @@ import hashlib
 import itertools
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +87,11 @@ class Source:
 
 
 def open_source(
-    asked: list[str], title: str | None = None, rows: int = SHARD_ROWS, without: Path | None = None
+    asked: list[str],
+    title: str | None = None,
+    rows: int = SHARD_ROWS,
+    without: Path | None = None,
+    answered: Set[str] = frozenset(),
 ) -> Source:
     """Files, folders, globs and `hub:OWNER/NAME`, in order, each once: see `find_inputs`.
 
@@ -95,6 +99,7 @@ def open_source(
         title: the column of titles, where they are asked for.
         rows: of a shard, at most, where a shard can be cut.
         without: a job's folder, whose results are no input.
+        answered: names of rows to leave out; where they all are, no shard is left.
 
     Raises:
         UserError: there is no such input, or none of its rows; a parquet file that is none, or lacks `image`.
@@ -108,34 +113,49 @@ def open_source(
             for name in some:
                 splits, revision = _load_hub(name)
                 facts.append((name, revision))
-                shards += stream_shards(name, splits, title)
+                shards += _unanswered(stream_shards(name, splits, title), answered)
             continue
         facts += [(os.fsencode(path), path.stat().st_size if os.path.exists(path) else None) for path in some]
         if kind == "image":
+            some = [path for path in some if _file_name(path) not in answered]
             files += some
             cuts = [some[start : start + rows] for start in range(0, len(some), rows)]
             shards += [Shard(len(cut), functools.partial(_file_rows, cut)) for cut in cuts]
         elif kind == "parquet":
             for path in some:
-                shards += _parquet_shards(path, rows, title, notes)
+                shards += _unanswered(_parquet_shards(path, rows, title, notes), answered)
         elif kind == "csv":
             for path in some:
                 catalogue = _open_csv(path, title, notes)
                 facts.append((os.fsencode(path), catalogue.fingerprint))
-                shards += _csv_shards(catalogue, rows, title)
+                shards += _csv_shards(catalogue, rows, title, answered)
                 beside += (p for p in (path.parent / "images").rglob("*") if p.is_file())
         else:
-            shards += [Shard(None, functools.partial(_tar_rows, path, title)) for path in some]
-    if not shards:
+            shards += _unanswered([Shard(None, functools.partial(_tar_rows, path, title)) for path in some], answered)
+    if answered:
+        facts.append(sorted(answered))
+    elif not shards:
         raise UserError(f"{', '.join(asked)} has no rows")
     fingerprint = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
     return Source(shards, fingerprint, files, [*(p for p in found if isinstance(p, Path)), *beside], notes)
 
 
+def _unanswered(shards: list[Shard], answered: Set[str]) -> list[Shard]:
+    """Without the rows of these names, which show only as they are read."""
+
+    def rest(shard: Shard) -> Iterator[Row]:
+        return (row for row in shard.read() if row.name not in answered)
+
+    return [Shard(None, functools.partial(rest, shard)) for shard in shards] if answered else shards
+
+
+def _file_name(path: Path) -> str:
+    # A file name need not be text; what no text can hold is replaced, or no format could write it.
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def _file_rows(paths: list[Path]) -> Iterator[Row]:
-    for path in paths:
-        # A file name need not be text; what no text can hold is replaced, or no format could write it.
-        yield Row(os.fsencode(path).decode("utf-8", "replace"), path)
+    return (Row(_file_name(path), path) for path in paths)
 
 
 def _open_csv(table: Path, title: str | None, notes: list[str]) -> Catalogue:
@@ -148,14 +168,15 @@ def _open_csv(table: Path, title: str | None, notes: list[str]) -> Catalogue:
     return catalogue
 
 
-def _csv_shards(catalogue: Catalogue, rows: int, title: str | None) -> list[Shard]:
-    lost = [Row(skipped.id, skipped.reason) for skipped in catalogue.skipped]
-    cuts = [range(len(catalogue))[start : start + rows] for start in range(0, len(catalogue), rows)]
+def _csv_shards(catalogue: Catalogue, rows: int, title: str | None, answered: Set[str]) -> list[Shard]:
+    lost = [Row(skipped.id, skipped.reason) for skipped in catalogue.skipped if skipped.id not in answered]
+    left = [i for i, id in enumerate(catalogue.ids) if id not in answered]
+    cuts = [left[start : start + rows] for start in range(0, len(left), rows)]
     shards = [Shard(len(cut), functools.partial(_csv_rows, catalogue, cut, title)) for cut in cuts]
     return shards + ([Shard(len(lost), lambda: iter(lost))] if lost else [])
 
 
-def _csv_rows(catalogue: Catalogue, some: range, title: str | None) -> Iterator[Row]:
+def _csv_rows(catalogue: Catalogue, some: list[int], title: str | None) -> Iterator[Row]:
     titles = catalogue.columns.get(title)
     for i in some:
         try:

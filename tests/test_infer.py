@@ -1,6 +1,7 @@
 """infer.py as a user runs it: every input answered once, in every format."""
 
 import csv
+import functools
 import json
 import os
 import resource
@@ -320,3 +321,44 @@ def test_half_precision_says_the_same_with_about_the_same_confidence(command, de
     assert max(abs(a["confidence"] - b["confidence"]) for a, b in pairs if a["label"] == b["label"]) < 0.1
     assert sum(a["label"] == b["label"] for a, b in pairs) >= 0.9 * len(pairs)
     assert full != half
+
+
+@pytest.mark.parametrize("result", ["labels.csv", "labels.jsonl", "labels.parquet", "labels"])
+def test_what_an_earlier_result_has_labels_for_is_left_out(command, demo_run, photos, tmp_path, result):
+    """What was an error then is tried again; afterwards nothing is new."""
+    shop, out, words = tmp_path / "=shop", tmp_path / result, ("--checkpoint", demo_run / "best")
+    shutil.copytree(photos, shop)  # in the table a name with an apostrophe before it
+    run = functools.partial(command, "infer.py", "=shop", *words, cwd=tmp_path)
+    assert run("--out", out).returncode == 1
+    Image.open(shop / "0.png").save(shop / "page.jpg")
+    shutil.copy(shop / "0.png", shop / "new.png")
+    done = run("--skip", out, "--json")
+    assert f"left out: 5 pictures that {out} has labels for" in done.stderr
+    names = [Path(json.loads(line)["image"]).name for line in done.stdout.splitlines()]
+    assert names == ["cut.png", "new.png", "page.jpg"]
+    assert run("--skip", out, "--out", tmp_path / "new").returncode == 1
+    (shop / "cut.png").unlink()
+    both = tmp_path / "both.jsonl"
+    assert run("--out", both).returncode == 0
+    done = run("--skip", both)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert f"nothing is new: --skip {both} has labels for all of it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("gone.csv", None, "cannot read --skip"),
+        ("other.csv", "id,name\n1,shirt\n", "is no file that --out wrote: 'image'"),
+        ("other.jsonl", "[1]\n", "is no file that --out wrote"),
+        ("other.parquet", "image\n", "is no file that --out wrote"),
+        (".", None, "holds no answers"),
+    ],
+)
+def test_a_result_to_skip_that_is_none_is_one_line(command, demo_run, photos, tmp_path, name, text, message):
+    if text:
+        (tmp_path / name).write_text(text)
+    words = ("--checkpoint", demo_run / "best", "--skip", tmp_path / name)
+    done = command("infer.py", photos, *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -372,3 +372,22 @@ def test_the_real_catalogue_from_the_middle_of_a_row_group(shared):
     assert [row.name for row in rows] == [str(i) for i in table["id"].to_pylist()]
     assert [row.picture for row in rows] == [image["bytes"] for image in table["image"].to_pylist()]
     assert [row.title for row in rows[:9]] == table["productDisplayName"].to_pylist()[:9]
+
+
+def test_rows_that_are_answered_are_left_out_of_every_kind(shop, tmp_path):
+    parquet, pictures = shop
+    (tmp_path / "shelf" / "images").mkdir(parents=True)
+    for name in ("7.png", "8.png", "9.png"):
+        (tmp_path / "shelf" / "images" / name).write_bytes(pictures[0])
+    table = tmp_path / "shelf" / "stock.csv"
+    table.write_text("id\n7x\n8\n9\n7\n")
+    tar = write_tar(tmp_path / "a.tar", {"one.png": pictures[1], "two.png": pictures[2]})
+    asked = [str(path) for path in (parquet, table, tar, table.parent / "images")]
+    names = [row.name for row in rows_of(open_source(asked))]
+    assert len(names) == 35 + 4 + 2 + 3
+    for answered in set(names[::2]), set(names[1::2]):
+        some = open_source(asked, rows=3, answered=answered)
+        assert [row.name for row in rows_of(some)] == [name for name in names if name not in answered]
+        assert some.fingerprint != open_source(asked, rows=3).fingerprint
+        assert all(str(path) not in answered for path in some.files)
+    assert not rows_of(open_source(asked, answered=set(names)))
