@@ -39,6 +39,8 @@ class Teacher:
         self.taught = {name: labels.get(name) == own for name, own in classes.items()}
         if not any(self.taught.values()):
             raise UserError(f"--teacher {folder}: none of its classes has the labels of this run")
+        apart = [name for name, taught in self.taught.items() if not taught]
+        print(f"learning from {folder} too" + (f", but not {', '.join(apart)}: its labels are others" if apart else ""))
         self.model, self.dtype = merge_lora(model).to(device, dtype), dtype
         keep_base_in(self.model, dtype)
         self.size = theirs["preprocess"]["size"]

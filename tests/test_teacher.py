@@ -58,12 +58,13 @@ def test_a_run_may_read_pictures_of_another_size_and_norm(demo_run):
         torch.testing.assert_close(probabilities, logits.softmax(dim=-1), rtol=1e-3, atol=1e-4)
 
 
-def test_it_teaches_the_classes_that_have_the_run_s_labels(demo_run):
+def test_it_teaches_the_classes_that_have_the_run_s_labels(demo_run, capsys):
     config = read_config(demo_run / "best")
     images = torch.zeros(1, 3, *config["preprocess"]["size"])
     attributes = [a | {"labels": a["labels"][::-1]} if a["name"] == "brand" else a for a in config["attributes"]]
     said = teach(demo_run / "best", config | {"attributes": attributes})(images)
     assert [probabilities is None for probabilities in said] == [a["name"] == "brand" for a in attributes]
+    assert capsys.readouterr().out == f"learning from {demo_run / 'best'} too, but not brand: its labels are others\n"
     attributes = [a | {"labels": [*a["labels"], "another"]} for a in attributes]
     with pytest.raises(UserError, match="none of its classes has the labels of this run"):
         teach(demo_run / "best", config | {"attributes": attributes})
