@@ -81,8 +81,10 @@ def parse_args(argv: list[str] | None, crew: Crew):
     parser.add_argument(
         "--skip",
         type=Path,
+        action="append",
+        default=[],
         metavar="RESULT",
-        help="leave out the pictures that an earlier --out, a file or a folder, has labels for",
+        help="leave out what has labels by its name in an earlier --out, file or folder; may be given several times",
     )
     parser.add_argument(
         "--shard-rows",
@@ -114,21 +116,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, crew)
     folder = find_checkpoint(args.checkpoint)
     config = read_config(folder)
-    done = labelled_in(args.skip) if args.skip else frozenset()
-    job_folder, title = args.out if args.job else None, config["title"] if config["text"] else None
-    source = open_source(args.images, title, args.shard_rows, job_folder, done)
-    if not source.shards:
-        print(f"nothing is new: --skip {args.skip} has labels for all of it", file=sys.stderr)
-        return 0
+    labelled = set().union(*map(labelled_in, args.skip))
+    results = [path for path in args.skip if path.is_dir()] + [args.out] * args.job
+    title = config["title"] if config["text"] else None
+    source = open_source(args.images, title, args.shard_rows, results, labelled)
     for option, path in (("--out", None if args.job else args.out), ("--plot", args.plot)):
         if path:
-            check_writable(path, option, [*source.paths, args.titles, args.weights, args.skip])
+            check_writable(path, option, [*source.paths, args.titles, args.weights, *args.skip])
     if not config["text"] and (args.title is not None or args.titles):
         raise UserError(f"{folder} was trained on pictures alone; leave out --title and --titles")
     title_of = find_titles(args.title, args.titles, config["title"], source) if config["text"] else None
     notes = [f"checkpoint {folder}", *source.notes, *notes_of(args, config, source, title_of)]
-    if done:
-        notes.append(f"left out: {len(done):,} pictures that {args.skip} has labels for")
     if crew.rank == 0:
         print(*notes, sep="\n", file=sys.stderr)
     labeller = load_labeller(args, folder, crew)
@@ -248,7 +246,7 @@ def alone(args, source: Source, answered: Iterator[tuple[list[Row], list[dict]]]
                 output.write(answers)
             rows += len(batch)
             bar.update(len(batch))
-        if args.titles and not given:  # a job does not ask: this may be a shard without any
+        if args.titles and rows and not given:  # a job does not ask: this may be a shard without any
             raise UserError(no_titles(args.titles))
     if output:
         print(f"wrote {rows:,} rows to {args.out}", file=sys.stderr)

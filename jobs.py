@@ -85,7 +85,7 @@ class Job:
             raise UserError(f"{path} is damaged; name another --out, or delete {self.folder}") from None
         if differing:
             verb = "differ" if len(differing) > 1 else "differs"
-            grown = f", and --skip {self.folder} to leave out what this one has" if "inputs" in differing else ""
+            grown = f"; for what is new since, also add --skip {self.folder}" if differing == ["inputs"] else ""
             raise UserError(
                 f"--out {self.folder} holds another job (its {', '.join(differing)} {verb}); name another folder{grown}"
             )
@@ -113,7 +113,7 @@ class Job:
     def tally(self) -> Tally:
         """Rows of all that is done, and how many of them are errors."""
         self._count()
-        return Tally(*map(sum, zip(*self.tallies.values(), strict=True)))
+        return Tally(sum(t.rows for t in self.tallies.values()), sum(t.errors for t in self.tallies.values()))
 
     def _left(self, order: Iterable[int]) -> list[int]:
         done = set(os.listdir(self.labels))

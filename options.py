@@ -15,8 +15,10 @@ from models.backbone import DEMO, bare_backbone
 from models.schema import RANK
 
 HUB_DATA, HUB_BACKBONE = "ashraq/fashion-product-images-small", "vit_base_patch16_224"
-MOVABLE = ("data", "weights", "attributes", "cache_dir", "compile")  # what may be otherwise when a run is resumed
-PATHS = ("weights", "cache_dir", "attributes", "init_from", "teacher", "vocab")  # options that are files or folders
+# What may be otherwise when a run is resumed.
+MOVABLE = ("data", "weights", "attributes", "teacher", "teacher_weights", "cache_dir", "compile")
+# Options that are files or folders.
+PATHS = ("weights", "cache_dir", "attributes", "init_from", "teacher", "teacher_weights", "vocab")
 EXTRA = {"with_price": ("price_in_vnd",), "with_season_year": ("season", "year")}  # switches and what they add
 AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIXED = {"nargs": "?", "const": "auto", "choices": ["auto", "bf16", "fp16"]}  # of --amp
@@ -144,7 +146,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--teacher",
         type=Path,
         metavar="CHECKPOINT",
-        help="learn half from the labels and half from what this earlier model says of each picture",
+        help="learn half from the labels and half from what this model says of each picture",
+    )
+    p.add_argument(
+        "--teacher-weights",
+        type=Path,
+        metavar="FILE",
+        help="its base weights, where they are others and its run does not know them",
     )
     p.add_argument("--epochs", type=positive_int, default=5, help="(default: %(default)s)")
     p.add_argument(
@@ -245,6 +253,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     idle = [name for name in given if name in ("vocab", "title_length", "mask_title_leaks")]
     if idle and "title" not in args.inputs:
         raise UserError(f"--{idle[0].replace('_', '-')} is of titles, which --inputs {args.inputs} does not read")
+    if args.teacher_weights and not args.teacher and not args.resume:
+        raise UserError(f"--teacher-weights {args.teacher_weights} goes with --teacher CHECKPOINT")
     if args.compile and args.inputs == "title":
         raise UserError("--compile is of the backbone, which --inputs title does not use; leave it out")
     for name in PATHS:  # a run may be resumed from another folder

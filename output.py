@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -87,28 +88,31 @@ def labelled_in(path: Path) -> set[str]:
     Raises:
         UserError: it is no such result.
     """
-    files, names = sorted((path / "labels").glob("*.parquet")) if path.is_dir() else [path], set()
+    folder = os.path.isdir(path)  # which says no to a name too long, where `Path.is_dir` raises
+    files, names = sorted((path / "labels").glob("*.parquet")) if folder else [path], set()
     if not files:
         raise UserError(f"--skip {path} holds no answers: name a file that --out wrote, or a job's folder")
     for file in files:
         try:
-            names.update(name for name, error in _outcomes(file) if not error)
+            names.update(_labelled_in(file))
         except OSError as error:
             raise UserError(f"cannot read --skip {file}: {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError, csv.Error, pa.ArrowException) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, csv.Error, pa.ArrowException) as error:
             raise UserError(f"--skip {file} is no file that --out wrote: {error}".splitlines()[0]) from None
-    return names
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"--skip {path} is no file that --out wrote: an image has no name")
+    return {name for name in names if "\ufffd" not in name}  # which stands for a letter that is not known
 
 
-def _outcomes(file: Path) -> list[tuple[str, str | None]]:
-    """Each picture's name, and its error where it has one."""
+def _labelled_in(file: Path) -> list[str]:
     if file.suffix.lower() == ".parquet":
         columns = pq.read_table(file, columns=["image", "error"])
-        return list(zip(columns["image"].to_pylist(), columns["error"].to_pylist(), strict=True))
-    with open(file, newline="", encoding="utf-8") as lines:
-        if file.suffix.lower() != ".csv":
-            return [(answer["image"], answer.get("error")) for answer in map(json.loads, lines)]
-        return [(without_apostrophe(row["image"]), row["error"]) for row in csv.DictReader(lines)]
+        rows = zip(columns["image"].to_pylist(), columns["error"].to_pylist(), strict=True)
+        return [name for name, error in rows if error is None]
+    with open(file, newline="", encoding="utf-8-sig") as lines:  # Excel puts a byte order mark first
+        if file.suffix.lower() == ".csv":
+            return [without_apostrophe(row["image"]) for row in csv.DictReader(lines) if row["error"] == ""]
+        return [name for answer in map(json.loads, lines) for name in [answer["image"]] if "attributes" in answer]
 
 
 def table(answer: dict) -> str:

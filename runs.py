@@ -94,7 +94,7 @@ def open_run(args: argparse.Namespace) -> argparse.Namespace:
         try:
             options = json.loads(path.read_text(encoding="utf-8"))
             for name in PATHS:
-                options[name] = options[name] and Path(options[name])
+                options[name] = options.get(name) and Path(options[name])  # a run may be older than an option
             moved = {name: place for name in MOVABLE if (place := getattr(args, name)) is not None}
             return argparse.Namespace(**(vars(args) | options | {"resume": True} | moved))
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -104,6 +104,8 @@ def check_same(saved: dict, config: dict, out: Path) -> None:
         if found != wanted:
             anew = f"; start a new run where it is: --init-from {out / 'best'}" if "rows" in what else ""
             raise UserError(f"--resume: the {what} {found}, but {out} was trained with {wanted}{anew}")
+    if now["teacher"] != saved.get("teacher"):
+        raise UserError(f"--resume: the model that --teacher names is not the one {out} learned from")
     for key in ("attributes", "paths", "preprocess", "inputs", "text"):
         if now[key] != saved[key]:
             raise UserError(f"--resume: the catalogue is not the one {out} was trained on: its {key} differ")

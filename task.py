@@ -45,7 +45,7 @@ from models.classifier import AttributeClassifier
 from models.inherit import inherit, predecessor
 from models.schema import CONFIG, contradiction, misfit
 from options import AMP, EXTRA
-from teacher import Teacher, check_teacher
+from teacher import Teacher, load_teacher
 
 LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
 ROUNDED_FOR = 64  # train pictures: twice as many take twice as long, for a twentieth less error
@@ -93,6 +93,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     catalogue = load_source(args.data, args.cache_dir, args.limit, needs)
     numbers = read_numbers(catalogue.columns, attributes)
     backbone, config = begin(args)
+    loaded = load_teacher(args.teacher, args.teacher_weights, config, args.weights) if args.teacher else None
     wants = timm.data.resolve_model_data_config(backbone)
     size = wants["input_size"][1:]
     preprocess = Preprocess(
@@ -120,6 +121,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
         "preprocess": asdict(preprocess),
         "data": {"name": catalogue.name, "rows": len(catalogue), "fingerprint": catalogue.fingerprint}
         | {"ids": digest(catalogue.ids)},
+        "teacher": loaded and loaded[1]["sha256"]["adapter.safetensors"],
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__},
     }
     if reads:
@@ -135,9 +137,9 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     if args.init_from and not args.resume:
         print(inherit(model, config, args.init_from))
     place(model, args, device)
-    teacher = (
-        Teacher(args.teacher, config, args.weights, device, AMP[args.amp] or torch.float32) if args.teacher else None
-    )
+    teacher = loaded and Teacher(*loaded, config, device, AMP[args.amp] or torch.float32)
+    if teacher:
+        print(teacher)
     return Task(model, config, preprocess, catalogue, store, known, teacher)
 
 
@@ -157,8 +159,6 @@ def begin(args: argparse.Namespace) -> tuple[VisionTransformer, dict]:
     adapt(backbone, config)
     if args.init_from and not args.resume:
         predecessor(config, args.init_from)
-    if args.teacher:
-        check_teacher(args.teacher)
     return backbone, config
 
 

@@ -1,9 +1,8 @@
-"""An earlier model as a teacher: what it says of a picture counts beside the label (Hinton et al. 2015,
-arXiv:1503.02531).
+"""Another model as a teacher: what it says of a picture counts beside the label (Hinton et al. 2015, arXiv:1503.02531).
 
 It sees each picture as training has just moved and mirrored it, since its answers help most where they are about what
-the pupil sees (Beyer et al. 2022, arXiv:2106.05237); but all of its patches. Labels that are wrong, or could as well be
-others, then pull less.
+the pupil sees (Beyer et al. 2022, arXiv:2106.05237); but with none of its patches dropped by chance. Labels that are
+wrong, or could as well be others, then pull less.
 """
 
 from pathlib import Path
@@ -15,54 +14,69 @@ from torch import Tensor
 from errors import UserError
 from lora import keep_base_in, merge_lora
 from models.checkpoint import load_checkpoint, read_config
+from models.classifier import AttributeClassifier
+
+
+def load_teacher(
+    folder: Path, weights: Path | None, pupil: dict, pupils_weights: Path | None
+) -> tuple[AttributeClassifier, dict]:
+    """A checkpoint that can teach: its model and its config.
+
+    Args:
+        weights: its base weights; None takes the pupil's where they are the same, else what its run used, or the hub's.
+        pupil: the config of the run that learns from it; its `backbone` is enough.
+
+    Raises:
+        UserError: there is no such checkpoint or no such weights, or it reads titles.
+    """
+    config = read_config(folder)
+    if (inputs := config["inputs"]) != "image":
+        raise UserError(f"--teacher {folder} reads titles (--inputs {inputs}); name one that looks at pictures")
+    if config["backbone"]["fingerprint"] == pupil["backbone"]["fingerprint"]:
+        weights = weights or pupils_weights
+    try:
+        return load_checkpoint(folder, weights)
+    except UserError as error:
+        raise UserError(str(error).replace("--weights", "--teacher-weights")) from None
 
 
 class Teacher:
-    """Images of a run -> what a checkpoint's model says of them.
+    """Images of a run -> what a model says of them. It teaches the classes that have the same labels in both.
 
     Args:
-        folder: the checkpoint's; of any backbone, and for any size of pictures.
-        config: of the run that learns from it.
-        weights: the run's own base weights, which a teacher on the same base shares.
+        model, config: from `load_teacher`; of any backbone. Pictures come in the run's size and are brought to its own.
+        pupil: the config of the run that learns from it.
         dtype: to compute in.
 
     Raises:
-        UserError: there is no such checkpoint, it reads titles, or no class of it has the run's labels.
+        UserError: it has the labels of none of the run's classes.
     """
 
-    def __init__(self, folder: Path, config: dict, weights: Path | None, device: torch.device, dtype: torch.dtype):
-        theirs = check_teacher(folder)
-        same = theirs["backbone"]["fingerprint"] == config["backbone"]["fingerprint"]
-        model, theirs = load_checkpoint(folder, weights if same else None)
-        labels = {a["name"]: a["labels"] for a in theirs["attributes"] if a["kind"] == "class"}
-        classes = {a["name"]: a["labels"] for a in config["attributes"] if a["kind"] == "class"}
+    def __init__(self, model: AttributeClassifier, config: dict, pupil: dict, device: torch.device, dtype: torch.dtype):
+        labels = {a["name"]: a["labels"] for a in config["attributes"] if a["kind"] == "class"}
+        classes = {a["name"]: a["labels"] for a in pupil["attributes"] if a["kind"] == "class"}
         self.taught = {name: labels.get(name) == own for name, own in classes.items()}
         if not any(self.taught.values()):
-            raise UserError(f"--teacher {folder}: none of its classes has the labels of this run")
-        apart = [name for name, taught in self.taught.items() if not taught]
-        print(f"learning from {folder} too" + (f", but not {', '.join(apart)}: its labels are others" if apart else ""))
+            raise UserError("--teacher: it has the labels of none of this run's classes")
         self.model, self.dtype = merge_lora(model).to(device, dtype), dtype
         keep_base_in(self.model, dtype)
-        self.size = theirs["preprocess"]["size"]
-        (mean, std), (own_mean, own_std) = (
-            [torch.tensor(of["preprocess"][name], device=device)[:, None, None] for name in ("mean", "std")]
-            for of in (theirs, config)
-        )
-        self.scale, self.shift = own_std / std, (own_mean - mean) / std  # (3, 1, 1), from the run's norm to its own
+        self.size = config["preprocess"]["size"]
+
+        def norm(of: dict, name: str) -> Tensor:
+            return torch.tensor(of["preprocess"][name], device=device)[:, None, None]  # (3, 1, 1)
+
+        self.scale = norm(pupil, "std") / norm(config, "std")
+        self.shift = (norm(pupil, "mean") - norm(config, "mean")) / norm(config, "std")
+
+    def __str__(self) -> str:
+        apart = [name for name, taught in self.taught.items() if not taught]
+        return "learning from a teacher too" + (f", but not {', '.join(apart)}: it has other labels" if apart else "")
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Tensor | None]:
         """images (B, 3, S, S), normalised for the run -> of each of the run's classes the probabilities (B, classes) in
-        fp32, or None where the teacher has other labels."""
+        fp32, or None where it is not taught."""
         if list(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
         logits = self.model(torch.addcmul(self.shift, images, self.scale).to(self.dtype))
         return [logits[name].float().softmax(dim=-1) if taught else None for name, taught in self.taught.items()]
-
-
-def check_teacher(folder: Path) -> dict:
-    """The config of a checkpoint that can teach; before pictures are decoded, so that a mistake is told at once."""
-    config = read_config(folder)
-    if (inputs := config["inputs"]) != "image":
-        raise UserError(f"--teacher {folder} reads titles (--inputs {inputs}); name one that looks at pictures")
-    return config

@@ -149,7 +149,7 @@ def in_a_row(step: Callable[[], object], count: int) -> None:
 
 
 def draw(speeds: dict[str, float], kept: dict[str, int], title: str, path: Path) -> None:
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 1 + 0.3 * len(speeds)), layout="constrained")
     names = list(reversed(speeds))
     panels = figure.subplots(1, 2, sharey=True)
     values = [speeds, {name: kept.get(name, 0) / 1e9 for name in names}]
@@ -218,9 +218,9 @@ def main() -> None:
         memory = "".join(f"{of[name] / 1e9:>10.2f}{of[name] / of[FIRST]:>7.2f}" for of in bytes_)
         print(f"{name:<36}{speed:>9.2f}{ratio:>7.2f}{spread:>15}{memory}")
     if args.profile:
-        for name, run in (OURS, steps[OURS]), (FLOOR, bare.twice_forward):
+        for name in sorted(ways.keys() & {OURS, FLOOR, f"{OURS}, compiled", f"{FLOOR}, compiled"}):
             with torch.profiler.profile() as profile:
-                run(*batch)
+                ways[name](*batch)
             key = f"self_{device.type}_time_total"
             print(f"\n{name}\n{profile.key_averages().table(sort_by=key, row_limit=14, max_name_column_width=44)}")
     if args.plot:

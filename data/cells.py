@@ -27,7 +27,7 @@ def inert(cell):
 
 
 def without_apostrophe(cell: str) -> str:
-    """The inverse of `inert`."""
+    """The inverse of `inert`, but for text that had one before what a spreadsheet would run."""
     return cell[1:] if cell.startswith("'") and inert(cell[1:]) == cell else cell
 
 

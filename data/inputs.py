@@ -4,6 +4,7 @@ import functools
 import glob
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from data.tars import IMAGES
@@ -25,14 +26,14 @@ def kind_of(name: str | Path) -> str:
     return next((kind for kind, suffixes in kinds.items() if name.suffix.lower() in suffixes), "image")
 
 
-def find_inputs(word: str, without: Path | None, notes: list[str]) -> list[str | Path]:
+def find_inputs(word: str, without: Iterable[Path], notes: list[str]) -> list[str | Path]:
     """The files that a word means, or the word itself where it names a dataset on the hub.
 
     A folder or glob is taken for what it holds: pictures, else parquet, else tar. A link that leads nowhere is a
     picture that cannot be read, not one that is not there.
 
     Args:
-        without: a job's folder, whose results are no input.
+        without: folders of jobs, whose results are no input.
         notes: is told what was left out.
 
     Raises:
@@ -47,9 +48,8 @@ def find_inputs(word: str, without: Path | None, notes: list[str]) -> list[str |
         return [path]
     is_folder = os.path.isdir(word)
     matches = _inside(path, notes) if is_folder else list(map(Path, glob.glob(word, recursive=True)))
-    if without:
-        real = functools.cache(os.path.realpath)  # of few folders, for each of many files
-        results = {real(without / name) for name in JOB}
+    real = functools.cache(os.path.realpath)  # of few folders, for each of many files
+    if results := {real(folder / name) for folder in without for name in JOB}:
         matches = [p for p in matches if real(p.parent) not in results]
     matches = [p for p in matches if os.path.isfile(p) or not os.path.exists(p)]
     matches = [p for p in matches if not p.name.startswith("._")]  # of macOS, which holds no picture

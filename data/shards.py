@@ -22,7 +22,7 @@ import hashlib
 import itertools
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +67,8 @@ class Shard(NamedTuple):
 class Source:
     """Attributes:
     shards: in order; their rows are all that was asked for.
-    fingerprint: changes with the name or the size of any input, of CSV also with what a catalogue's does.
+    fingerprint: changes with the name or the size of any input, of CSV also with what a catalogue's does; and with the
+        names of the rows that are left out.
     files: the picture files among the inputs.
     paths: all files among them, and those that they name.
     notes: what the user should know about how the inputs were understood.
@@ -90,16 +91,16 @@ def open_source(
     asked: list[str],
     title: str | None = None,
     rows: int = SHARD_ROWS,
-    without: Path | None = None,
-    answered: Set[str] = frozenset(),
+    without: Iterable[Path] = (),
+    labelled: Set[str] = frozenset(),
 ) -> Source:
     """Files, folders, globs and `hub:OWNER/NAME`, in order, each once: see `find_inputs`.
 
     Args:
         title: the column of titles, where they are asked for.
         rows: of a shard, at most, where a shard can be cut.
-        without: a job's folder, whose results are no input.
-        answered: names of rows to leave out; where they all are, no shard is left.
+        without: folders of jobs, whose results are no input.
+        labelled: names of rows to leave out.
 
     Raises:
         UserError: there is no such input, or none of its rows; a parquet file that is none, or lacks `image`.
@@ -113,40 +114,49 @@ def open_source(
             for name in some:
                 splits, revision = _load_hub(name)
                 facts.append((name, revision))
-                shards += _unanswered(stream_shards(name, splits, title), answered)
+                shards += _without(stream_shards(name, splits, title), labelled)
             continue
         facts += [(os.fsencode(path), path.stat().st_size if os.path.exists(path) else None) for path in some]
         if kind == "image":
-            some = [path for path in some if _file_name(path) not in answered]
-            files += some
+            left = [path for path in some if _file_name(path) not in labelled]
+            _note_left_out(len(some), len(left), labelled, notes)
+            files += (some := left)
             cuts = [some[start : start + rows] for start in range(0, len(some), rows)]
             shards += [Shard(len(cut), functools.partial(_file_rows, cut)) for cut in cuts]
         elif kind == "parquet":
             for path in some:
-                shards += _unanswered(_parquet_shards(path, rows, title, notes), answered)
+                shards += _without(_parquet_shards(path, rows, title, notes), labelled)
         elif kind == "csv":
             for path in some:
                 catalogue = _open_csv(path, title, notes)
                 facts.append((os.fsencode(path), catalogue.fingerprint))
-                shards += _csv_shards(catalogue, rows, title, answered)
+                cut = _csv_shards(catalogue, rows, title, labelled)
+                left = sum(shard.rows for shard in cut)
+                _note_left_out(len(catalogue) + len(catalogue.skipped), left, labelled, notes)
+                shards += cut
                 beside += (p for p in (path.parent / "images").rglob("*") if p.is_file())
         else:
-            shards += _unanswered([Shard(None, functools.partial(_tar_rows, path, title)) for path in some], answered)
-    if answered:
-        facts.append(sorted(answered))
-    elif not shards:
+            shards += _without([Shard(None, functools.partial(_tar_rows, path, title)) for path in some], labelled)
+    if not shards and not labelled:
         raise UserError(f"{', '.join(asked)} has no rows")
-    fingerprint = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
-    return Source(shards, fingerprint, files, [*(p for p in found if isinstance(p, Path)), *beside], notes)
+    digest = hashlib.blake2b(repr(facts).encode(), digest_size=16)
+    for name in sorted(labelled):
+        digest.update(f"{name}\n".encode())
+    return Source(shards, digest.hexdigest(), files, [*(p for p in found if isinstance(p, Path)), *beside], notes)
 
 
-def _unanswered(shards: list[Shard], answered: Set[str]) -> list[Shard]:
+def _note_left_out(rows: int, left: int, labelled: Set[str], notes: list[str]) -> None:
+    if labelled:
+        notes.append(f"left out, as they have labels: {rows - left:,} of {rows:,}")
+
+
+def _without(shards: list[Shard], labelled: Set[str]) -> list[Shard]:
     """Without the rows of these names, which show only as they are read."""
 
     def rest(shard: Shard) -> Iterator[Row]:
-        return (row for row in shard.read() if row.name not in answered)
+        return (row for row in shard.read() if row.name not in labelled)
 
-    return [Shard(None, functools.partial(rest, shard)) for shard in shards] if answered else shards
+    return [Shard(None, functools.partial(rest, shard)) for shard in shards] if labelled else shards
 
 
 def _file_name(path: Path) -> str:
@@ -168,9 +178,9 @@ def _open_csv(table: Path, title: str | None, notes: list[str]) -> Catalogue:
     return catalogue
 
 
-def _csv_shards(catalogue: Catalogue, rows: int, title: str | None, answered: Set[str]) -> list[Shard]:
-    lost = [Row(skipped.id, skipped.reason) for skipped in catalogue.skipped if skipped.id not in answered]
-    left = [i for i, id in enumerate(catalogue.ids) if id not in answered]
+def _csv_shards(catalogue: Catalogue, rows: int, title: str | None, labelled: Set[str]) -> list[Shard]:
+    lost = [Row(skipped.id, skipped.reason) for skipped in catalogue.skipped if skipped.id not in labelled]
+    left = [i for i, id in enumerate(catalogue.ids) if id not in labelled]
     cuts = [left[start : start + rows] for start in range(0, len(left), rows)]
     shards = [Shard(len(cut), functools.partial(_csv_rows, catalogue, cut, title)) for cut in cuts]
     return shards + ([Shard(len(lost), lambda: iter(lost))] if lost else [])

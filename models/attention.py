@@ -16,7 +16,7 @@ SCORES = 2**19  # computed at a time: they stay in the cache, and memory does no
 
 
 class PackedAttention(Attention):
-    """timm's `Attention` without options; on a CPU its output comes from `packed_attention`."""
+    """timm's `Attention` without options; on a CPU its output comes from `packed_attention`, elsewhere from torch's."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:

@@ -323,9 +323,9 @@ def test_half_precision_says_the_same_with_about_the_same_confidence(command, de
     assert full != half
 
 
-@pytest.mark.parametrize("result", ["labels.csv", "labels.jsonl", "labels.parquet", "labels"])
+@pytest.mark.parametrize("result", ["labels.csv", "labels.jsonl", "labels.parquet", "=shop/labels"])
 def test_what_an_earlier_result_has_labels_for_is_left_out(command, demo_run, photos, tmp_path, result):
-    """What was an error then is tried again; afterwards nothing is new."""
+    """What was an error then is tried again. A job's folder may lie among the pictures, and is still no picture."""
     shop, out, words = tmp_path / "=shop", tmp_path / result, ("--checkpoint", demo_run / "best")
     shutil.copytree(photos, shop)  # in the table a name with an apostrophe before it
     run = functools.partial(command, "infer.py", "=shop", *words, cwd=tmp_path)
@@ -333,23 +333,49 @@ def test_what_an_earlier_result_has_labels_for_is_left_out(command, demo_run, ph
     Image.open(shop / "0.png").save(shop / "page.jpg")
     shutil.copy(shop / "0.png", shop / "new.png")
     done = run("--skip", out, "--json")
-    assert f"left out: 5 pictures that {out} has labels for" in done.stderr
+    assert "left out, as they have labels: 5 of 8" in done.stderr
     names = [Path(json.loads(line)["image"]).name for line in done.stdout.splitlines()]
     assert names == ["cut.png", "new.png", "page.jpg"]
-    assert run("--skip", out, "--out", tmp_path / "new").returncode == 1
-    (shop / "cut.png").unlink()
-    both = tmp_path / "both.jsonl"
-    assert run("--out", both).returncode == 0
-    done = run("--skip", both)
-    assert (done.returncode, done.stdout) == (0, "")
-    assert f"nothing is new: --skip {both} has labels for all of it" in done.stderr
+    assert run("--skip", out, "--out", tmp_path / "more").returncode == 1
+    shutil.copy(shop / "0.png", shop / "cut.png")
+    third = tmp_path / "third.csv"
+    assert run("--skip", out, "--skip", tmp_path / "more", "--out", third).returncode == 0
+    assert [row["image"] for row in csv.DictReader(third.open())] == ["'=shop/cut.png"]
+    for fourth in tmp_path / "fourth.csv", tmp_path / "fourth":
+        done = run("--skip", out, "--skip", tmp_path / "more", "--skip", third, "--out", fourth)
+        assert done.returncode == 0, done.stderr
+        assert "left out, as they have labels: 8 of 8" in done.stderr
+        assert "0 rows" in done.stderr
+    done = command("infer.py", shop, *words, "--skip", out, cwd=tmp_path)
+    assert "left out, as they have labels: 0 of 8" in done.stderr, "names are as they were given"
+
+
+def test_what_has_labels_is_left_out_of_parquet(command, demo_run, photos, tmp_path):
+    pictures = [{"bytes": (photos / f"{i}.png").read_bytes(), "path": None} for i in range(3)]
+    pq.write_table(pa.table({"id": ["a", "b", "c"], "image": pictures}), tmp_path / "shop.parquet")
+    (tmp_path / "old.jsonl").write_text('{"image": "b", "attributes": {}}\n{"image": "c", "error": "cut"}\n')
+    words = ("--checkpoint", demo_run / "best", "--skip", tmp_path / "old.jsonl")
+    done = command("infer.py", tmp_path / "shop.parquet", *words, "--json")
+    assert [json.loads(line)["image"] for line in done.stdout.splitlines()] == ["a", "c"]
+    done = command("infer.py", tmp_path / "shop.parquet", *words, "--out", tmp_path / "job", "--shard-rows", 2)
+    assert done.returncode == 0, done.stderr
+    assert [pq.read_table(f)["image"].to_pylist() for f in sorted((tmp_path / "job" / "labels").iterdir())] == [
+        ["a"],
+        ["c"],
+    ]
+    again = command("infer.py", tmp_path / "shop.parquet", *words, "--out", tmp_path / "job", "--shard-rows", 2)
+    assert again.returncode == 0, "the same job, which is done"
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("gone.csv", None, "cannot read --skip"),
-        ("other.csv", "id,name\n1,shirt\n", "is no file that --out wrote: 'image'"),
+        ("other.csv", "id,name\n1,shirt\n", "is no file that --out wrote"),
+        ("short.csv", "id,image,error\n1\n2,3\n", ""),
+        ("nameless.jsonl", '{"image": 1, "attributes": {}}\n', "is no file that --out wrote: an image has no name"),
+        ("deep.jsonl", "[" * 100_000 + "\n", "is no file that --out wrote"),
+        ("x" * 300, None, "cannot read --skip"),
         ("other.jsonl", "[1]\n", "is no file that --out wrote"),
         ("other.parquet", "image\n", "is no file that --out wrote"),
         (".", None, "holds no answers"),
@@ -360,5 +386,9 @@ def test_a_result_to_skip_that_is_none_is_one_line(command, demo_run, photos, tm
         (tmp_path / name).write_text(text)
     words = ("--checkpoint", demo_run / "best", "--skip", tmp_path / name)
     done = command("infer.py", photos, *words)
+    if not message:  # rows that were cut off have no labels
+        assert (done.returncode, "as they have labels" in done.stderr) == (1, False)
+        assert done.stdout.count("articleType") == 5
+        return
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -256,7 +256,7 @@ def test_another_job_on_the_same_folder_is_refused(command, mixed, demo_run, wit
         done = command("infer.py", *words, *job)
         assert done.returncode == 2
         line = f"error: --out {tmp_path / 'job'} holds another job (its {differing}); name another folder"
-        grown = f", and --skip {tmp_path / 'job'} to leave out what this one has" if "inputs" in differing else ""
+        grown = f"; for what is new since, also add --skip {tmp_path / 'job'}" if "inputs" in differing else ""
         assert done.stderr.splitlines()[-1] == line + grown
     os.truncate(tmp_path / "job" / "labels" / "00000.parquet", 100)
     done = command("infer.py", mixed / "photos" / "0.png", *best, *job)

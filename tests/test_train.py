@@ -112,9 +112,10 @@ def test_tensorboard_shows_losses_rates_scores_and_pictures(demo_run):
 def test_what_is_asked_for_reaches_the_step(command, cache_dir, tmp_path, monkeypatch):
     seen = {}
 
-    def look(model, window, optimizer, scaler, lr, amp, prepare, smoothing, stop, weights):
+    def look(model, window, optimizer, scaler, lr, amp, prepare, smoothing, stop, weights, teacher):
         seen.update(drop=model.drop_patches, ratios=[group["lr_ratio"] for group in optimizer.param_groups])
         seen.update(scaled=scaler.is_enabled(), amp=amp, smoothing=smoothing, micro_batches=len(window))
+        seen.update(teacher=teacher)
         seen.update(weights=weights.tolist(), moved=prepare(window[0].pixels.to(weights.device)))
         raise UserError("seen")
 
@@ -127,6 +128,7 @@ def test_what_is_asked_for_reaches_the_step(command, cache_dir, tmp_path, monkey
     assert len(set(weights)) > 1
     assert seen == {"drop": 0.2, "ratios": [4.0, 1.0, 1.0], "scaled": True, "amp": torch.float16, "smoothing": 0.1} | {
         "micro_batches": 3,
+        "teacher": None,
         "weights": pytest.approx(weights),
     }
     shutil.rmtree(tmp_path / "run")

@@ -312,8 +312,8 @@ def test_results_are_no_input(shop):
     write_parquet(folder / "out" / "labels" / "00000.parquet", pictures[:3])
     assert open_source([str(folder)]).rows == 38
     for asked in (str(folder), f"{folder}/**/*.parquet"):
-        assert open_source([asked], without=Path(os.path.relpath(folder / "out"))).rows == 35
-    assert open_source([str(folder)], without=folder).rows == 38, "only its labels/ would be its results"
+        assert open_source([asked], without=[Path(os.path.relpath(folder / "out"))]).rows == 35
+    assert open_source([str(folder)], without=[folder]).rows == 38, "only its labels/ would be its results"
 
 
 def test_the_fingerprint_follows_names_and_sizes(shop, tmp_path):
@@ -374,7 +374,7 @@ def test_the_real_catalogue_from_the_middle_of_a_row_group(shared):
     assert [row.title for row in rows[:9]] == table["productDisplayName"].to_pylist()[:9]
 
 
-def test_rows_that_are_answered_are_left_out_of_every_kind(shop, tmp_path):
+def test_rows_that_have_labels_are_left_out_of_every_kind(shop, tmp_path):
     parquet, pictures = shop
     (tmp_path / "shelf" / "images").mkdir(parents=True)
     for name in ("7.png", "8.png", "9.png"):
@@ -385,9 +385,11 @@ def test_rows_that_are_answered_are_left_out_of_every_kind(shop, tmp_path):
     asked = [str(path) for path in (parquet, table, tar, table.parent / "images")]
     names = [row.name for row in rows_of(open_source(asked))]
     assert len(names) == 35 + 4 + 2 + 3
-    for answered in set(names[::2]), set(names[1::2]):
-        some = open_source(asked, rows=3, answered=answered)
-        assert [row.name for row in rows_of(some)] == [name for name in names if name not in answered]
+    for labelled in set(names[::2]), set(names[1::2]):
+        some = open_source(asked, rows=3, labelled=labelled)
+        assert [row.name for row in rows_of(some)] == [name for name in names if name not in labelled]
         assert some.fingerprint != open_source(asked, rows=3).fingerprint
-        assert all(str(path) not in answered for path in some.files)
-    assert not rows_of(open_source(asked, answered=set(names)))
+        assert all(str(path) not in labelled for path in some.files)
+    none = open_source(asked, labelled=set(names))
+    assert rows_of(none) == []
+    assert none.notes[-2:] == ["left out, as they have labels: 4 of 4", "left out, as they have labels: 3 of 3"]

@@ -31,8 +31,13 @@ def test_no_pictures_have_no_answers():
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(2, 7), (90, 50), (2, 800)])
-def test_is_timm_s_attention(batch, tokens):
-    """Of the shapes one is all its heads at a time, one several chunks of heads, one a head at a time."""
+@pytest.mark.parametrize("compiling", [False, True])
+def test_is_timm_s_attention(batch, tokens, compiling, monkeypatch):
+    """Of the shapes one is all its heads at a time, one several chunks of heads, one a head at a time.
+
+    For the compiler, as on a GPU, torch's own is left to work.
+    """
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     torch.manual_seed(0)
     packed = use_packed_attention(Attention(24, num_heads=3, qkv_bias=True))
     plain = copy.deepcopy(packed)
