@@ -133,7 +133,7 @@ def read_config(folder: Path) -> dict:
     except (FileNotFoundError, NotADirectoryError):
         hint = f"; {before} holds the one before" if (before := previous_of(folder.resolve())).is_dir() else ""
         raise UserError(
-            f"no checkpoint at {folder} (no config.json there{hint}); give --checkpoint runs/NAME/best"
+            f"no checkpoint at {folder} (no config.json there{hint}); name the folder of one, such as runs/NAME/best"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
