@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass, fields
 import numpy as np
 
 from data import brand, price
-from data.cells import number
+from data.cells import to_numbers
 from data.columns import Chosen
 from data.schema import Attribute
 from errors import UserError
@@ -107,15 +107,14 @@ def read_numbers(columns: Columns, attributes: Sequence[Attribute]) -> dict[str,
     """{number: its values in all rows}, float64 (N,), NaN where the catalogue has none.
 
     Raises:
-        UserError: a cell is no number; the message names the row.
+        UserError: a cell is no number; the message names its row.
     """
     read = {}
     for a in (a for a in attributes if a.kind == "number"):
         if a.derive == "price":
             read[a.name] = price.simulate(columns)
         else:
-            cells = zip(columns[a.column], columns["id"], strict=True)
-            read[a.name] = np.fromiter((number(text, a.column, id) for text, id in cells), float, len(columns["id"]))
+            read[a.name] = to_numbers(columns[a.column], a.column, columns["id"])
     return read
 
 

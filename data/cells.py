@@ -1,11 +1,15 @@
-"""Cells of a table: as text, as text that a spreadsheet will show and not run, and as a number."""
+"""Cells of a table: as text, as text that a spreadsheet will show and not run, and as numbers."""
 
 import math
 import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from errors import UserError
 
 NULLS = {"", "na", "nan", "none", "null"}
+NAMED = 5  # cells, in a message
 
 
 def text(value) -> str | None:
@@ -31,14 +35,28 @@ def without_apostrophe(cell: str) -> str:
     return cell[1:] if cell.startswith("'") and inert(cell[1:]) == cell else cell
 
 
-def number(text: str | None, column: str, id: str) -> float:
-    """A cell's number; NaN where there is none. Raises a `UserError`, which names the cell, where it is no number."""
-    if text is None:
-        return math.nan
+def to_numbers(cells: Iterable[str | None], column: str, ids: Sequence[str]) -> np.ndarray:
+    """A column's numbers, float64 (N,), NaN where there is none.
+
+    Raises:
+        UserError: cells are no numbers; the message says how many, and names the first.
+    """
+    found, bad, first = np.empty(len(ids)), 0, []
+    for row, (text, id) in enumerate(zip(cells, ids, strict=True)):
+        found[row] = _number(text)
+        if text is not None and not math.isfinite(found[row]):
+            bad += 1
+            if bad <= NAMED:
+                first.append(f"{text!r} (id {id})")
+    if bad:
+        several = f"{bad:,} cells that are no numbers" if bad > 1 else "a cell that is no number"
+        more = f" and {bad - NAMED:,} more" if bad > NAMED else ""
+        raise UserError(f"column {column} has {several}: {', '.join(first)}{more}; mend or empty what is named")
+    return found
+
+
+def _number(text: str | None) -> float:
     try:
-        value = float(text)
+        return math.nan if text is None else float(text)
     except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise UserError(f"{text!r} in column {column}, id {id}, is not a number; mend that cell, or empty it")
-    return value
+        return math.nan

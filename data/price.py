@@ -8,7 +8,7 @@ import hashlib
 
 import numpy as np
 
-from data.cells import number
+from data.cells import to_numbers
 
 COLUMNS = ("masterCategory", "subCategory", "articleType", "year")
 SEED = 42
@@ -42,11 +42,10 @@ OTHER_MASTER, OTHER_SUB = (10, 100), (0, 0)
 
 def ranges(columns: dict[str, list[str | None]]) -> np.ndarray:
     """Lowest and highest price of each row, in VND: (N, 2)."""
-    found = np.empty((len(columns["id"]), 2))
-    rows = zip(*(columns[name] for name in (*COLUMNS, "id")), strict=True)
-    for row, (master, sub, article, text, id) in enumerate(rows):
+    found, years = np.empty((len(columns["id"]), 2)), to_numbers(columns["year"], "year", columns["id"])
+    rows = zip(*(columns[name] for name in COLUMNS[:-1]), years, strict=True)
+    for row, (master, sub, article, year) in enumerate(rows):
         both = np.add(MASTER_CATEGORY.get(master, OTHER_MASTER), SUB_CATEGORY.get(sub, OTHER_SUB))
-        year = number(text, "year", id)
         worth = 0.7 if year < 2015 else 0.85 if year < 2018 else 1.0
         found[row] = worth * VND * np.array(ARTICLE_TYPE.get(article, both))
     return found

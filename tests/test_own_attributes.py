@@ -103,7 +103,10 @@ def test_it_answers_for_pictures(command, furniture_run, shop, tmp_path):
         (lambda rows: [row.pop("finish") for row in rows], "shop lacks the column finish; it has id, image, room"),
         (lambda rows: [row.update(Finish=row.pop("finish")) for row in rows], "the column finish; nearest: Finish; it"),
         (lambda rows: [row.update(room="Hall") for row in rows], "room is 'Hall' in every train row (column room)"),
-        (lambda rows: rows[7].update(width_cm="80 cm"), "'80 cm' in column width_cm, id 507, is not a number"),
+        (
+            lambda rows: rows[7].update(width_cm="80 cm"),
+            "width_cm has a cell that is no number: '80 cm' (id 507);",
+        ),
         (lambda rows: [row.update(width_cm="") for row in rows], "no train row has a value of width (column width_cm)"),
     ],
 )

@@ -234,7 +234,7 @@ def test_a_run_whose_files_have_moved_goes_on_where_they_are_named_anew(command,
         (("--rank", "query=4"), "no rank for target 'key'"),
         (("--init-from", "gone"), "no checkpoint at"),
         (("--teacher", "gone"), "no checkpoint at"),
-        (("--attributes", "own.toml"), "is not a number; mend that cell"),
+        (("--attributes", "own.toml"), "cells that are no numbers: "),
     ],
 )
 def test_a_mistake_is_told_before_pictures_are_decoded(command, kaggle_folder, tmp_path, words, message):

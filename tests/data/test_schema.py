@@ -1,5 +1,7 @@
 """Schema files: what they declare, and every mistake in them told in one line."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -119,8 +121,17 @@ def test_numbers_are_scaled_by_train_rows_alone():
 @pytest.mark.parametrize("text", ["wide", "1,200", "nan cm", "inf", "-inf", "NaN"])
 def test_a_number_that_is_none_is_named(text):
     columns = {"id": ["a", "b", "c"], "cm": ["1", "2", text]}
-    with pytest.raises(UserError, match=f"'{text}' in column cm, id c, is not a number"):
+    with pytest.raises(UserError, match=rf"column cm has a cell that is no number: '{text}' \(id c\); mend"):
         fit_scales(read_numbers(columns, WIDTH), [0, 1], WIDTH)
+
+
+def test_of_many_numbers_that_are_none_the_first_are_named():
+    for count, more in (8, ""), (9, " and 1 more"):
+        columns = {"id": list("abcdefghi")[:count], "cm": ["1", "x", None, "3", "y", "z", "u", "v", "w"][:count]}
+        named = "'x' (id b), 'y' (id e), 'z' (id f), 'u' (id g), 'v' (id h)"
+        message = f"column cm has {count - 3} cells that are no numbers: {named}{more}; mend or empty what is named"
+        with pytest.raises(UserError, match=re.escape(message)):
+            read_numbers(columns, WIDTH)
 
 
 def test_a_number_too_large_for_a_mean_is_an_error():
