@@ -112,7 +112,8 @@ def _labelled_in(file: Path) -> list[str]:
     with open(file, newline="", encoding="utf-8-sig") as lines:  # Excel puts a byte order mark first
         if file.suffix.lower() == ".csv":
             return [without_apostrophe(row["image"]) for row in csv.DictReader(lines) if row["error"] == ""]
-        return [name for answer in map(json.loads, lines) for name in [answer["image"]] if "attributes" in answer]
+        answers = [(answer["image"], "attributes" in answer) for answer in map(json.loads, lines)]
+    return [name for name, labelled in answers if labelled]
 
 
 def table(answer: dict) -> str:

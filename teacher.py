@@ -36,7 +36,7 @@ def load_teacher(
         weights = weights or pupils_weights
     try:
         return load_checkpoint(folder, weights)
-    except UserError as error:
+    except UserError as error:  # the pupil's own file is not what it asks for
         raise UserError(str(error).replace("--weights", "--teacher-weights")) from None
 
 

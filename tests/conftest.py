@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -65,6 +66,22 @@ def demo_run(command, cache_dir, tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch) -> list:
+    """Ctrl-C in the fifth step of training that is taken from here on; what the steps gave."""
+    train = importlib.import_module("train")
+    taken, real_step = [], train.train_step
+
+    def step_then_ctrl_c(*args):
+        taken.append(real_step(*args))
+        if len(taken) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return taken[-1]
+
+    monkeypatch.setattr(train, "train_step", step_then_ctrl_c)
+    return taken
 
 
 @pytest.fixture

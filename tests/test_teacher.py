@@ -1,7 +1,6 @@
 """Learning from an earlier model beside the labels."""
 
 import math
-import signal
 
 import pytest
 import torch
@@ -73,22 +72,14 @@ def test_it_teaches_the_classes_that_have_the_run_s_labels(demo_run):
 
 
 def test_a_taught_run_that_was_stopped_goes_on_to_the_same_bits(
-    command, demo_run, cache_dir, tmp_path, with_config, monkeypatch
+    command, demo_run, cache_dir, tmp_path, with_config, request
 ):
     """Also where its teacher has moved, but with no other."""
     words = ("--data", "demo", "--limit", 400, "--epochs", 1, "--no-test", "--cache-dir", cache_dir)
     assert command("train.py", *words, "--out", tmp_path / "alone").returncode == 0
     words += ("--teacher", demo_run / "best")
     assert command("train.py", *words, "--out", tmp_path / "whole").returncode == 0
-    taken, real_step = [], train.train_step
-
-    def step_then_ctrl_c(*args):
-        taken.append(real_step(*args))
-        if len(taken) == 5:
-            signal.raise_signal(signal.SIGINT)
-        return taken[-1]
-
-    monkeypatch.setattr(train, "train_step", step_then_ctrl_c)
+    request.getfixturevalue("ctrl_c")
     assert command("train.py", *words, "--out", tmp_path / "cut").returncode == train.STOPPED
     again = ("--resume", "--out", tmp_path / "cut", "--teacher")
     done = command("train.py", *again, tmp_path / "whole" / "best")

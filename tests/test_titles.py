@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import re
-import signal
 import string
 import subprocess
 import sys
@@ -159,7 +158,7 @@ def test_scored_from_the_checkpoint_as_at_the_end_of_training(command, both, cac
     assert json.loads((tmp_path / "scores").read_text()) == both[2]
 
 
-def test_a_run_with_titles_resumes_to_the_same_bits(command, cache_dir, tmp_path, monkeypatch):
+def test_a_run_with_titles_resumes_to_the_same_bits(command, cache_dir, tmp_path, request):
     """With the vocabulary that it began with, wherever that was from."""
     vocab = tmp_path / "tokens.txt"
     vocab.write_text(
@@ -168,15 +167,7 @@ def test_a_run_with_titles_resumes_to_the_same_bits(command, cache_dir, tmp_path
     words = ("--data", "demo", "--limit", 300, "--epochs", 1, "--inputs", "image+title", "--cache-dir", cache_dir)
     words += ("--vocab", vocab)
     assert command("train.py", *words, "--out", tmp_path / "whole").returncode == 0
-    taken, real = [], train.train_step
-
-    def step_then_ctrl_c(*args):
-        taken.append(real(*args))
-        if len(taken) == 5:
-            signal.raise_signal(signal.SIGINT)
-        return taken[-1]
-
-    monkeypatch.setattr(train, "train_step", step_then_ctrl_c)
+    request.getfixturevalue("ctrl_c")
     assert command("train.py", *words, "--out", tmp_path / "cut").returncode == train.STOPPED
     vocab.unlink()
     done = command("train.py", "--resume", "--out", tmp_path / "cut")

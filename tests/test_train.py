@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -136,21 +135,11 @@ def test_what_is_asked_for_reaches_the_step(command, cache_dir, tmp_path, monkey
     assert not torch.equal(seen["moved"], unmoved)
 
 
-def test_ctrl_c_leaves_a_usable_checkpoint_and_resuming_ends_as_if_never_stopped(
-    command, cache_dir, tmp_path, monkeypatch
-):
+def test_ctrl_c_leaves_a_usable_checkpoint_and_resuming_ends_as_if_never_stopped(command, cache_dir, tmp_path, request):
     options = ("--data", "demo", "--limit", 400, "--epochs", 2, "--accum", 3, "--cache-dir", cache_dir)
     assert command("train.py", *options, "--out", tmp_path / "whole").returncode == 0
 
-    taken, real_step = [], train.train_step
-
-    def step_then_ctrl_c(*args):
-        taken.append(real_step(*args))
-        if len(taken) == 5:
-            signal.raise_signal(signal.SIGINT)
-        return taken[-1]
-
-    monkeypatch.setattr(train, "train_step", step_then_ctrl_c)
+    taken = request.getfixturevalue("ctrl_c")
     done = command("train.py", *options, "--out", tmp_path / "cut")
     assert done.returncode == train.STOPPED
     assert len(taken) == 5, "the step is finished, in the middle of an epoch, and no other begun"
