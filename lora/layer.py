@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .functional import Frozen, linear, lora_linear, pack
 from .int8 import Int8Linear
 
+SMALL = 2**25  # multiplications of a product in fp32 up to which a call of oneDNN costs more than it saves
+
 
 class LowRank(nn.Module):
     """The trainable pair (A, B) that updates one frozen matrix: ΔW = scaling · B A, with scaling = alpha / rank.
@@ -184,11 +186,15 @@ class FrozenLinear(Prepared, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        if self.kept and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
+        kept = self.kept
+        wide = kept and kept.weight.dtype is self.weight.dtype is torch.float32
+        if wide and x.numel() * self.out_features <= SMALL:
+            return F.linear(x, self.weight, self.bias)
+        if kept and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-            if serves(self.kept, dtype):
-                return linear(x.to(dtype), self.kept.weight, self.kept.bias)
+            if serves(kept, dtype):
+                return linear(x.to(dtype), kept.weight, kept.bias)
         return linear(x, self.weight, self.bias)
 
 

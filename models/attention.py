@@ -1,8 +1,8 @@
 """Self-attention for training: timm's `Attention` with less copying, and on a CPU without torch's fused kernel.
 
-PyTorch's fused attention on a CPU is written for long sequences. At a ViT's 50 to 600 tokens, in bf16, two matrix
-products for all heads of a few images at once take half the time forward and less than half backward. Where there is no
-backward pass, torch's own is left to work in fp32 and on few pictures, at which it is as fast or faster.
+PyTorch's fused attention on a CPU is written for long sequences. At a ViT's 50 to 600 tokens its backward pass takes
+several times as long as matrix products for all heads of a few images at once. Where there is none, torch's own is left
+to work, which is as fast or faster.
 """
 
 import torch
@@ -11,27 +11,22 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-FEW = 8  # pictures from which packing pays off forward alone, in bf16; in fp32 it never does
 SCORES = 2**19  # computed at a time: they stay in the cache, and memory does not grow with the batch
 
 
 class PackedAttention(Attention):
-    """timm's `Attention` without options; on a CPU its output comes from `packed_attention`, elsewhere from torch's."""
+    """timm's `Attention` without options; in training on a CPU its output comes from `packed_attention`, else from
+    torch's."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             return super().forward(x, attn_mask, is_causal)
         qkv = self.qkv(x)  # (B, N, 3 · heads · d)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and (torch.is_grad_enabled() or pays_off(x)):
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self.proj(packed_attention(qkv, self.num_heads))
         # Taken apart where it is, so that its gradient is put together in that layout: timm's is copied once more.
         q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def pays_off(x: Tensor) -> bool:
-    """Whether tokens (B, N, d) are better packed where nothing is kept for a backward pass."""
-    return len(x) >= FEW and (x.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu"))
 
 
 def use_packed_attention(model: nn.Module) -> nn.Module:

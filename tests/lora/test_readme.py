@@ -1,9 +1,19 @@
-"""The walk through lora/ points at the lines it speaks of."""
+"""The walk through lora/ points at the lines it speaks of, and its example runs."""
 
 import re
 from pathlib import Path
 
 ROOM = Path(__file__).parents[2] / "lora"
+
+
+def test_its_example_trains_and_merges(capsys):
+    (example,) = re.findall(r"```python\n(.+?)```", (ROOM / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(example, names)  # ends by loading the merged weights, strictly, into the plain model
+    pairs = 12 * 2 * 16 * (192 + 192)
+    assert capsys.readouterr().out.startswith(f"trainable {pairs:,} / total ")
+    trained = {name for name, p in names["vit"].named_parameters() if p.grad is not None}
+    assert len(trained) == 12 * 2 * 2 + 2 and {"head.weight", "head.bias"} <= trained
 
 
 def test_every_link_shows_the_code_it_names():

@@ -203,7 +203,22 @@ def test_a_base_that_changes_is_not_computed_with_as_it_was(how):
     torch.testing.assert_close(layer(x), layer.reference_forward(x))
 
 
-def test_a_merged_layer_that_is_made_to_train_does_so():
+@pytest.mark.parametrize("small", [0, 2**25])
+def test_a_merged_layer_says_the_same_whoever_computes_it(small, monkeypatch):
+    monkeypatch.setattr("lora.layer.SMALL", small)
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(16, 8), rank=2, alpha=math.pi).merge()
+    layer.keep_base_in(torch.float32)
+    x = torch.randn(4, 16)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    narrow = layer.to(torch.bfloat16)
+    narrow.keep_base_in(torch.bfloat16)
+    torch.testing.assert_close(narrow(x.bfloat16()).float(), layer(x.bfloat16()).float())
+
+
+@pytest.mark.parametrize("small", [0, 2**25])
+def test_a_merged_layer_that_is_made_to_train_does_so(small, monkeypatch):
+    monkeypatch.setattr("lora.layer.SMALL", small)
     layer = LoRALinear(nn.Linear(16, 8), rank=2, alpha=math.pi).merge()
     layer.keep_base_in(torch.float32)
     layer.requires_grad_(True)

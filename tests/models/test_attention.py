@@ -7,7 +7,7 @@ import timm
 import torch
 from timm.layers import Attention
 
-from models.attention import SCORES, PackedAttention, packed_attention, pays_off, use_packed_attention
+from models.attention import SCORES, PackedAttention, packed_attention, use_packed_attention
 from models.backbone import DEMO, create_backbone
 
 
@@ -81,12 +81,10 @@ def test_attention_with_options_stays_as_it_is(option):
     assert type(model.blocks[0].attn) is Attention
 
 
-@pytest.mark.parametrize("batch", [1, 7, 8])
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_without_a_gradient_it_says_the_same_packed_or_not(batch, dtype, close):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_gradient_it_is_timms(dtype):
     torch.manual_seed(0)
     attention = use_packed_attention(Attention(24, num_heads=3)).to(dtype)
-    x = torch.randn(batch, 50, 24, dtype=dtype)
+    x = torch.randn(8, 50, 24, dtype=dtype)
     with torch.no_grad():
-        assert pays_off(x) == (batch == 8 and dtype is torch.bfloat16)
-        torch.testing.assert_close(attention(x), Attention.forward(attention, x), rtol=close, atol=close)
+        assert torch.equal(attention(x), Attention.forward(attention, x))
