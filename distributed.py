@@ -43,8 +43,11 @@ def local_rank() -> int:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this anew after a process failed (`--max-restarts`)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    """Whether torchrun has started these processes anew after one failed (`--max-restarts`).
+
+    Asked of all: the torchrun of a machine whose own processes were well may not have counted.
+    """
+    return any_of(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
 
 
 def may_restart() -> bool:
@@ -124,7 +127,7 @@ def in_turn(make: Callable[[], T]) -> T:
     for now in range(3):
         if now == turn:
             made = make()
-        any_of(False)  # here each waits for all
+        wait_for_all()
     return made
 
 
@@ -134,6 +137,10 @@ def any_of(flag: bool) -> bool:
     if world() > 1:
         dist.all_reduce(raised, dist.ReduceOp.MAX)
     return bool(raised)
+
+
+def wait_for_all() -> None:
+    any_of(False)
 
 
 def total(tensor: Tensor) -> Tensor:

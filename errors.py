@@ -10,7 +10,10 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from memory import ran_out
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a user's share of it, a file
+BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)  # a path that even asking about may raise
 
 
 class UserError(Exception):
@@ -71,8 +74,9 @@ def check_writable(path: Path, option: str, inputs: Iterable[Path | None] = ()) 
 
 
 def exits_cleanly(main):
-    """Decorate a command's `main`: a `UserError`, a full disk or memory becomes one line on stderr and exit code 2,
-    Ctrl-C exit code 130, and output that nobody reads any more 141: what shells say of both signals."""
+    """Decorate a command's `main`: a `UserError`, a full disk or memory, or a path that may not be entered becomes one
+    line on stderr and exit code 2, Ctrl-C exit code 130, and output that nobody reads any more 141: what shells say of
+    both signals."""
 
     @functools.wraps(main)
     def command(*args, **kwargs):
@@ -86,7 +90,9 @@ def exits_cleanly(main):
             process = int(os.environ.get("RANK", 0))  # torchrun's; most errors are the same in all
             print(f"error{f' in process {process}' if process else ''}: {error}", file=sys.stderr)
             sys.exit(2)
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
             print("error: out of memory; free some and start again", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
@@ -96,11 +102,13 @@ def exits_cleanly(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno in FULL:
+                said = f"cannot write {error.filename or 'the results'}: {error.strerror}; make room"
+            elif error.errno in BARRED and error.filename:
+                said = f"{error.filename}: {error.strerror}; name another place, or have it opened to you"
+            else:
                 raise
-            print(
-                f"error: cannot write {error.filename or 'the results'}: {error.strerror}; make room", file=sys.stderr
-            )
+            print(f"error: {said}", file=sys.stderr)
             sys.exit(2)
 
     return command

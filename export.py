@@ -110,7 +110,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--out {args.out}: it is a file, and --to peft makes a folder")
     folder = find_checkpoint(args.checkpoint)
     read = [args.weights or remembered_weights(folder), DEMO_WEIGHTS, *folder.glob("*")]
-    check_writable(args.out / "adapter_config.json" if args.out.is_dir() else args.out, "--out", read)
+    inside = args.to == "peft" and args.out.is_dir()
+    check_writable(args.out / "adapter_config.json" if inside else args.out, "--out", read)
     if args.to == "onnx" and args.out.with_suffix(".json").exists() and not args.out.exists():
         raise UserError(f"--out {args.out}: {args.out.with_suffix('.json')} is there already, and would be replaced")
     model, config = load_checkpoint(folder, args.weights)

@@ -58,7 +58,7 @@ class Labeller:
     def batches(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
         """Batches of rows, each picture as uint8 (H, W, 3), or the reason in its place where it cannot be read.
 
-        Threads decode one batch ahead, so at most two batches are in memory.
+        Threads decode ahead, so three batches are in memory: the one that is answered, the next, and the one after it.
         """
 
         def read(row: Row) -> Row:

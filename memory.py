@@ -26,8 +26,10 @@ def keep_freed_memory() -> None:
     _set(M_MMAP_THRESHOLD, 1 << 30) or _set(M_MMAP_THRESHOLD, OLD_MOST)
 
 
-def ran_out(error: RuntimeError) -> bool:
+def ran_out(error: Exception) -> bool:
     """Whether memory was not enough: of a GPU torch says so by a class of its own, of a CPU by its words alone."""
+    if isinstance(error, MemoryError):
+        return True
     return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import distributed
 import hub
+from data.cells import clean
 from durable import alone_in, replace_file
 from errors import UserError
 from models.checkpoint import newest_checkpoint, previous_of
@@ -22,13 +23,15 @@ from options import MOVABLE, PATHS, choose_amp, choose_source, parse_args
 SET_UP = ("options.json", "skipped.csv", "vocab.txt")  # what a run has written before its first checkpoint
 
 
-def choose(argv: list[str] | None, device: torch.device, held: contextlib.ExitStack) -> argparse.Namespace:
+def choose(
+    argv: list[str] | None, device: torch.device, held: contextlib.ExitStack, restarted: bool
+) -> argparse.Namespace:
     """All that is chosen before there is data; the run's folder is held from here on."""
     args = parse_args(argv)
     if distributed.may_restart() and not args.out:
         raise UserError("torchrun --max-restarts: name the run's folder with --out, or a restart could not find it")
     if not args.resume:
-        args.resume = distributed.restarted() and holds_run(args.out, args)
+        args.resume = restarted and holds_run(args.out) and started_with(args)
         if args.resume:
             vars(args).update(dict.fromkeys(MOVABLE))  # where the run has them; the hub may have moved on
     if args.resume:
@@ -50,6 +53,8 @@ def run_folder(args: argparse.Namespace) -> Path:
             raise UserError(f"--resume: {out} holds no run to go on with (there is no {out / 'last'})")
         return out
     out = args.out or Path("runs") / f"{args.backbone}-{datetime.now():%Y%m%d-%H%M%S}"
+    if clean(str(out)) != str(out):
+        raise UserError(f"--out {out}: the name is not UTF-8, and TensorBoard takes no other; name another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,31 +62,32 @@ def run_folder(args: argparse.Namespace) -> Path:
     return out
 
 
-def holds_run(out: Path, args: argparse.Namespace | None = None) -> bool:
-    """Whether there is a run to go on with; and where `args` are given, whether they are what it was started with.
+def holds_run(out: Path) -> bool:
+    """Whether there is a run to go on with."""
+    last = out / "last"
+    return last.is_dir() or previous_of(last).is_dir()
+
+
+def started_with(args: argparse.Namespace) -> bool:
+    """Whether the run in `--out` was started with these options.
 
     What they leave to be chosen may be chosen otherwise today: the hub has moved on, or cannot be reached.
     """
-    last = out / "last"
-    if not (last.is_dir() or previous_of(last).is_dir()):
-        return False
     try:
-        written = json.loads((out / "options.json").read_text(encoding="utf-8"))
-        if args is None:
-            return True
+        written = json.loads((args.out / "options.json").read_text(encoding="utf-8"))
         given = json.loads(options_text(args))
         left_open = [name for name in ("data", "backbone") if given[name] is None]
         left_open += ["amp"] if given["amp"] == "auto" else []
         left_open += ["data"] if str(written["data"]).startswith(f"{given['data']}@") else []  # of whichever commit
         return given | {name: written[name] for name in (*left_open, "processes")} == written
     except (OSError, ValueError, TypeError, KeyError):
-        return args is None
+        return False
 
 
 def options_text(args: argparse.Namespace) -> str:
     """What a run keeps of its options."""
     options = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-    return json.dumps(options, indent=1, default=str, ensure_ascii=False) + "\n"
+    return json.dumps(options, indent=1, default=str) + "\n"  # in ASCII: a path may have bytes that are no UTF-8
 
 
 def open_run(args: argparse.Namespace) -> argparse.Namespace:
@@ -155,7 +161,9 @@ class StopRequest:
             os._exit(128 + number)
         self.made = True
         if distributed.first():
-            print("\nstopping after this micro-batch; a second signal stops at once", file=sys.stderr)
+            alone = distributed.world() == 1
+            when = "micro-batch; a second signal stops at once" if alone else "step, all processes together"
+            print(f"\nstopping after this {when}", file=sys.stderr)
         if self.may_raise:
             raise Stopped
 
@@ -223,7 +231,8 @@ class Board:
 
     def outcome(self, args: argparse.Namespace, scores: dict) -> None:
         """The options as TensorBoard's hyperparameters, beside what they led to on test."""
-        options = {name: str(value) for name, value in vars(args).items() if name not in ("out", "resume", *PATHS)}
+        options = {name: value for name, value in vars(args).items() if name not in ("out", "resume", *PATHS)}
+        options = {name: clean(str(value)) for name, value in options.items()}
         accuracy = scores["mean_accuracy"]  # None where no test row has a label
         found = {} if accuracy is None else {"hparam/test_mean_accuracy": accuracy}
         self.writer.add_hparams(options, found, run_name=".")

@@ -6,6 +6,11 @@ at exit, though none of them is ever garbage. So it waits meanwhile, and leaves 
 """
 
 import gc
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036, whoever has an older one is to be told
+    print(f"error: this needs Python 3.11 or newer, not {sys.version.split()[0]}", file=sys.stderr)
+    sys.exit(2)
 
 from memory import keep_freed_memory, share_one_arena
 

@@ -202,7 +202,7 @@ def on_float_base(
     args: argparse.Namespace, task: Task, state: TrainingState, stop: StopRequest, device: torch.device
 ) -> Task:
     """The best epoch as everybody will load it, on the base as it was before it was quantised, and calibrated there."""
-    distributed.any_of(False)  # the first process has written it
+    distributed.wait_for_all()  # the first has written it
     model, config = load_checkpoint(state.best, args.weights)
     task = task._replace(model=model.to(device), config=config)
     with stop.at_once():
@@ -217,7 +217,7 @@ def score_test(
     args: argparse.Namespace, task: Task, state: TrainingState, board: Board | None, stop: StopRequest, chosen: str
 ) -> None:
     """Score the epoch that validation chose on the test rows, by which nothing was chosen, into `metrics.json`."""
-    distributed.any_of(False)  # the first process has written it
+    distributed.wait_for_all()  # the first has written it
     with stop.at_once():
         best = task._replace(config=read_config(state.best))  # with its calibration
         load_tensors(state.best, task.model, best.config)
@@ -232,7 +232,8 @@ def score_test(
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     with distributed.joined() as device, contextlib.ExitStack() as held:
-        args = distributed.decided(lambda: choose(argv, device, held))
+        again = distributed.restarted()
+        args = distributed.decided(lambda: choose(argv, device, held, again))
         if not (args.out / "options.json").is_file():
             raise UserError(f"--out {args.out}: all machines must see the same folder, and this one does not")
         return run(args, device)

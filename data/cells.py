@@ -20,6 +20,11 @@ def text(value) -> str | None:
     return None if stripped.casefold() in NULLS else stripped
 
 
+def clean(name: str) -> str:
+    """Text that any format can hold: a byte of a name that is no UTF-8, or half a character in JSON, is replaced."""
+    return name.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
 def inert(cell):
     """Text that a spreadsheet would take for a formula, with an apostrophe before it; everything else as it is, also a
     number such as -500.

@@ -1,7 +1,6 @@
 """Text columns that stay on disk: read in order, so that the number of rows does not show in memory."""
 
-import os
-import tempfile
+import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import compress
 from pathlib import Path
@@ -80,15 +79,14 @@ def kept(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         try:
-            with pa.OSFile(name, "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, schema) as writer:
                 for batch in batches:
                     writer.write_batch(batch)
-            give_name(Path(name), path)
+            give_name(part, path)
         finally:
-            Path(name).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except pa.ArrowException as error:

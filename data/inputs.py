@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from data.tars import IMAGES
+from data.tars import IMAGES, UNREAD
 from errors import UserError
 
 KINDS = {"image": IMAGES, "parquet": {".parquet"}, "tar": {".tar"}}  # that folders are searched for
 SOUGHT = set().union(*KINDS.values())
 CSV = ".csv"
-UNREAD = {".heic", ".heif", ".avif"}
 NAMED = 5  # kinds of other files
 JOB = ("labels", "locks")  # folders of a job: results of an earlier run are parquet too
 

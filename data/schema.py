@@ -3,11 +3,10 @@
 import difflib
 import graphlib
 import math
+import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import tomllib
 
 from data import price
 from errors import UserError

@@ -24,18 +24,18 @@ import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import hub
 from data.catalogue import Catalogue
-from data.cells import text
+from data.cells import clean, text
 from data.csv_folder import open_csv
 from data.images import ImageError
 from data.inputs import find_inputs, kind_of
 from data.parquet import File, open_file
 from data.parquet import rows as parquet_rows
-from data.tars import IMAGES, clean, members, product, read_titles
+from data.tars import IMAGES, UNREAD, is_plain, members, product, read_titles
 from errors import UserError
 
 SHARD_ROWS = 4096
@@ -229,9 +229,11 @@ def _row(cells: dict, otherwise: str, title: str | None) -> Row:
 def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
     titles, count = read_titles(path, title) if title else {}, 0
     try:
-        for tar, member in members(path, IMAGES):
-            plain = member.isreg() and not member.issparse()  # a sparse one may claim any size
-            picture = tar.extractfile(member).read() if plain else "not a plain file"
+        for tar, member in members(path, IMAGES | UNREAD):
+            if PurePosixPath(member.name).suffix.lower() in UNREAD:
+                picture = "of a format that is not read; convert it to JPEG"
+            else:
+                picture = tar.extractfile(member).read() if is_plain(member) else "not a plain file"
             yield Row(clean(member.name), picture, titles.get(product(member.name)))
             count += 1
     except (tarfile.TarError, OSError) as error:
@@ -270,9 +272,15 @@ def stream_shards(name: str, splits: dict, title: str | None = None) -> list[Sha
 
 
 def _stream_rows(part, name: str, title: str | None) -> Iterator[Row]:
+    from datasets.utils.file_utils import xopen
+
     number = 0
     try:
         for cells in part:
+            image = cells["image"]
+            if image and image["path"] and not image["bytes"]:  # of a dataset made of image files
+                with xopen(image["path"], "rb") as file:
+                    image["bytes"] = file.read()
             yield _row(cells, f"{name}#{number}", title)
             number += 1
     except Exception as error:  # of several libraries; a network that fails is no property of the rows

@@ -7,6 +7,7 @@ and what the caller asks for; all others come along.
 import hashlib
 import io
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,8 +18,9 @@ from tqdm import tqdm
 
 import hub
 from data.catalogue import Catalogue, skipped_why, stat_fingerprint
+from data.cells import clean
 from data.columns import VERSION, Column, check_columns
-from data.csv_folder import find_csv, open_csv
+from data.csv_folder import find_csv, open_csv, read_file
 from data.images import ImageError
 from data.parquet import BUFFER, open_parquet
 from data.tars import open_tars
@@ -41,7 +43,7 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
     Raises:
         UserError: there is no such source, it cannot be reached, has no rows, or lacks a column.
     """
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))  # `Path.expanduser` raises where there is no such user
     try:
         if spec == "demo":
             catalogue = _demo(cache_dir)
@@ -62,7 +64,7 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
     if not len(catalogue):
         raise UserError(f"{spec} has no rows with an image ({skipped_why(catalogue.skipped)})")
     check_columns(catalogue.columns, needs, catalogue.name)
-    catalogue = replace(catalogue, read=_identified(catalogue))
+    catalogue = replace(catalogue, name=clean(catalogue.name), read=_identified(catalogue))
     return catalogue if limit is None or limit >= len(catalogue) else _take(catalogue, limit)
 
 
@@ -154,10 +156,12 @@ def _from_table(name: str, table, fingerprint: str) -> Catalogue:
     columns = {name: Column(table.data.column(name)) for name in table.column_names if name != "image"}
 
     def read(i: int) -> bytes:
-        image = images[int(i)].as_py()
-        if not image or not image["bytes"]:
-            raise ImageError("no image in this row")
-        return image["bytes"]
+        image = images[int(i)].as_py() or {}
+        if image.get("bytes"):
+            return image["bytes"]
+        if image.get("path"):  # of a dataset made of image files, which lie beside it in the cache
+            return read_file(Path(image["path"]))
+        raise ImageError("no image in this row")
 
     return Catalogue(name, columns["id"], columns, read, fingerprint)
 

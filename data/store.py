@@ -4,13 +4,13 @@ A catalogue too large for that is decoded once for its hashes, by which it is sp
 asked for.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
 import math
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +25,7 @@ from data.cells import inert
 from data.images import ImageError, decode, native_size, pixel_hash, to_canvas
 from data.sources import in_file_name
 from data.split import in_split
+from durable import claim
 from errors import UserError
 
 STORE_GB = 100.0  # decoded pictures that need more are not kept
@@ -142,12 +143,13 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, m
     key = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
     size = f"{canvas[0]}x{canvas[1]}" if keep else "hashes"
     path = Path(cache_dir) / f"{in_file_name(catalogue.name)}-{size}-{key}"
-    if built := not path.exists():
-        _build(catalogue, canvas if keep else (0, 0), path)
+    built = not path.exists() and _build(catalogue, canvas if keep else (0, 0), path)
     try:
         failures = {int(row): reason for row, reason in json.loads((path / "skipped.json").read_text()).items()}
         pixels = np.load(path / "pixels.npy", mmap_mode="r") if keep else OnDemand(catalogue, canvas)
         hashes = np.load(path / "hashes.npy")
+    except PermissionError:
+        raise
     except (OSError, ValueError, EOFError, AttributeError) as error:
         raise UserError(f"the decoded images in {path} are damaged ({error}); delete that folder") from None
     ok = np.ones(len(catalogue), dtype=bool)
@@ -165,30 +167,34 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, m
     )
 
 
-def _build(catalogue: Catalogue, canvas: tuple[int, int], path: Path) -> None:
-    """Decode into a folder of its own, then rename it: whoever looks at `path` sees a whole store or none."""
+def _build(catalogue: Catalogue, canvas: tuple[int, int], path: Path) -> bool:
+    """Decode into a folder beside `path`, then rename it: whoever looks there sees a whole store or none.
+
+    One process does it while others wait; gives whether it was this one. What a killed one has left takes as much room
+    as the whole store, and is deleted by the next.
+    """
     shape = (len(catalogue), *canvas, 3)  # (N, 0, 0, 3) where pictures are not kept
     need = f"decoded pictures need {np.prod(shape) / 1e6:,.0f} MB there; name another folder with --cache-dir"
+    part, lock = (path.parent / f".{path.name}.{what}" for what in ("part", "lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=path.parent))
+        with contextlib.ExitStack() as held:
+            if not held.enter_context(claim(lock)):
+                print(f"another process is decoding these pictures into {path.parent}; waiting for it")
+                held.enter_context(claim(lock, wait=True))
+            if path.exists():
+                return False
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            held.callback(shutil.rmtree, part, ignore_errors=True)
+            free = shutil.disk_usage(part).free
+            if free < np.prod(shape):
+                raise UserError(f"only {free / 1e6:,.0f} MB free in {path.parent}: {need}")
+            _decode_all(catalogue, shape, part)
+            part.rename(path)
+            return True
     except OSError as error:
         raise UserError(f"cannot write to {path.parent} ({error.strerror}): {need}") from error
-    try:
-        free = shutil.disk_usage(temporary).free
-        if free < np.prod(shape):
-            raise UserError(f"only {free / 1e6:,.0f} MB free in {path.parent}: {need}")
-        try:
-            _decode_all(catalogue, shape, temporary)
-        except OSError as error:
-            raise UserError(f"cannot write to {path.parent} ({error.strerror}): {need}") from error
-        try:
-            temporary.rename(path)
-        except OSError:  # somebody else built the same store meanwhile; theirs is as good
-            if not path.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _pixels(path: Path, shape: tuple[int, int, int, int]) -> np.ndarray:

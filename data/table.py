@@ -20,11 +20,14 @@ UNQUOTED = "productDisplayName"  # of Kaggle's columns the one whose commas are 
 LINES = 500  # of a row, at most
 OF_NO_LETTER = re.compile(rb"[\x00\x81\x8d\x8f\x90\x9d]")  # in Windows-1252
 SEPARATORS = ",;\t"  # semicolons are what spreadsheets write where a comma is the decimal sign
+SAID = re.compile(rb"sep=([ -~\t])\s*")  # a line before the header, by which Excel is told what separates cells
+OURS = ("id", "image")  # columns that we look for, however a shop writes them
 
 
 def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int, dict[str, str | None] | str]]:
     """(line number, {column: text}) of each row of a CSV file with the columns `needs`; the reason where none is read.
-    Lines of empty cells are passed over. Cells are separated by what separates most of the first line's.
+    Lines of empty cells are passed over. Cells are separated by what a line `sep=;` before the first says, else by what
+    separates most of the first line's.
 
     A cell in quotes may hold line breaks, but not in a table with the column `UNQUOTED`. A quote left open swallows no
     rows after it, unless a later one ends a row of the right width: its line is left out. So is a row of too many
@@ -35,17 +38,20 @@ def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int
             if not int(os.environ.get("RANK", 0)):  # torchrun's: once is enough
                 print(f"{table} is not in UTF-8: read as Windows-1252", file=sys.stderr)
             lines = (line.decode("cp1252").encode() for line in lines)
-        first = [next(lines, b"").removeprefix(codecs.BOM_UTF8)]
-        mark = max(SEPARATORS, key=lambda mark: len(_row(first, mark)[0] or []))
-        header, taken = _row(first, mark)
+        first, marks, begin = next(lines, b"").removeprefix(codecs.BOM_UTF8), SEPARATORS, 2
+        if said := SAID.fullmatch(first):
+            first, marks, begin = next(lines, b""), said[1].decode(), 3
+        mark = max(marks, key=lambda mark: len(_row([first], mark)[0] or []))
+        header, taken = _row([first], mark)
         if header is None or taken > 1:
             raise UserError(f"{table} is not UTF-8 text with a row in each line; save it as CSV in UTF-8")
         header = [name.strip() for name in _trimmed(header, 0)]
+        header = [name.lower() if name.lower() in OURS else name for name in header]
         if twice := [name for name, times in Counter(header).items() if times > 1]:
             raise UserError(f"{table} has the column {twice[0] or 'without a name'} twice")
         check_columns(header, needs, table)
         title = header.index(UNQUOTED) if UNQUOTED in header else None
-        for number, cells in _rows(lines, mark, len(header), title):
+        for number, cells in _rows(lines, begin, mark, len(header), title):
             if isinstance(cells, str):
                 yield number, cells
             elif any(texts := [text(cell) for cell in cells]):
@@ -70,13 +76,16 @@ def _is_windows(table: Path) -> bool:
     return beyond
 
 
-def _rows(lines: Iterable[bytes], mark: str, width: int, title: int | None) -> Iterator[tuple[int, list[str] | str]]:
+def _rows(
+    lines: Iterable[bytes], number: int, mark: str, width: int, title: int | None
+) -> Iterator[tuple[int, list[str] | str]]:
     """(number of its first line, `width` cells) of each row, no cells where it is empty, or the reason.
 
     Args:
+        number: of the first of `lines`.
         title: the column whose commas are not quoted, where there is one: then each line is a row.
     """
-    lines, ahead, number = iter(lines), deque(), 2
+    lines, ahead = iter(lines), deque()
     most = LINES if title is None else 1
     while ahead.extend(islice(lines, most - len(ahead))) or ahead:
         cells, taken = _row(ahead, mark, strict=True) if title is None else (None, 1)

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 from tqdm import tqdm
 
-from data.cells import text
+from data.cells import clean, text
 from data.columns import Opened, check_columns, columns_of, kept
 from data.images import ImageError
 from errors import UserError
@@ -22,6 +22,7 @@ from errors import UserError
 TEXT_BYTES = 1 << 20  # of a .txt or .json, at most
 READ = 8192  # products at a time
 IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+UNREAD = {".heic", ".heif", ".avif"}  # pictures too, of which a word is said
 TEXTS = {".json", ".txt", ".cls"}
 PLACE = ["file #", "offset #", "size #"]  # columns that say where a picture lies
 
@@ -76,7 +77,7 @@ def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], t
                 cells, place = {"id": name}, None
                 for tar, member in some:
                     suffix = PurePosixPath(member.name).suffix.lower()
-                    if not _is_plain(member):
+                    if not is_plain(member):
                         continue
                     if suffix in IMAGES:
                         place = place or (member.offset_data, member.size)
@@ -86,7 +87,7 @@ def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], t
                     yield number, cells, place
                 else:
                     lone.add(name)
-            pictured = (product(member.name) for _, member in members(path, IMAGES) if _is_plain(member))
+            pictured = (product(member.name) for _, member in members(path, IMAGES) if is_plain(member))
             if lone and (apart := sorted(lone.intersection(pictured))):
                 raise UserError(
                     f"{path}: what it says of {len(apart):,} products, such as {apart[0]}, is not beside their "
@@ -121,7 +122,7 @@ def read_titles(path: Path, column: str) -> dict[str, str | None]:
     plain, listed = {}, {}
     with contextlib.suppress(tarfile.TarError, OSError):  # reading the pictures comes to the same place and says so
         for tar, member in members(path, {".txt", ".json"}):
-            data = tar.extractfile(member).read(TEXT_BYTES) if _is_plain(member) else b""
+            data = tar.extractfile(member).read(TEXT_BYTES) if is_plain(member) else b""
             if member.name.lower().endswith(".txt"):
                 plain[product(member.name)] = text(data.decode("utf-8", "replace"))
                 continue
@@ -131,7 +132,7 @@ def read_titles(path: Path, column: str) -> dict[str, str | None]:
     return plain | {name: title for name, title in listed.items() if title}
 
 
-def _is_plain(member: tarfile.TarInfo) -> bool:
+def is_plain(member: tarfile.TarInfo) -> bool:
     return member.isreg() and not member.issparse()  # a sparse one may claim any size
 
 
@@ -139,11 +140,6 @@ def product(name: str) -> str:
     """What the members of one product have in common: the folder, and the name up to the first dot."""
     path = PurePosixPath(clean(name))
     return str(path.with_name(path.name.split(".")[0] or path.name))
-
-
-def clean(name: str) -> str:
-    """Text that any format can hold: a byte of a name that is no UTF-8, or half a character in JSON, is replaced."""
-    return name.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def members(path: Path, suffixes: Iterable[str]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:

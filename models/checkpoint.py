@@ -219,10 +219,10 @@ def remembered_weights(folder: Path) -> Path | None:
     if not options.is_file():
         return None
     try:
-        path = json.loads(options.read_text(encoding="utf-8"))["weights"]
-    except (ValueError, KeyError, TypeError):
+        path = json.loads(options.read_text(encoding="utf-8")).get("weights")  # another program's may have none
+        return Path(path) if path else None
+    except (OSError, ValueError, AttributeError, TypeError):
         raise UserError(f"{options} is damaged; name the backbone's weights with --weights") from None
-    return Path(path) if path else None
 
 
 def find_checkpoint(given: Path | None, runs: Path = Path("runs")) -> Path:

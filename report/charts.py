@@ -70,20 +70,22 @@ def confusion(given: np.ndarray, said: np.ndarray, texts: list[str]) -> dict:
     """
     seen = given >= 0
     given, said = given[seen], said[seen]
-    table = np.zeros((len(texts), len(texts)), dtype=int)
-    np.add.at(table, (given, said), 1)
-    wrong = table - np.diag(table.diagonal())
-    involved = wrong.sum(0) + wrong.sum(1)
+    wrong = given != said
+    both = np.stack([given, said], axis=1)
+    involved, present = (np.bincount(both[some].ravel(), minlength=len(texts)) for some in (wrong, ...))
     chosen = np.sort(np.argsort(-involved, kind="stable")[:CONFUSED])
-    chosen = chosen[(table.sum(0) + table.sum(1))[chosen] > 0]
-    inner = table[np.ix_(chosen, chosen)]
-    total = table[chosen].sum(1)
-    pairs = [np.unravel_index(i, wrong.shape) for i in np.argsort(-wrong, axis=None, kind="stable")[:8]]
+    chosen = chosen[present[chosen] > 0]
+    place = np.full(len(texts), -1)  # in the table, whose last row and column are all that have none
+    place[chosen] = np.arange(len(chosen))
+    table = np.zeros((len(chosen) + 1, len(chosen) + 1), dtype=int)
+    np.add.at(table, (place[given], place[said]), 1)
+    pairs, counts = np.unique(both[wrong], axis=0, return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:8]
     return {
         "classes": [texts[c] for c in chosen],
-        "cells": np.column_stack([inner, total - inner.sum(1)]).tolist(),
-        "rows": total.tolist(),
-        "pairs": [(texts[a], texts[b], int(wrong[a, b])) for a, b in pairs if wrong[a, b]],
+        "cells": table[:-1].tolist(),
+        "rows": table[:-1].sum(1).tolist(),
+        "pairs": [(texts[a], texts[b], int(count)) for (a, b), count in zip(pairs[most], counts[most], strict=True)],
     }
 
 

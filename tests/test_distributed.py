@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models.checkpoint import sealed
 from options import parse_args
-from runs import choose, holds_run, options_text
+from runs import choose, options_text, started_with
 from tests.faults.conftest import assert_same
 
 ROOT = Path(__file__).parents[1]
@@ -225,16 +225,28 @@ def test_a_restart_knows_its_run_though_the_hub_has_moved_on(tmp_path, monkeypat
         **vars(given) | {"data": "hub:owner/shoes@1234", "amp": "bf16", "backbone": "vit", "processes": 3}
     )
     (tmp_path / "options.json").write_text(options_text(run))
-    assert holds_run(tmp_path, given)
-    assert holds_run(tmp_path, options("--amp")), "which catalogue was left open"
-    assert not holds_run(tmp_path, options("--data", "hub:owner/boots", "--amp"))
-    assert not holds_run(tmp_path, options("--data", "hub:owner/shoes"))
-    assert not holds_run(tmp_path, options("--data", "hub:owner/shoes", "--amp", "--seed", "5"))
+    assert started_with(given)
+    assert started_with(options("--amp")), "which catalogue was left open"
+    assert not started_with(options("--data", "hub:owner/boots", "--amp"))
+    assert not started_with(options("--data", "hub:owner/shoes"))
+    assert not started_with(options("--data", "hub:owner/shoes", "--amp", "--seed", "5"))
 
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with contextlib.ExitStack() as held:  # and asks the hub for nothing
         words = ["--out", str(tmp_path), "--data", "hub:owner/shoes", "--amp"]
-        assert choose(words, torch.device("cpu"), held).data == "hub:owner/shoes@1234"
+        assert choose(words, torch.device("cpu"), held, restarted=True).data == "hub:owner/shoes@1234"
+
+
+def test_all_know_of_a_restart_that_one_machine_has_counted(tmp_path):
+    (tmp_path / "ask.py").write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import distributed\n"
+        "with distributed.joined():\n"
+        "    os.environ['TORCHELASTIC_RESTART_COUNT'] = str(distributed.rank())\n"
+        "    open(f'{sys.argv[1]}/{distributed.rank()}', 'w').write(str(distributed.restarted()))\n"
+    )
+    run(2, tmp_path / "ask.py", tmp_path)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["True", "True"]
 
 
 def test_restarts_need_a_folder_to_find_again(words):

@@ -144,6 +144,12 @@ def test_tar_with_titles(tmp_path):
     assert rows_of(open_source([str(tmp_path)], title="name")) == titled
 
 
+def test_pictures_of_a_kind_that_is_not_read_have_that_as_their_reason_in_a_tar(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"1.heic": b"ftypheic", "2.png": picture(2), "3.AVIF": b"", "4.txt": b"no"})
+    reason = "of a format that is not read; convert it to JPEG"
+    assert rows_of(open_source([str(path)])) == [Row("1.heic", reason), Row("2.png", picture(2)), Row("3.AVIF", reason)]
+
+
 def test_a_tar_cut_anywhere_gives_what_came_before_and_says_so(tmp_path):
     pictures = {f"{i}.png": picture(i, (6, 8)) for i in range(4)}
     whole = write_tar(tmp_path / "a.tar", pictures).read_bytes()
@@ -347,6 +353,12 @@ def test_streamed_datasets(shop, tmp_path):
     with pytest.raises(UserError, match=r"owner/name/train-1 broke off after 0 rows: .*; start again"):
         list(streamed[1].read())
     pq.write_table(pa.table({"id": [1]}), tmp_path / "bare.parquet")
+    (tmp_path / "files").mkdir()
+    for name, data in zip("ab", pictures, strict=False):
+        (tmp_path / "files" / f"{name}.png").write_bytes(data)
+    splits = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "files"), streaming=True)
+    rows = [row for shard in stream_shards("owner/files", dict(splits)) for row in shard.read()]
+    assert [(Path(row.name).name, row.picture) for row in rows] == [("a.png", pictures[0]), ("b.png", pictures[1])]
     splits = datasets.load_dataset("parquet", data_files=str(tmp_path / "bare.parquet"), streaming=True)
     with pytest.raises(UserError, match="owner/name, split train, has no column image; it has id"):
         stream_shards("owner/name", dict(splits))

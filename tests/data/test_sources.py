@@ -14,7 +14,7 @@ import pytest
 from data import fashion
 from data.catalogue import Catalogue, Skipped
 from data.images import ImageError, decode
-from data.sources import load_source
+from data.sources import _from_table, load_source
 from data.store import open_store
 from errors import UserError
 from tests.data.conftest import HEADER, picture, write_kaggle
@@ -182,6 +182,7 @@ def test_limit_is_spread_and_stable(tmp_path):
     [
         ("./nothing/here", r"no such data: './nothing/here'; give --data a folder"),
         ("nothing", r"no such data: 'nothing'"),
+        ("~nobody-of-this-name/shop", r"no such data: '~nobody-of-this-name/shop'"),
         ("EMPTY", r"holds neither a CSV file with images/ nor \*.parquet"),
         ("TEXT", r"holds neither a CSV file with images/ nor \*.parquet"),
         ("BROKEN", r"broken.parquet cannot be read as parquet"),
@@ -249,6 +250,18 @@ def test_a_silent_hub_is_given_up_within_ten_seconds(tmp_path, silent_server):
     )
     assert done.stderr == ""
     assert 7 < time.monotonic() - started < 20  # 8 s of waiting, and the imports of this machine
+
+
+def test_a_dataset_made_of_image_files(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(5))
+    images = [str(tmp_path / "a.png"), str(tmp_path / "gone.png"), None]
+    features = datasets.Features({"id": datasets.Value("int64"), "image": datasets.Image()})
+    catalogue = _from_table("shop", datasets.Dataset.from_dict({"id": [1, 2, 3], "image": images}, features), "1")
+    assert catalogue.read(0) == picture(5)
+    with pytest.raises(ImageError, match="No such file"):
+        catalogue.read(1)
+    with pytest.raises(ImageError, match="no image in this row"):
+        catalogue.read(2)
 
 
 def test_a_cached_hub_dataset_loads_without_the_hub(tmp_path):

@@ -88,11 +88,26 @@ def test_of_many_rows_the_same_are_chosen():
     assert some(rows, 1000) is rows
 
 
+def left_in(cache: Path) -> list[str]:
+    return [path.name for path in cache.iterdir() if path.suffix != ".lock"]
+
+
+def test_what_a_killed_build_has_left_is_deleted_by_the_next(shop, tmp_path):
+    store = open_store(shop, (80, 60), tmp_path / "cache")
+    part = store.path.rename(store.path.with_name(f".{store.path.name}.part"))  # where it lies before it has its name
+    (part / "hashes.npy").unlink()
+    again = open_store(shop, (80, 60), tmp_path / "cache")
+    assert again.built and left_in(tmp_path / "cache") == [store.path.name]
+    assert (again.pixels[3] == np.asarray(decode(picture(3)))).all()
+
+
 def test_two_builders_at_once_leave_one_whole_store(shop, tmp_path):
     with ThreadPoolExecutor(4) as pool:
         stores = list(pool.map(lambda _: open_store(shop, (80, 60), tmp_path / "cache"), range(4)))
     assert len({store.path for store in stores}) == 1
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [stores[0].path.name]
+    assert left_in(tmp_path / "cache") == [stores[0].path.name]
+    assert sum(store.built for store in stores) == 1, "by one of them, while the others wait"
+    assert stores[0].path.stat().st_mode & 0o777 == tmp_path.stat().st_mode & 0o777 | 0o755, "for other users to read"
     assert all((store.pixels[3] == np.asarray(decode(picture(3)))).all() for store in stores)
 
 
@@ -103,7 +118,7 @@ def test_an_interrupted_build_leaves_nothing(shop, tmp_path, monkeypatch):
     monkeypatch.setattr("data.store.decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_store(shop, (80, 60), tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    assert not left_in(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("fault", ["opening", "reading"])
@@ -125,7 +140,7 @@ def test_a_file_that_cannot_be_read_leaves_no_store_to_remember_it(shop, tmp_pat
         UserError, match=r"shop, id 101: its file cannot be read: .* (levels|error).*: '.*101.jpg'; mend"
     ):
         open_store(shop, (80, 60), tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    assert not left_in(tmp_path / "cache")
     monkeypatch.undo()
     if fault == "opening":
         aside.replace(file)
@@ -158,7 +173,7 @@ def test_too_little_room_is_named(shop, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"only 0 MB free in .*cache: .*--cache-dir"):
         open_store(shop, (80, 60), tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    assert not left_in(tmp_path / "cache")
 
 
 def test_default_cache_dir(monkeypatch):

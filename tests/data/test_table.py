@@ -40,6 +40,24 @@ def test_cells_are_separated_as_those_of_the_first_line(tmp_path, mark):
     assert next(read_rows(tmp_path / "shop.csv", ["about"]))[1]["about"] == "A, B; C\tD"
 
 
+@pytest.mark.parametrize("mark", [";", "|", "\t"])
+def test_a_line_before_the_header_may_say_what_separates_cells(tmp_path, mark):
+    text = f"\ufeffsep={mark}\r\n" + "".join(f"{id_}{mark}{about}\r\n" for id_, about in [("id", "a,b,c"), ("1", "x")])
+    assert rows(tmp_path / "shop.csv", text) == [("1", "x")]
+    assert [number for number, _ in read_rows(tmp_path / "shop.csv", ["a,b,c"])] == [3]
+
+
+def test_id_and_image_may_be_written_in_capitals(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "front.png").write_bytes(picture(0))
+    (tmp_path / "shop.csv").write_text("ID,Image,Room\n1,front.png,Hall\n2,back.png,Hall\n")
+    catalogue = load_source(str(tmp_path), tmp_path)
+    assert (catalogue.ids, list(catalogue.columns)) == (["1"], ["id", "image", "Room"])
+    assert catalogue.skipped == [Skipped("2", "no such file in images/")]
+    with pytest.raises(UserError, match="the column id twice"):
+        rows(tmp_path / "two.csv", "ID,id\n1,1\n")
+
+
 def test_a_table_that_excel_saved_on_windows(tmp_path, capsys):
     text = "id;about\n1;Caf\u00e9 chair, 5 \u20ac\n2;Plain\n3;\u00dcber\n"
     assert rows(tmp_path / "shop.csv", text.encode("cp1252")) == [

@@ -258,13 +258,15 @@ def test_a_store_is_never_torn(tmp_path):
     dying = begin("killed", functools.partial(die_at, 100, "data.store", "to_canvas"))
     assert finish(dying) == -signal.SIGKILL
     assert not list(cache.glob("shop-*")), "half a store has no name"
+    assert len(list(cache.glob(".shop-*.part"))) == 1
 
     both = [begin("first"), begin("second")]
     assert [finish(process) for process in both] == [0, 0]
     first, second = (json.loads((tmp_path / name).read_text()) for name in ("first", "second"))
     right = sum(int(np.asarray(decode(picture(i))).sum()) for i in range(300))
     assert first[1:] == second[1:] == [right, [True] * 300]
-    assert len(list(cache.glob("shop-*"))) == 1
+    assert sorted([first[0], second[0]]) == [False, True], "one builds, the other waits"
+    assert len(list(cache.glob("shop-*"))) == 1 and not list(cache.glob(".shop-*.part"))
 
     (store,) = cache.glob("shop-*")
     os.truncate(store / "pixels.npy", 10_000)

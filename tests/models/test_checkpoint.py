@@ -135,6 +135,11 @@ def test_the_run_remembers_its_weights_and_says_when_they_moved(trained, tmp_pat
     with pytest.raises(UserError, match=r"no weights file at .*base.safetensors; give its place with --weights"):
         load_checkpoint(folder)
     load_checkpoint(folder, tmp_path / "moved.safetensors")
+    (folder.parent / "options.json").write_text('{"port": 8080}')  # of another program
+    load_checkpoint(folder)
+    (folder.parent / "options.json").write_text("[")
+    with pytest.raises(UserError, match=r"options.json is damaged; name the backbone's weights with --weights"):
+        load_checkpoint(folder)
 
 
 def test_damaged_checkpoints(trained, tmp_path):

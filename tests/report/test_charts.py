@@ -25,6 +25,16 @@ def test_confusion_by_hand():
     assert found["pairs"] == [("a", "b", 2), ("b", "a", 1)]
 
 
+def test_confusion_of_very_many_classes_and_of_no_mistakes():
+    texts = [str(c) for c in range(100_000)]  # whose table would take 80 GB
+    found = confusion(np.arange(100_000), np.arange(100_000) // 2 * 2, texts)
+    assert found["pairs"][:2] == [("1", "0", 1), ("3", "2", 1)] and len(found["pairs"]) == 8
+    assert found["classes"] == [str(c) for c in range(12)]
+    assert found["cells"][1] == [1] + [0] * 12
+    found = confusion(np.array([4, 4]), np.array([4, 4]), texts)
+    assert (found["classes"], found["cells"], found["pairs"]) == (["4"], [[2, 0]], [])
+
+
 def test_coverage_chart_ends_at_the_accuracy():
     chart = coverage_chart(np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, True, True, False]), 0.7, 0.9)
     points = [tuple(map(float, point.split(","))) for point in chart["line"].split()]
