@@ -1,4 +1,5 @@
-"""What a user can get wrong ends a command with one line and exit code 2; everything else keeps its traceback."""
+"""What a user can get wrong, or the machine refuses, ends a command with one line and exit code 2; everything else
+keeps its traceback."""
 
 import argparse
 import errno

@@ -27,7 +27,7 @@ from data.shards import SHARD_ROWS, Row, Shard, Source, open_source
 from data.title_table import TitleTable
 from distributed import share_cores
 from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
-from jobs import Crew, Job, found_in
+from jobs import Crew, Job
 from labeller import Labeller
 from models.checkpoint import find_checkpoint, read_config
 from options import AMP, MIXED, add_checkpoint_options, choose_amp
@@ -160,9 +160,7 @@ def load_labeller(args, folder: Path, crew: Crew) -> Labeller:
     """The checkpoint on this process's device; `args.amp` becomes what it computes in."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", crew.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    if args.amp == "auto":  # which a job has chosen once for all, whatever this machine would
-        begun = found_in(args.out) if args.job else {}
-        args.amp = begun["amp"] if begun.get("amp", "") in AMP else choose_amp(device)
+    args.amp = choose_amp(device) if args.amp == "auto" else args.amp
     joint, dtype = not args.independent, AMP[args.amp] or torch.float32
     return Labeller(folder, args.weights, device, joint, args.top_k, args.batch_size, dtype)
 

@@ -42,15 +42,6 @@ class Crew(NamedTuple):
         return cls(*(int(os.environ.get(name, default)) for name, default in FROM_TORCHRUN.items()))
 
 
-def found_in(folder: Path) -> dict:
-    """What `job.json` says of a folder's job; nothing where there is none, or none that can be read."""
-    try:
-        found = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 class Tally(NamedTuple):
     rows: int
     errors: int

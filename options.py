@@ -285,7 +285,7 @@ def choose_amp(device: torch.device) -> str | None:
 
     def seconds(dtype: torch.dtype) -> float:  # of a matrix product: no list of CPU flags is as sure
         square, times = torch.ones(256, 256, dtype=dtype), []
-        for _ in range(3):
+        for _ in range(8):  # the others of several processes start meanwhile
             start = time.perf_counter()
             square @ square
             times.append(time.perf_counter() - start)

@@ -79,7 +79,7 @@ def kept(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
         try:
             with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, schema) as writer:
                 for batch in batches:

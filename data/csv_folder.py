@@ -50,7 +50,7 @@ def open_csv(table: Path) -> Catalogue:
         name=table.resolve().parent.name,
         ids=ids,
         columns={name: [row[name] for row in rows] for name in (rows[0] if rows else {})},
-        read=lambda i: read_file(images / pictures[i]),
+        read=lambda i: _read_file(images / pictures[i]),
         fingerprint=hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest(),
         skipped=skipped,
     )
@@ -85,7 +85,7 @@ class Names:
         return self.exact.get(name) or self.exact.get(composed(name)) or self.in_any_case.get(composed(name).casefold())
 
 
-def read_file(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,12 @@ def decode(source: bytes | Path) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+def no_image(cell: Mapping) -> str:
+    """The reason, of a cell in the hub's schema without bytes. A file that it names is not opened: whoever wrote the
+    table may have named any."""
+    return "no image in this row" + ", only a file's name" * bool(cell.get("path"))
 
 
 def native_size(source: bytes | Path) -> tuple[int, int]:

@@ -31,7 +31,7 @@ import hub
 from data.catalogue import Catalogue
 from data.cells import clean, text
 from data.csv_folder import open_csv
-from data.images import ImageError
+from data.images import ImageError, no_image
 from data.inputs import find_inputs, kind_of
 from data.parquet import File, open_file
 from data.parquet import rows as parquet_rows
@@ -223,19 +223,23 @@ def _row(cells: dict, otherwise: str, title: str | None) -> Row:
     """A row in the hub's schema, with the name it has where it gives none."""
     image = cells["image"] or {}
     name = text(cells.get("id")) or image.get("path") or otherwise
-    return Row(name, image.get("bytes") or "no image in this row", text(cells.get(title)) if title else None)
+    return Row(name, image.get("bytes") or no_image(image), text(cells.get(title)) if title else None)
 
 
 def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
     titles, count = read_titles(path, title) if title else {}, 0
     try:
-        for tar, member in members(path, IMAGES | UNREAD):
-            if PurePosixPath(member.name).suffix.lower() in UNREAD:
-                picture = "of a format that is not read; convert it to JPEG"
-            else:
+        for name, some in itertools.groupby(members(path, IMAGES | UNREAD), lambda found: product(found[1].name)):
+            unread, before = None, count
+            for tar, member in some:
+                if PurePosixPath(member.name).suffix.lower() in UNREAD:
+                    unread = clean(member.name)
+                    continue
                 picture = tar.extractfile(member).read() if is_plain(member) else "not a plain file"
-            yield Row(clean(member.name), picture, titles.get(product(member.name)))
-            count += 1
+                yield Row(clean(member.name), picture, titles.get(name))
+                count += 1
+            if unread and count == before:  # not where its JPEG lies beside it, as telephones export them
+                yield Row(unread, "of a format that is not read; convert it to JPEG", titles.get(name))
     except (tarfile.TarError, OSError) as error:
         yield Row(str(path), f"damaged or cut short after {count:,} pictures: {error}")
 
@@ -272,15 +276,9 @@ def stream_shards(name: str, splits: dict, title: str | None = None) -> list[Sha
 
 
 def _stream_rows(part, name: str, title: str | None) -> Iterator[Row]:
-    from datasets.utils.file_utils import xopen
-
     number = 0
     try:
         for cells in part:
-            image = cells["image"]
-            if image and image["path"] and not image["bytes"]:  # of a dataset made of image files
-                with xopen(image["path"], "rb") as file:
-                    image["bytes"] = file.read()
             yield _row(cells, f"{name}#{number}", title)
             number += 1
     except Exception as error:  # of several libraries; a network that fails is no property of the rows

@@ -20,8 +20,8 @@ import hub
 from data.catalogue import Catalogue, skipped_why, stat_fingerprint
 from data.cells import clean
 from data.columns import VERSION, Column, check_columns
-from data.csv_folder import find_csv, open_csv, read_file
-from data.images import ImageError
+from data.csv_folder import find_csv, open_csv
+from data.images import ImageError, no_image
 from data.parquet import BUFFER, open_parquet
 from data.tars import open_tars
 from errors import UserError
@@ -157,11 +157,9 @@ def _from_table(name: str, table, fingerprint: str) -> Catalogue:
 
     def read(i: int) -> bytes:
         image = images[int(i)].as_py() or {}
-        if image.get("bytes"):
-            return image["bytes"]
-        if image.get("path"):  # of a dataset made of image files, which lie beside it in the cache
-            return read_file(Path(image["path"]))
-        raise ImageError("no image in this row")
+        if not image.get("bytes"):
+            raise ImageError(no_image(image))
+        return image["bytes"]
 
     return Catalogue(name, columns["id"], columns, read, fingerprint)
 

@@ -6,11 +6,13 @@ asked for.
 
 import contextlib
 import csv
+import glob
 import hashlib
 import json
 import math
 import os
 import shutil
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -148,8 +150,10 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, m
         failures = {int(row): reason for row, reason in json.loads((path / "skipped.json").read_text()).items()}
         pixels = np.load(path / "pixels.npy", mmap_mode="r") if keep else OnDemand(catalogue, canvas)
         hashes = np.load(path / "hashes.npy")
-    except PermissionError:
-        raise
+    except PermissionError as error:
+        raise UserError(
+            f"cannot read the decoded images in {path} ({error.strerror}); name another folder with --cache-dir"
+        ) from None
     except (OSError, ValueError, EOFError, AttributeError) as error:
         raise UserError(f"the decoded images in {path} are damaged ({error}); delete that folder") from None
     ok = np.ones(len(catalogue), dtype=bool)
@@ -170,28 +174,35 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, m
 def _build(catalogue: Catalogue, canvas: tuple[int, int], path: Path) -> bool:
     """Decode into a folder beside `path`, then rename it: whoever looks there sees a whole store or none.
 
-    One process does it while others wait; gives whether it was this one. What a killed one has left takes as much room
-    as the whole store, and is deleted by the next.
+    One process does it while others wait; gives whether it was this one. What killed ones have left, each as large as
+    the store, is deleted. Where the lock is another user's, or does not reach another machine, each builds its own.
     """
     shape = (len(catalogue), *canvas, 3)  # (N, 0, 0, 3) where pictures are not kept
     need = f"decoded pictures need {np.prod(shape) / 1e6:,.0f} MB there; name another folder with --cache-dir"
-    part, lock = (path.parent / f".{path.name}.{what}" for what in ("part", "lock"))
+    part, lock = (path.parent / f".{path.name}.{what}" for what in (f"{uuid.uuid4().hex[:8]}.part", "lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
-            if not held.enter_context(claim(lock)):
-                print(f"another process is decoding these pictures into {path.parent}; waiting for it")
-                held.enter_context(claim(lock, wait=True))
+            with contextlib.suppress(PermissionError):
+                if not held.enter_context(claim(lock)):
+                    print(f"another process decodes these pictures into {path.parent}; waiting for it", flush=True)
+                    held.enter_context(claim(lock, wait=True))
+                for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+                    shutil.rmtree(left, ignore_errors=True)
             if path.exists():
                 return False
-            shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             held.callback(shutil.rmtree, part, ignore_errors=True)
             free = shutil.disk_usage(part).free
             if free < np.prod(shape):
                 raise UserError(f"only {free / 1e6:,.0f} MB free in {path.parent}: {need}")
             _decode_all(catalogue, shape, part)
-            part.rename(path)
+            try:
+                part.rename(path)
+            except OSError:  # somebody else built the same store meanwhile; theirs is as good
+                if not path.exists():
+                    raise
+                return False
             return True
     except OSError as error:
         raise UserError(f"cannot write to {path.parent} ({error.strerror}): {need}") from error

@@ -20,8 +20,7 @@ UNQUOTED = "productDisplayName"  # of Kaggle's columns the one whose commas are 
 LINES = 500  # of a row, at most
 OF_NO_LETTER = re.compile(rb"[\x00\x81\x8d\x8f\x90\x9d]")  # in Windows-1252
 SEPARATORS = ",;\t"  # semicolons are what spreadsheets write where a comma is the decimal sign
-SAID = re.compile(rb"sep=([ -~\t])\s*")  # a line before the header, by which Excel is told what separates cells
-OURS = ("id", "image")  # columns that we look for, however a shop writes them
+SAID = re.compile(rb"sep=([\t -!#-~])\s*")  # a line before the header, by which Excel is told what separates cells
 
 
 def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int, dict[str, str | None] | str]]:
@@ -46,7 +45,8 @@ def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int
         if header is None or taken > 1:
             raise UserError(f"{table} is not UTF-8 text with a row in each line; save it as CSV in UTF-8")
         header = [name.strip() for name in _trimmed(header, 0)]
-        header = [name.lower() if name.lower() in OURS else name for name in header]
+        if "id" not in header:
+            header = ["id" if name.lower() == "id" else name for name in header]
         if twice := [name for name, times in Counter(header).items() if times > 1]:
             raise UserError(f"{table} has the column {twice[0] or 'without a name'} twice")
         check_columns(header, needs, table)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .functional import Frozen, linear, lora_linear, pack
 from .int8 import Int8Linear
 
-SMALL = 2**25  # multiplications of a product in fp32 up to which a call of oneDNN costs more than it saves
+SMALL = 2**25  # multiplications of a product in fp32 up to which oneDNN costs more than it saves, on a machine with AMX
 
 
 class LowRank(nn.Module):
@@ -186,7 +186,7 @@ class FrozenLinear(Prepared, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        kept = self.kept
+        kept = None if torch.compiler.is_compiling() else self.kept
         wide = kept and kept.weight.dtype is self.weight.dtype is torch.float32
         if wide and x.numel() * self.out_features <= SMALL:
             return F.linear(x, self.weight, self.bias)

@@ -2,7 +2,7 @@
 
 PyTorch's fused attention on a CPU is written for long sequences. At a ViT's 50 to 600 tokens its backward pass takes
 several times as long as matrix products for all heads of a few images at once. Where there is none, torch's own is left
-to work, which is as fast or faster.
+to work: on a machine with AMX answers to 64 pictures in bf16 come 9 % sooner by it (by hand).
 """
 
 import torch

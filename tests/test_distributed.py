@@ -214,7 +214,7 @@ def test_a_restart_does_not_go_on_with_a_run_of_other_options(words, alone):
     assert (alone / "last" / "config.json").read_bytes() == before
 
 
-def test_a_restart_knows_its_run_though_the_hub_has_moved_on(tmp_path, monkeypatch):
+def test_a_restart_knows_its_run_though_the_hub_has_moved_on(tmp_path):
     (tmp_path / "last").mkdir()
 
     def options(*words):

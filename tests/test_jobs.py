@@ -271,17 +271,6 @@ def test_another_job_on_the_same_folder_is_refused(command, mixed, demo_run, wit
     assert (done.returncode, "error: cannot read " in done.stderr.splitlines()[-1]) == (2, True), done.stderr
 
 
-def test_a_job_keeps_the_precision_that_it_was_begun_in(command, mixed, demo_run, tmp_path, monkeypatch):
-    job = (mixed / "photos", "--checkpoint", demo_run / "best", "--out", tmp_path / "job")
-    for measured in ("bf16", None):  # a machine, or a moment, in which it is fast, and one in which it is not
-        monkeypatch.setattr("infer.choose_amp", lambda device, measured=measured: measured)
-        done = command("infer.py", *job, "--amp")
-        assert done.returncode == 1, done.stderr  # one of the photos cannot be read
-    assert json.loads((tmp_path / "job" / "job.json").read_text())["amp"] == "bf16"
-    done = command("infer.py", *job)
-    assert "holds another job (its amp differs)" in done.stderr, "asked for in so many words, it is another job"
-
-
 def test_a_lock_that_cannot_be_opened_is_one_line(command, mixed, demo_run, tmp_path):
     (tmp_path / "job" / "locks" / "job").mkdir(parents=True)  # as one of another user's can't be
     done = command("infer.py", mixed / "photos", "--checkpoint", demo_run / "best", "--out", tmp_path / "job")

@@ -252,16 +252,14 @@ def test_a_silent_hub_is_given_up_within_ten_seconds(tmp_path, silent_server):
     assert 7 < time.monotonic() - started < 20  # 8 s of waiting, and the imports of this machine
 
 
-def test_a_dataset_made_of_image_files(tmp_path):
+def test_a_row_that_only_names_a_file_is_skipped_and_opens_none(tmp_path):
     (tmp_path / "a.png").write_bytes(picture(5))
-    images = [str(tmp_path / "a.png"), str(tmp_path / "gone.png"), None]
+    images = [{"bytes": picture(5), "path": None}, {"bytes": None, "path": str(tmp_path / "a.png")}, None]
     features = datasets.Features({"id": datasets.Value("int64"), "image": datasets.Image()})
-    catalogue = _from_table("shop", datasets.Dataset.from_dict({"id": [1, 2, 3], "image": images}, features), "1")
-    assert catalogue.read(0) == picture(5)
-    with pytest.raises(ImageError, match="No such file"):
-        catalogue.read(1)
-    with pytest.raises(ImageError, match="no image in this row"):
-        catalogue.read(2)
+    table = datasets.Dataset.from_dict({"id": [1, 2, 3], "image": images}, features)
+    store = open_store(_from_table("shop", table, "1"), (80, 60), tmp_path / "cache")
+    reasons = ["no image in this row, only a file's name", "no image in this row"]
+    assert store.skipped == [Skipped(id_, reason) for id_, reason in zip("23", reasons, strict=True)]
 
 
 def test_a_cached_hub_dataset_loads_without_the_hub(tmp_path):

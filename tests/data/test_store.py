@@ -94,11 +94,20 @@ def left_in(cache: Path) -> list[str]:
 
 def test_what_a_killed_build_has_left_is_deleted_by_the_next(shop, tmp_path):
     store = open_store(shop, (80, 60), tmp_path / "cache")
-    part = store.path.rename(store.path.with_name(f".{store.path.name}.part"))  # where it lies before it has its name
+    part = store.path.rename(store.path.with_name(f".{store.path.name}.12ab.part"))  # as before it has its name
     (part / "hashes.npy").unlink()
     again = open_store(shop, (80, 60), tmp_path / "cache")
     assert again.built and left_in(tmp_path / "cache") == [store.path.name]
     assert (again.pixels[3] == np.asarray(decode(picture(3)))).all()
+
+
+def test_a_lock_of_another_users_keeps_nobody_from_building(shop, tmp_path, monkeypatch):
+    def refused(lock, wait=False):
+        raise PermissionError(errno.EACCES, "Permission denied", str(lock))
+
+    monkeypatch.setattr("data.store.claim", refused)
+    assert open_store(shop, (80, 60), tmp_path / "cache").built
+    assert len(left_in(tmp_path / "cache")) == 1
 
 
 def test_two_builders_at_once_leave_one_whole_store(shop, tmp_path):
@@ -107,7 +116,7 @@ def test_two_builders_at_once_leave_one_whole_store(shop, tmp_path):
     assert len({store.path for store in stores}) == 1
     assert left_in(tmp_path / "cache") == [stores[0].path.name]
     assert sum(store.built for store in stores) == 1, "by one of them, while the others wait"
-    assert stores[0].path.stat().st_mode & 0o777 == tmp_path.stat().st_mode & 0o777 | 0o755, "for other users to read"
+    assert stores[0].path.stat().st_mode == (tmp_path / "cache").stat().st_mode, "for other users to read, if that is"
     assert all((store.pixels[3] == np.asarray(decode(picture(3)))).all() for store in stores)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora import Int8Linear, LoRAFusedLinear, LoRALinear, draw_dropped, functional, keep_base_in
+from lora import Int8Linear, LoRAFusedLinear, LoRALinear, draw_dropped, functional, keep_base_in, merge_lora
 from lora.functional import _LoRALinearFunction
 
 CPU = torch.device("cpu")
@@ -95,6 +95,11 @@ def test_torch_compile_passes_over_what_is_kept_in_onednns_layout():
     keep_base_in(model, torch.float32)
     actual = gradients(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model, x)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    merged = merge_lora(model)
+    keep_base_in(merged, torch.float32)
+    with torch.inference_mode():
+        actual = torch.compile(merged, backend="aot_eager", fullgraph=True)(x)
+        torch.testing.assert_close(actual, merged(x))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
