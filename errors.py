@@ -42,6 +42,14 @@ def named(text: str) -> str:
     return text
 
 
+def gigabytes(text: str) -> float:
+    """An option's type."""
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return value
+
+
 def share(text: str) -> float:
     """An option's type."""
     try:

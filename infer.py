@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from data.shards import SHARD_ROWS, Row, Shard, Source, open_source
 from data.title_table import TitleTable
+from defaults import AMP, choose_amp
 from distributed import share_cores
 from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
 from jobs import Crew, Job
 from labeller import Labeller
 from models.checkpoint import find_checkpoint, read_config
-from options import AMP, MIXED, add_checkpoint_options, choose_amp
+from options import MIXED, add_checkpoint_options
 from output import Output, caption, labelled_in, table
 
 PLOT_AT_MOST = 48  # pictures on a contact sheet

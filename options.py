@@ -1,28 +1,21 @@
-"""What a training run is asked for, and what it takes where nothing was said: source, backbone, precision."""
+"""What a training run is asked for; and what other commands are asked for alike."""
 
 import argparse
 import math
-import sys
-import time
 from pathlib import Path
 
-import torch
-
-import hub
 from data.store import STORE_GB, default_cache_dir
-from errors import Parser, UserError, named, positive_int
-from models.backbone import DEMO, bare_backbone
+from defaults import HUB_BACKBONE, HUB_DATA
+from errors import Parser, UserError, gigabytes, named, positive_int
+from models.backbone import DEMO
 from models.schema import RANK
 
-HUB_DATA, HUB_BACKBONE = "ashraq/fashion-product-images-small", "vit_base_patch16_224"
 # What may be otherwise when a run is resumed.
 MOVABLE = ("data", "weights", "attributes", "teacher", "teacher_weights", "cache_dir", "compile")
 # Options that are files or folders.
 PATHS = ("weights", "cache_dir", "attributes", "init_from", "teacher", "teacher_weights", "vocab")
 EXTRA = {"with_price": ("price_in_vnd",), "with_season_year": ("season", "year")}  # switches and what they add
-AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIXED = {"nargs": "?", "const": "auto", "choices": ["auto", "bf16", "fp16"]}  # of --amp
-LARGE = 40e6  # parameters from which training on a CPU takes days
 
 
 def rank(text: str) -> int:
@@ -77,159 +70,185 @@ def add_store_options(p: Parser) -> None:
     )
 
 
-def gigabytes(text: str) -> float:
-    """An option's type."""
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
-    return value
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    p = Parser(description="Train LoRA adapters and hierarchical heads on a frozen timm ViT.")
-    p.add_argument(
+def add_data_options(p: Parser) -> None:
+    group = p.add_argument_group("the catalogue")
+    group.add_argument(
         "--data",
         type=named,
         help="hub id (hub:OWNER/NAME: not downloaded), folder of parquet, tar, or CSV and images/, or demo "
         f"(default: {HUB_DATA})",
     )
-    p.add_argument("--backbone", type=named, help=f"timm ViT by name, or demo (default: {HUB_BACKBONE})")
-    p.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file (default: the hub's)")
-    p.add_argument(
+    group.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
+    add_store_options(group)
+    group.add_argument(
+        "--cache-dir", type=Path, default=default_cache_dir(), help="for decoded images (default: %(default)s)"
+    )
+    group.add_argument(
+        "--min-brand-count", type=positive_int, default=10, help="rarer brands become Other (default: %(default)s)"
+    )
+
+
+def add_prediction_options(p: Parser) -> None:
+    group = p.add_argument_group("what is predicted, and from what")
+    group.add_argument(
+        "--attributes", type=Path, metavar="FILE.toml", help="what to predict (default: data/fashion.toml)"
+    )
+    for switch, names in EXTRA.items():
+        group.add_argument(
+            f"--{switch.replace('_', '-')}", action="store_true", help=f"also predict {' and '.join(names)}"
+        )
+    group.add_argument("--inputs", choices=["image", "title", "image+title"], default="image", help="(default: image)")
+    group.add_argument(
+        "--vocab", type=Path, help="titles: a WordPiece vocabulary (default: the hub's BERT, else fitted)"
+    )
+    group.add_argument(
+        "--title-length", type=positive_int, default=13, help="titles: cut at so many tokens (default: %(default)s)"
+    )
+    group.add_argument(
+        "--mask-title-leaks",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="titles: take out words that labels were made from (default: yes)",
+    )
+
+
+def add_model_options(p: Parser) -> None:
+    group = p.add_argument_group("the backbone")
+    group.add_argument("--backbone", type=named, help=f"timm ViT by name, or demo (default: {HUB_BACKBONE})")
+    group.add_argument(
+        "--weights", type=Path, help="the backbone's base weights, a safetensors file (default: the hub's)"
+    )
+    group.add_argument(
         "--img-size", type=positive_int, help="side of the model's input in pixels (default: the backbone's own)"
     )
-    p.add_argument("--patch-size", type=positive_int, help="side of a patch in pixels (default: the backbone's own)")
-    p.add_argument(
+    group.add_argument(
+        "--patch-size", type=positive_int, help="side of a patch in pixels (default: the backbone's own)"
+    )
+    group.add_argument(
         "--keep-patches",
         type=float,
         default=1.0,
         metavar="SHARE",
         help="leave out the emptiest patches of each picture: 0.5 keeps half of them (default: all)",
     )
-    p.add_argument(
+    group.add_argument(
+        "--base", choices=["float", "int8"], default="float", help="how frozen weights are kept while training"
+    )
+
+
+def add_lora_options(p: Parser) -> None:
+    group = p.add_argument_group("LoRA")
+    group.add_argument(
         "--rank",
         type=per_target(rank),
         default=16,
         help="LoRA rank, PEFT's r; of single targets: query=8,dense=4 (default: %(default)s)",
     )
-    p.add_argument(
+    group.add_argument(
         "--alpha",
         type=per_target(float),
         default=32,
         help="updates scale by alpha/rank, PEFT's lora_alpha; of single targets as --rank (default: %(default)s)",
     )
-    p.add_argument("--dropout", type=float, default=0.05, help="before A, PEFT's lora_dropout (default: %(default)s)")
-    p.add_argument(
+    group.add_argument(
+        "--dropout", type=float, default=0.05, help="before A, PEFT's lora_dropout (default: %(default)s)"
+    )
+    group.add_argument(
         "--targets", nargs="+", default=["query", "key", "value", "dense"], help="layers (default: all four)"
     )
-    p.add_argument("--layers", nargs="+", type=int, help="only these blocks, counted from 0 (default: all)")
-    p.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(rank) instead")
-    p.add_argument("--dora", action="store_true", help="learn the length of each row of the weights too")
-    p.add_argument("--pissa", action="store_true", help="start at the principal part of each weight")
-    p.add_argument(
+    group.add_argument("--layers", nargs="+", type=int, help="only these blocks, counted from 0 (default: all)")
+    group.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(rank) instead")
+    group.add_argument("--dora", action="store_true", help="learn the length of each row of the weights too")
+    group.add_argument("--pissa", action="store_true", help="start at the principal part of each weight")
+    group.add_argument(
         "--lora-plus",
         type=float,
         default=1,
         metavar="RATIO",
         help="B learns at RATIO times --lr, such as 16 (default: 1)",
     )
-    p.add_argument(
-        "--base", choices=["float", "int8"], default="float", help="how frozen weights are kept while training"
-    )
-    p.add_argument(
-        "--init-from",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="start with the adapters and heads of an earlier run's best",
-    )
-    p.add_argument(
-        "--teacher",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="learn half from the labels and half from what this model says of each picture",
-    )
-    p.add_argument(
-        "--teacher-weights",
-        type=Path,
-        metavar="FILE",
-        help="its base weights, where they are others and its run does not know them",
-    )
-    p.add_argument("--epochs", type=positive_int, default=5, help="(default: %(default)s)")
-    p.add_argument(
+
+
+def add_training_options(p: Parser) -> None:
+    group = p.add_argument_group("training")
+    group.add_argument("--epochs", type=positive_int, default=5, help="(default: %(default)s)")
+    group.add_argument(
         "--batch-size",
         type=positive_int,
         default=16,
         help="images in a micro-batch of each process (default: %(default)s)",
     )
-    p.add_argument(
+    group.add_argument(
         "--accum", type=positive_int, default=1, help="micro-batches in an optimizer step (default: %(default)s)"
     )
-    p.add_argument(
+    group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+    group.add_argument("--amp", **MIXED, help="mixed precision (default: off)")
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile each block: for GPUs, 1.6 times as fast on an H200 (default: no)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    group.add_argument(
         "--warp",
         type=float,
         default=0.0,
         metavar="SHARE",
         help="stretch, turn and move training pictures by up to this, such as 0.2 (default: %(default)s)",
     )
-    p.add_argument(
+    group.add_argument(
         "--drop-patches",
         type=float,
         default=0.0,
         metavar="SHARE",
         help="leave this share of the patches out of each training picture by chance, such as 0.3 (default: none)",
     )
-    p.add_argument(
+    group.add_argument(
         "--label-smoothing", type=float, default=0.0, metavar="SHARE", help="such as 0.1 (default: %(default)s)"
     )
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
-    p.add_argument("--amp", **MIXED, help="mixed precision (default: off)")
-    p.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="torch.compile each block: for GPUs, 1.6 times as fast on an H200 (default: no)",
+    group.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="start with the adapters and heads of an earlier run's best",
     )
-    p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    p.add_argument("--attributes", type=Path, metavar="FILE.toml", help="what to predict (default: data/fashion.toml)")
-    p.add_argument("--inputs", choices=["image", "title", "image+title"], default="image", help="(default: image)")
-    p.add_argument("--vocab", type=Path, help="titles: a WordPiece vocabulary (default: the hub's BERT, else fitted)")
-    p.add_argument(
-        "--title-length", type=positive_int, default=13, help="titles: cut at so many tokens (default: %(default)s)"
+    group.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="learn half from the labels and half from what this model says of each picture",
     )
-    p.add_argument(
-        "--mask-title-leaks",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="titles: take out words that labels were made from (default: yes)",
+    group.add_argument(
+        "--teacher-weights",
+        type=Path,
+        metavar="FILE",
+        help="its base weights, where they are others and its run does not know them",
     )
-    for switch, names in EXTRA.items():
-        p.add_argument(f"--{switch.replace('_', '-')}", action="store_true", help=f"also predict {' and '.join(names)}")
-    add_store_options(p)
-    p.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
-    p.add_argument(
-        "--min-brand-count", type=positive_int, default=10, help="rarer brands become Other (default: %(default)s)"
+
+
+def add_run_options(p: Parser) -> None:
+    group = p.add_argument_group("the run")
+    group.add_argument("--out", type=Path, help="folder of the run (default: runs/BACKBONE-DATE)")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with --out (default: the newest run), with its options; what has moved is named anew",
     )
-    p.add_argument(
-        "--no-test", action="store_true", help="leave the test rows alone: for runs that are yet to be chosen among"
-    )
-    p.add_argument("--out", type=Path, help="folder of the run (default: runs/BACKBONE-DATE)")
-    p.add_argument(
+    group.add_argument(
         "--save-every",
         type=positive_int,
         default=500,
         metavar="STEPS",
         help="save the whole state this often, and at each epoch's end (default: %(default)s)",
     )
-    p.set_defaults(processes=1)  # how many the run was started with
-    p.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with --out (default: the newest run), with its options; what has moved is named anew",
+    group.add_argument(
+        "--no-test", action="store_true", help="leave the test rows alone: for runs that are yet to be chosen among"
     )
-    p.add_argument(
-        "--cache-dir", type=Path, default=default_cache_dir(), help="for decoded images (default: %(default)s)"
-    )
-    args = p.parse_args(argv)
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for a number that is out of its range."""
     if not 0 < args.lr < math.inf:
         raise UserError(f"--lr {args.lr} is not a positive number")
     if not 0 < args.lora_plus < math.inf:
@@ -243,6 +262,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {value} is not a number from 0 to below 1")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed {args.seed} is not between 0 and {2**32 - 1}")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The options of `train.py`, fit together; with `--resume` those that may be otherwise are None where not given.
+
+    Raises:
+        UserError: an option is out of its range, or contradicts another.
+    """
+    p = Parser(description="Train LoRA adapters and hierarchical heads on a frozen timm ViT.")
+    for add_options in (
+        add_data_options,
+        add_prediction_options,
+        add_model_options,
+        add_lora_options,
+        add_training_options,
+        add_run_options,
+    ):
+        add_options(p)
+    p.set_defaults(processes=1)  # how many the run was started with
+    args = p.parse_args(argv)
+    check_ranges(args)
     unset = object()
     said = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
     given = [name for name, value in said.items() if value is not unset]  # a default's value counts too
@@ -263,44 +303,3 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.data and args.data != DEMO and Path(args.data).exists():
         args.data = str(Path(args.data).absolute())
     return args
-
-
-def choose_source(args: argparse.Namespace) -> None:
-    """The hub's catalogue and ViT-B/16; the embedded demo where the hub is out of reach and nothing else was named."""
-    if not (args.data or args.backbone or args.weights) and not hub.reachable():
-        print(f"The hub ({hub.ENDPOINT}) cannot be reached: training on the embedded demo instead of {HUB_DATA}.")
-        print("For files of your own: --data FOLDER --backbone NAME --weights FILE")
-        args.data = DEMO
-    args.backbone = args.backbone or (DEMO if args.data == DEMO else HUB_BACKBONE)
-    args.data = hub.pinned(args.data or HUB_DATA)
-
-
-def choose_amp(device: torch.device) -> str | None:
-    """What `--amp` alone means: bf16 where the device has it, else fp16.
-
-    A CPU without bf16 instructions is a hundred times slower in either than in fp32, so there it means fp32, None.
-    """
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-    def seconds(dtype: torch.dtype) -> float:  # of a matrix product: no list of CPU flags is as sure
-        square, times = torch.ones(256, 256, dtype=dtype), []
-        for _ in range(8):  # the others of several processes start meanwhile
-            start = time.perf_counter()
-            square @ square
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    if seconds(torch.bfloat16) <= seconds(torch.float32):
-        return "bf16"
-    print("--amp: this CPU has no fast bf16, so all stays in fp32 (--amp bf16 forces it)", file=sys.stderr)
-    return None
-
-
-def warn_if_slow(backbone: str, device: torch.device) -> None:
-    """Say so before anything is downloaded or decoded."""
-    with torch.device("meta"):
-        size = sum(p.numel() for p in bare_backbone(backbone).parameters())
-    if device.type == "cpu" and size > LARGE:
-        print(f"hint: no GPU here, and {backbone} has {size / 1e6:.0f} M parameters: training may take days.")
-        print("      --backbone vit_tiny_patch16_224 --img-size 112 suits a CPU.")

@@ -15,10 +15,11 @@ from torch.utils.tensorboard import SummaryWriter
 import distributed
 import hub
 from data.cells import clean
+from defaults import choose_amp, choose_source
 from durable import alone_in, replace_file
 from errors import UserError
 from models.checkpoint import newest_checkpoint, previous_of
-from options import MOVABLE, PATHS, choose_amp, choose_source, parse_args
+from options import MOVABLE, PATHS, parse_args
 
 SET_UP = ("options.json", "skipped.csv", "vocab.txt")  # what a run has written before its first checkpoint
 

@@ -36,6 +36,7 @@ from data.sources import load_source
 from data.split import SPLITS
 from data.store import ImageStore, common_size, open_store
 from data.titles import SPECIAL, TitleReader, choose_vocabulary
+from defaults import AMP
 from durable import replace_file
 from errors import UserError
 from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_base
@@ -44,7 +45,7 @@ from models.checkpoint import adapt, attach, load_checkpoint
 from models.classifier import AttributeClassifier
 from models.inherit import inherit, predecessor
 from models.schema import CONFIG, contradiction, misfit
-from options import AMP, EXTRA
+from options import EXTRA
 from teacher import Teacher, load_teacher
 
 LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them

@@ -27,6 +27,7 @@ import distributed
 from calibration import calibrate
 from data.batches import epoch_batches, make_loader
 from data.preprocess import CHANCES
+from defaults import warn_if_slow
 from durable import replace_file
 from errors import UserError, exits_cleanly
 from evaluate import SCORED, Evaluation, evaluate
@@ -34,7 +35,6 @@ from figures import label_sheet
 from memory import ran_out
 from metrics import scores_table, trust_table
 from models.checkpoint import amend_config, load_checkpoint, load_tensors, read_config, trained_params
-from options import warn_if_slow
 from runs import Board, Stopped, StopRequest, choose, discard_run, keep_options
 from state import TrainingState, check_finite
 from step import learning_rate, parameter_groups, train_step, windows

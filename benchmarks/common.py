@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
 from data.batches import epoch_batches, make_loader
+from defaults import choose_amp, choose_source
 from errors import Parser, UserError
 from models.checkpoint import find_checkpoint, trained_params
 from models.classifier import attribute_losses
-from options import add_catalogue_options, add_checkpoint_options, choose_amp, choose_source, parse_args
+from options import add_catalogue_options, add_checkpoint_options, parse_args
 from runs import Board
 from state import TrainingState
 from step import MAX_GRAD_NORM, parameter_groups, windows

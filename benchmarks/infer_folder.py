@@ -28,10 +28,11 @@ from hf_vit import save_hf_vit
 from data.images import ImageError, decode
 from data.sources import load_source
 from data.store import default_cache_dir
+from defaults import choose_amp
 from errors import Parser, UserError, exits_cleanly, positive_int
 from lora import merge_lora
 from models.checkpoint import find_checkpoint, load_checkpoint
-from options import add_checkpoint_options, choose_amp
+from options import add_checkpoint_options
 
 ROOT = Path(__file__).parents[1]
 FIRST = "HF pipeline, fp32"

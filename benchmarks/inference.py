@@ -39,13 +39,14 @@ from data.images import ImageError, decode
 from data.preprocess import Preprocess
 from data.sources import load_source
 from data.store import default_cache_dir
+from defaults import choose_amp
 from errors import Parser, UserError, exits_cleanly, positive_int
 from lora import keep_base_in, merge_lora, quantize_base
 from models.backbone import bare_backbone
 from models.checkpoint import find_checkpoint, load_checkpoint
 from models.classifier import AttributeClassifier
 from models.decode import Decoder
-from options import add_checkpoint_options, choose_amp
+from options import add_checkpoint_options
 
 BATCHES = {1: 20, 64: 2}  # pictures at a time, and how many times in a turn
 TIMM, FIRST = "plain timm", "HF pipeline, fp32"

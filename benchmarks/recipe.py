@@ -30,11 +30,12 @@ from common import in_processes, markdown
 
 import train
 from data.schema import FASHION
+from defaults import choose_amp, choose_source
 from errors import exits_cleanly
 from evaluate import evaluate
 from lora import merge_lora
 from models.checkpoint import save_checkpoint, trained_params
-from options import choose_amp, choose_source, parse_args
+from options import parse_args
 from runs import Board
 from state import TrainingState
 from step import parameter_groups

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import huggingface_hub.constants
 import pytest
 
+import defaults
 import hub
-import options
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ class Ssh(socketserver.BaseRequestHandler):
 
 def chosen(**given) -> tuple[str, str]:
     args = argparse.Namespace(**({"data": None, "backbone": None, "weights": None} | given))
-    options.choose_source(args)
+    defaults.choose_source(args)
     return args.data, args.backbone
 
 
@@ -89,9 +89,9 @@ def test_only_a_run_that_named_nothing_falls_back_to_the_demo(endpoint, capsys):
     assert chosen() == ("demo", "demo")
     assert "cannot be reached" in capsys.readouterr().out
     assert chosen(data="demo") == ("demo", "demo")
-    assert chosen(data="folder") == ("folder", options.HUB_BACKBONE)
-    assert chosen(backbone="vit_tiny_patch16_224") == (options.HUB_DATA, "vit_tiny_patch16_224")
-    assert chosen(weights="file") == (options.HUB_DATA, options.HUB_BACKBONE)
+    assert chosen(data="folder") == ("folder", defaults.HUB_BACKBONE)
+    assert chosen(backbone="vit_tiny_patch16_224") == (defaults.HUB_DATA, "vit_tiny_patch16_224")
+    assert chosen(weights="file") == (defaults.HUB_DATA, defaults.HUB_BACKBONE)
 
 
 def test_what_was_named_and_needs_the_hub_fails_in_one_line(endpoint, command, cache_dir, tmp_path):
@@ -111,5 +111,5 @@ def test_what_was_named_and_needs_the_hub_fails_in_one_line(endpoint, command, c
     assert "cannot get the weights of 'vit_tiny_patch16_224' from the hub" in done.stderr.splitlines()[-1]
     done = command("train.py", "--backbone", "demo", "--out", tmp_path / "run2", "--cache-dir", cache_dir)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert options.HUB_DATA in done.stderr
+    assert defaults.HUB_DATA in done.stderr
     assert huggingface_hub.constants.HF_HUB_OFFLINE, "so its libraries do not try again and again"

@@ -7,12 +7,12 @@ import torch
 
 from data.batches import Batch
 from data.preprocess import Preprocess
+from defaults import choose_amp
 from lora import apply_lora
 from models.backbone import VIT_TARGETS
 from models.checkpoint import trained_params
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
-from options import choose_amp
 from step import learning_rate, parameter_groups, train_step, windows
 
 PREPROCESS = Preprocess((32, 32), (32, 32), "bicubic", (0.5,) * 3, (0.5,) * 3)
