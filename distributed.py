@@ -140,6 +140,7 @@ def any_of(flag: bool) -> bool:
 
 
 def wait_for_all() -> None:
+    """Return once all processes have come here."""
     any_of(False)
 
 
