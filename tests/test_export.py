@@ -55,10 +55,15 @@ def test_peft_gets_its_two_files(command, demo_run, tmp_path):
             ["--to", "onnx", "--out", "table.onnx"],
             "--out table.onnx: table.json is there already",
         ),
+        (
+            ["--to", "timm", "--out", "folder.safetensors"],
+            "cannot write --out folder.safetensors: it is a folder",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(command, demo_run, tmp_path, words, message):
     (tmp_path / "taken").touch()
+    (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "table.json").touch()
     shutil.copy(DEMO_WEIGHTS, tmp_path / "base.safetensors")
     words = ["--weights", "base.safetensors", *(word.format(run=demo_run) for word in words)]
