@@ -27,10 +27,9 @@ def keep_freed_memory() -> None:
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether memory was not enough: of a GPU torch says so by a class of its own, of a CPU by its words alone."""
-    if isinstance(error, MemoryError):
-        return True
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    """Whether memory was not enough. Of a GPU torch says so by a class of its own, of a CPU by its words alone."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator" in str(error)
 
 
 def _set(option: int, value: int) -> bool:

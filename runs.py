@@ -232,8 +232,8 @@ class Board:
 
     def outcome(self, args: argparse.Namespace, scores: dict) -> None:
         """The options as TensorBoard's hyperparameters, beside what they led to on test."""
-        options = {name: value for name, value in vars(args).items() if name not in ("out", "resume", *PATHS)}
-        options = {name: clean(str(value)) for name, value in options.items()}
+        told = vars(args).keys() - {"out", "resume", *PATHS}
+        options = {name: clean(str(vars(args)[name])) for name in sorted(told)}
         accuracy = scores["mean_accuracy"]  # None where no test row has a label
         found = {} if accuracy is None else {"hparam/test_mean_accuracy": accuracy}
         self.writer.add_hparams(options, found, run_name=".")
