@@ -18,21 +18,19 @@ from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
-from data.batches import epoch_batches, make_loader
+from data.batches import Batch, epoch_batches, make_loader
 from defaults import choose_amp, choose_source
 from errors import Parser, UserError
 from models.checkpoint import find_checkpoint, trained_params
-from models.classifier import attribute_losses
 from options import add_catalogue_options, add_checkpoint_options, parse_args
 from runs import Board
 from state import TrainingState
-from step import MAX_GRAD_NORM, parameter_groups, windows
+from step import parameter_groups, train_step, windows
 from task import AMP, Task, load_task, setup
 
 
@@ -64,27 +62,21 @@ class Training(NamedTuple):
             raise UserError(f"{steps} steps an epoch are too few; give more rows")
         return steps
 
-    def in_memory(self, steps: int) -> list[list[tuple[Tensor, Tensor]]]:
-        """Windows of (normalised images, labels) on the device."""
+    def in_memory(self, steps: int) -> list[list[Batch]]:
+        """Windows on the device, of pictures that are already images: resized and normalised."""
         rows = self.task.store.rows("train")[: steps * self.window_size]
         loader = make_loader(self.task.store, self.task.known, epoch_batches(rows, self.args.batch_size), self.device)
-        batches = [(self.task.preprocess(b.pixels.to(self.device)), b.labels.to(self.device)) for b in loader]
-        return list(windows(batches, self.args.accum))
+        batches = [batch.to(self.device) for batch in loader]
+        ready = [batch._replace(pixels=self.task.preprocess(batch.pixels)) for batch in batches]
+        return list(windows(ready, self.args.accum))
 
-    def bare_step(self, window: list[tuple[Tensor, Tensor]]) -> None:
-        """What a training step cannot do without: forward, backward and optimizer."""
-        optimizer, scaler, amp = self.state.optimizer, self.state.scaler, AMP[self.args.amp]
-        known = sum((labels >= 0).sum(0) for _, labels in window)
-        for images, labels in window:
-            with torch.autocast(images.device.type, amp, enabled=amp is not None):
-                logits = self.task.model(images)
-            scaler.scale(attribute_losses(logits, labels, known).sum()).backward()
-        scaler.unscale_(optimizer)
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+    def bare_step(self, window: list[Batch]) -> None:
+        """A training step of images that are there."""
+        state, args = self.state, self.args
+        amp, as_they_are = AMP[args.amp], lambda images: images
+        train_step(
+            state.parallel, window, state.optimizer, state.scaler, args.lr, amp, as_they_are, teacher=self.task.teacher
+        )
 
 
 @contextlib.contextmanager

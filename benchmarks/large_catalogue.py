@@ -35,7 +35,7 @@ import startup  # noqa: F401
 from common import machine, markdown
 
 from calibration import calibrate
-from data.attributes import known_paths
+from data.attributes import known_paths, read_numbers
 from data.batches import epoch_batches, make_loader
 from data.preprocess import Preprocess
 from data.schema import FASHION, FASHION_FILE, read_schema
@@ -117,7 +117,9 @@ def measure(folder: Path, cache: Path) -> dict:
     store = timed("hashes", lambda: open_store(catalogue, (80, 60), cache, most=0))
     train = timed("split", lambda: {split: store.rows(split) for split in SPLITS})["train"]
 
-    entries, known = timed("labels", lambda: fit_targets(catalogue, train, FASHION, 10))
+    entries, known = timed(
+        "labels", lambda: fit_targets(catalogue, read_numbers(catalogue.columns, FASHION), train, FASHION, 10)
+    )
     paths = timed("paths", lambda: known_paths(known.labels[train], FASHION))
     preprocess = Preprocess(store.pixels.canvas, (32, 32), "bilinear", (0.5,) * 3, (0.5,) * 3)
 

@@ -32,7 +32,7 @@ from quality import table
 import step
 import train
 from data.schema import FASHION_FILE
-from errors import UserError, exits_cleanly
+from errors import Parser, UserError, exits_cleanly, positive_int
 from evaluate import Evaluation
 from models.checkpoint import trained_params
 from models.classifier import AttributeClassifier
@@ -147,9 +147,9 @@ def averaged(task: Task) -> None:
         for p, m in zip(params, mean, strict=True):
             p.data, m.data = m.data, p.data
 
-    def of_the_mean(*args):
+    def of_the_mean(*args, **options):
         swap()
-        found = evaluate(*args)
+        found = evaluate(*args, **options)
         swap()
         return found
 
@@ -190,8 +190,8 @@ def run(lever: Lever, words: list[str], seed: int) -> dict[str, float]:
         task.model.to(device)
         evaluate = train.evaluate  # the lever's
 
-        def scoring(*args) -> Evaluation:
-            found = evaluate(*args)
+        def scoring(*args, **options) -> Evaluation:
+            found = evaluate(*args, **options)
             scores.append(found.scores)
             return found
 
@@ -211,8 +211,8 @@ def run(lever: Lever, words: list[str], seed: int) -> dict[str, float]:
 
 @exits_cleanly
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=positive_int, default=1)
     parser.add_argument("--results", type=Path, default=Path("runs/levers"))
     parser.add_argument("--only", nargs="+", choices=LEVERS, default=list(LEVERS))
     parser.add_argument("--run", nargs=2, metavar=("LEVER", "SEED"), help="this one, here")

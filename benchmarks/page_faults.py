@@ -45,7 +45,7 @@ def measure(words: list[str]) -> dict[str, tuple[float, float]]:
     with training(words) as run:
         windows, model = run.in_memory(STEPS + WARM_UP), merge_lora(run.task.model).eval()
         with torch.inference_mode():
-            answers = each(lambda window: [model(images) for images, _ in window], windows)
+            answers = each(lambda window: [model(batch.pixels, batch.tokens) for batch in window], windows)
         return {"answers": answers, "training": each(run.bare_step, windows)}
 
 

@@ -31,15 +31,15 @@ from common import in_processes, markdown
 import train
 from data.schema import FASHION
 from defaults import choose_amp, choose_source
-from errors import exits_cleanly
+from errors import Parser, exits_cleanly, positive_int
 from evaluate import evaluate
-from lora import merge_lora
+from lora import keep_base_in, merge_lora
 from models.checkpoint import save_checkpoint, trained_params
 from options import parse_args
 from runs import Board
 from state import TrainingState
 from step import parameter_groups
-from task import setup
+from task import AMP, setup
 
 LORA = {f"LoRA, rank {rank}": ["--rank", str(rank), "--alpha", str(2 * rank)] for rank in (4, 8, 16, 32)}
 LORA["LoRA, rank 16, query and value"] = ["--rank", "16", "--alpha", "32", "--targets", "query", "value"]
@@ -50,8 +50,8 @@ WAYS = [PROBE, *LORA, FULL, *SINGLE]
 
 def split_options(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This script's own options, and those of `train.py`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=positive_int, default=1)
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"))
     parser.add_argument("--full-lr", type=float)
     parser.add_argument("--way", choices=WAYS, help="run this one, here")
@@ -74,6 +74,8 @@ def run(way: str, words: list[str], full_lr: float | None, folder: Path) -> dict
     args.amp = amp
     if way in (PROBE, FULL):  # an untrained adapter adds nothing: what is left is the backbone as it was
         task = task._replace(model=merge_lora(task.model))
+    if way == PROBE:  # as `setup` did for the layers with LoRA
+        keep_base_in(task.model, AMP[amp] or torch.float32)
     if way == FULL:
         task.model.requires_grad_(True)
         args.lr = full_lr or args.lr / 10
