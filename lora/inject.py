@@ -101,7 +101,8 @@ def _resolve(model: nn.Module, target_modules: Iterable[str], table: Table) -> d
                     raise ValueError(f"target {name!r} matches {path}, which has LoRA already")
                 if not _is_plain(layers[path]):
                     raise ValueError(f"target {name!r} matches {path}, which has a forward or hooks of its own")
-                plan.setdefault(path, {})[name] = target
+                if plan.setdefault(path, {}).setdefault(name, target) != target:
+                    raise ValueError(f"target {name!r} means several parts of {path}; give each a name of its own")
     if not plan:
         raise ValueError("target_modules is empty: name at least one layer to adapt")
     for path, targets in plan.items():

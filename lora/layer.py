@@ -282,6 +282,8 @@ class LoRAFusedLinear(LoRALayer, nn.Module):
             raise ValueError(f"{base_layer.out_features} output rows are not {num_blocks} equal blocks")
         if not blocks or not set(blocks.values()) <= set(range(num_blocks)):
             raise ValueError(f"blocks must name some of the blocks 0 to {num_blocks - 1}, got {dict(blocks)}")
+        if len(set(blocks.values())) < len(blocks):
+            raise ValueError(f"blocks must name each block once, got {dict(blocks)}")
         self.rows = {name: slice(block * size, (block + 1) * size) for name, block in blocks.items()}
         for name, rows in self.rows.items():
             self.add_module(name, LowRank(base_layer.weight[rows], choose(rank, name), choose(alpha, name), **variant))

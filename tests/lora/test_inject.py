@@ -75,6 +75,16 @@ def test_vit_base_has_the_published_number_of_parameters(table):
             "fc1, mlp.fc1 are one layer, of different",
         ),
         (["query", "qkv"], {}, "targets query, qkv split blocks.0.attn.qkv in different ways"),
+        (
+            ["two"],
+            {"table": {"two": [Target("attn.qkv", 0, 3), Target("attn.qkv", 1, 3)]}},
+            "target 'two' means several parts of blocks.0.attn.qkv; give each a name of its own",
+        ),
+        (
+            ["a", "b"],
+            {"table": dict.fromkeys("ab", Target("attn.qkv", 1, 3))},
+            "blocks must name each block once, got {'a': 1, 'b': 1}",
+        ),
     ],
 )
 def test_mistakes_leave_the_model_unchanged(make_vit, table, targets, options, message):
