@@ -12,7 +12,6 @@ sees little of small print.
 import startup  # noqa: F401
 
 # isort: split
-import argparse
 import colorsys
 from pathlib import Path
 
@@ -20,12 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
 from data.pen import GOLD, Pen, box, circle, mirrored, rounded
-from errors import UserError, exits_cleanly
+from durable import replace_file
+from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
 from models.backbone import DEMO, DEMO_BACKBONE, DEMO_WEIGHTS, bare_backbone
 
 BATCH_SIZE = 64
@@ -121,14 +121,15 @@ def varied(pictures: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 
 @exits_cleanly
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scenes", type=int, default=16000, help="how many scenes to draw and train on")
-    parser.add_argument("--epochs", type=int, default=10, help="how often to go through them")
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scenes", type=positive_int, default=16000, help="how many scenes to draw and train on")
+    parser.add_argument("--epochs", type=positive_int, default=10, help="how often to go through them")
     parser.add_argument("--out", type=Path, default=DEMO_WEIGHTS, help="where to save")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.scenes < BATCH_SIZE:
         raise UserError(f"--scenes {args.scenes} is less than a batch; give {BATCH_SIZE} or more")
+    check_writable(args.out, "--out")
 
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -160,7 +161,7 @@ def main():
         logits = model(prepared(pictures[args.scenes :])).split(answer_counts, dim=1)
     for question, x, y in zip(QUESTIONS, logits, answers[args.scenes :].T, strict=True):
         print(f"{question:14}{(x.argmax(1) == y).float().mean():.3f}")
-    save_file(backbone.state_dict(), args.out)
+    replace_file(args.out, save(backbone.state_dict()))
 
 
 if __name__ == "__main__":
