@@ -83,9 +83,9 @@ def check_writable(path: Path, option: str, inputs: Iterable[Path | None] = ()) 
 
 
 def exits_cleanly(main):
-    """Decorate a command's `main`: a `UserError`, a full disk or memory, or a path that may not be entered becomes one
-    line on stderr and exit code 2, Ctrl-C exit code 130, and output that nobody reads any more 141: what shells say of
-    both signals."""
+    """Decorate a command's `main`: a `UserError`, a full disk or memory, or a path that may not be entered or that is
+    no text becomes one line on stderr and exit code 2, Ctrl-C exit code 130, and output that nobody reads any more 141:
+    what shells say of both signals."""
 
     @functools.wraps(main)
     def command(*args, **kwargs):
@@ -98,6 +98,11 @@ def exits_cleanly(main):
         except UserError as error:
             process = int(os.environ.get("RANK", 0))  # torchrun's; most errors are the same in all
             print(f"error{f' in process {process}' if process else ''}: {error}", file=sys.stderr)
+            sys.exit(2)
+        except UnicodeEncodeError as error:
+            if not error.reason.startswith("surrogates"):  # which stand for the bytes of a name that are no UTF-8
+                raise
+            print(f"error: the name {error.object!r} is not UTF-8, as it has to be here; rename it", file=sys.stderr)
             sys.exit(2)
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error):

@@ -38,8 +38,8 @@ PLOT_AT_MOST = 48  # pictures on a contact sheet
 PLOT_KINDS = (".png", ".jpg", ".pdf", ".svg")
 
 
-def find_titles(title: str | None, table: Path | None, column: str, source: Source) -> Callable[[Row], str | None]:
-    """Row -> its title: the one given, or from a table, or the row's own."""
+def find_titles(title: str | None, table: TitleTable | None, source: Source) -> Callable[[Row], str | None]:
+    """Row -> its title: the one given, or from a table, or where that has none the row's own."""
     if title is not None:
         if source.rows != 1:
             count = "more" if source.rows is None else f"{source.rows:,}"
@@ -47,8 +47,7 @@ def find_titles(title: str | None, table: Path | None, column: str, source: Sour
         return lambda row: title
     if table is None:
         return lambda row: row.title
-    titles = TitleTable(table, column)
-    return lambda row: titles(row.name)
+    return lambda row: table(row.name) or row.title
 
 
 def no_titles(table: Path) -> str:
@@ -126,7 +125,8 @@ def main(argv: list[str] | None = None) -> int:
             check_writable(path, option, [*source.paths, args.titles, args.weights, *args.skip])
     if not config["text"] and (args.title is not None or args.titles):
         raise UserError(f"{folder} was trained on pictures alone; leave out --title and --titles")
-    title_of = find_titles(args.title, args.titles, config["title"], source) if config["text"] else None
+    titles = TitleTable(args.titles, config["title"]) if args.titles else None
+    title_of = find_titles(args.title, titles, source) if config["text"] else None
     notes = [f"checkpoint {folder}", *source.notes, *notes_of(args, config, source, title_of)]
     if crew.rank == 0:
         print(*notes, sep="\n", file=sys.stderr)
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     if labeller.config != config:
         raise UserError(f"{folder} was replaced meanwhile, as by a run that goes on; start again")
     if args.job:
-        job = Job(args.out, facts(args, config, source), source.shards, config["attributes"], crew)
+        job = Job(args.out, facts(args, config, source, titles), source.shards, config["attributes"], crew)
         return together(job, labeller, title_of, crew)
     with told_in_a_line(args):
         return alone(args, source, answered(labeller, source.shards, title_of), config["attributes"])
@@ -148,7 +148,7 @@ def notes_of(args, config: dict, source: Source, title_of: Callable[[Row], str |
         if len(source.files) == source.rows:
             given = sum(bool(title_of(Row(str(path), path))) for path in source.files)
             notes[-1] += f"; {given:,} titles given"
-            if args.titles and not given:
+            if args.titles and source.files and not given:
                 raise UserError(no_titles(args.titles))
     if simulated := [a["name"] for a in config["attributes"] if a["derive"] == "price"]:
         notes.append(f"{simulated[0]} is simulated: it was learnt from a table, not from prices")
@@ -187,13 +187,13 @@ def together(job: Job, labeller: Labeller, title_of: Callable[[Row], str | None]
     return code if crew.size == 1 else 0  # torchrun takes any other for a crash, and ends the others
 
 
-def facts(args, config: dict, source: Source) -> dict:
+def facts(args, config: dict, source: Source, titles: TitleTable | None) -> dict:
     """What the answers of a job follow from."""
-    titles = repr((args.title, args.titles and args.titles.read_bytes())).encode()
+    told = repr((args.title, titles and sorted(titles.titles.items()))).encode()
     return {
         "checkpoint": config["sha256"]["config.json"],  # which covers the adapters and the weights below them
         "inputs": source.fingerprint,
-        "titles": hashlib.sha256(titles).hexdigest(),
+        "titles": hashlib.sha256(told).hexdigest(),
         "independent": args.independent,
         "amp": args.amp,
         "shard_rows": args.shard_rows,

@@ -85,9 +85,12 @@ class Job:
             raise UserError(f"{path} is damaged; name another --out, or delete {self.folder}") from None
         if differing:
             verb = "differ" if len(differing) > 1 else "differs"
-            grown = f"; for what is new since, also add --skip {self.folder}" if differing == ["inputs"] else ""
+            hint = {
+                ("inputs",): f"; for what is new since, also add --skip {self.folder}",
+                ("amp",): f", or go on with --amp {found['amp']}" if found.get("amp") else ", or leave out --amp",
+            }.get(tuple(differing), "")
             raise UserError(
-                f"--out {self.folder} holds another job (its {', '.join(differing)} {verb}); name another folder{grown}"
+                f"--out {self.folder} holds another job (its {', '.join(differing)} {verb}); name another folder{hint}"
             )
 
     def run(self, answer: Callable[[Shard], Iterable[list[dict]]]) -> None:

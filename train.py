@@ -249,7 +249,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     try:
         warn_if_slow(args.backbone, device)
         task = distributed.in_turn(make)
-    except (UserError, OSError):
+    except (UserError, OSError, UnicodeError):
         if not args.resume and distributed.first():
             discard_run(args.out)
         raise

@@ -41,7 +41,7 @@ class File(NamedTuple):
     @property
     def failures(self) -> tuple[type[Exception], ...]:
         """What reading may raise: over a network, errors of several libraries."""
-        return (Exception,) if self.filesystem else (pa.ArrowException, OSError, UnicodeDecodeError)
+        return (Exception,) if self.filesystem else (pa.ArrowException, OSError, UnicodeError)
 
 
 def open_file(path: Path | str, filesystem: FileSystem | None = None) -> File:

@@ -14,7 +14,7 @@ be there whole, and pyarrow fills it with 1,024 rows.)
 
 A picture that cannot be had is a row with the reason. A parquet file that does not open is a `UserError`; where it
 turns out damaged later, every row from there to the end of the shard says so. A tar that is damaged or cut short has,
-after the pictures before that place, a row by the tar's own name that says so.
+after the pictures before that place, a row by the tar's own name that says so. A disk that fails is a `UserError`.
 """
 
 import functools
@@ -215,6 +215,7 @@ def _parquet_rows(file: File, start: int, stop: int, title: str | None) -> Itera
             yield _row(cells, f"{file.path}#{number}", title)
             number += 1
     except file.failures as error:
+        _raise_if_broken(error, file.path)
         reason = f"damaged parquet: {error}".splitlines()[0]
         yield from (Row(f"{file.path}#{n}", reason) for n in range(number, stop))
 
@@ -227,8 +228,9 @@ def _row(cells: dict, otherwise: str, title: str | None) -> Row:
 
 
 def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
-    titles, count = read_titles(path, title) if title else {}, 0
+    count = 0
     try:
+        titles = read_titles(path, title) if title else {}
         for name, some in itertools.groupby(members(path, IMAGES | UNREAD), lambda found: product(found[1].name)):
             unread, before = None, count
             for tar, member in some:
@@ -241,7 +243,14 @@ def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
             if unread and count == before:  # not where its JPEG lies beside it, as telephones export them
                 yield Row(unread, "of a format that is not read; convert it to JPEG", titles.get(name))
     except (tarfile.TarError, OSError) as error:
-        yield Row(str(path), f"damaged or cut short after {count:,} pictures: {error}")
+        _raise_if_broken(error, path)
+        yield Row(_file_name(path), f"damaged or cut short after {count:,} pictures: {error}")
+
+
+def _raise_if_broken(error: Exception, path: Path | str) -> None:
+    """Raise a `UserError` where a disk or network failed: that is no property of the rows, and may be over soon."""
+    if getattr(error, "errno", None):
+        raise UserError(f"{path} broke off: {os.strerror(error.errno)}; start again") from error
 
 
 def _load_hub(name: str) -> tuple[dict, str]:

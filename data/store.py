@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import uuid
 from collections import Counter
@@ -174,12 +175,14 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, m
 def _build(catalogue: Catalogue, canvas: tuple[int, int], path: Path) -> bool:
     """Decode into a folder beside `path`, then rename it: whoever looks there sees a whole store or none.
 
-    One process does it while others wait; gives whether it was this one. What killed ones have left, each as large as
-    the store, is deleted. Where the lock is another user's, or does not reach another machine, each builds its own.
+    One process does it while others wait; gives whether it was this one. What killed ones of this machine have left,
+    each as large as the store, is deleted. Where the lock is another user's, or does not reach another machine, each
+    builds its own.
     """
     shape = (len(catalogue), *canvas, 3)  # (N, 0, 0, 3) where pictures are not kept
     need = f"decoded pictures need {np.prod(shape) / 1e6:,.0f} MB there; name another folder with --cache-dir"
-    part, lock = (path.parent / f".{path.name}.{what}" for what in (f"{uuid.uuid4().hex[:8]}.part", "lock"))
+    own, lock = f".{path.name}.{in_file_name(platform.node())}", path.parent / f".{path.name}.lock"
+    part = path.parent / f"{own}.{uuid.uuid4().hex[:8]}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
@@ -187,7 +190,7 @@ def _build(catalogue: Catalogue, canvas: tuple[int, int], path: Path) -> bool:
                 if not held.enter_context(claim(lock)):
                     print(f"another process decodes these pictures into {path.parent}; waiting for it", flush=True)
                     held.enter_context(claim(lock, wait=True))
-                for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+                for left in path.parent.glob(f"{glob.escape(own)}.*.part"):
                     shutil.rmtree(left, ignore_errors=True)
             if path.exists():
                 return False

@@ -120,7 +120,7 @@ def read_titles(path: Path, column: str) -> dict[str, str | None]:
     """{product: title} of a tar: its column, as training reads it, else its text file. A pass of its own, so that no
     picture has to wait in memory for its title."""
     plain, listed = {}, {}
-    with contextlib.suppress(tarfile.TarError, OSError):  # reading the pictures comes to the same place and says so
+    with contextlib.suppress(tarfile.TarError):  # reading the pictures comes to the same place and says so
         for tar, member in members(path, {".txt", ".json"}):
             data = tar.extractfile(member).read(TEXT_BYTES) if is_plain(member) else b""
             if member.name.lower().endswith(".txt"):

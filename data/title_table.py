@@ -1,4 +1,4 @@
-"""Titles from a table of their own, for pictures that bring none."""
+"""Titles from a table of their own."""
 
 from pathlib import Path, PurePosixPath
 
@@ -22,17 +22,20 @@ class TitleTable:
     """
 
     def __init__(self, path: Path, column: str):
-        self.titles: dict[str, str | None] = {}
+        by_id: dict[str, str | None] = {}
+        by_image: dict[str, str | None] = {}
         try:
             for _, cells in read_rows(path, [column]):
                 if isinstance(cells, str):
                     continue
                 if not {"image", "id"} & cells.keys():
                     raise UserError(f"--titles {path} names no pictures: it has neither a column image nor id")
-                if name := composed(cells.get("image") or cells.get("id") or ""):
-                    self.titles |= {_plain(name): cells[column], str(PurePosixPath(name)): cells[column]}
+                for titles, key in ((by_id, "id"), (by_image, "image")):
+                    if name := composed(cells.get(key) or ""):
+                        titles |= {_plain(name): cells[column], str(PurePosixPath(name)): cells[column]}
         except OSError as error:
             raise UserError(f"cannot read --titles {path}: {error.strerror}") from None
+        self.titles = by_id | by_image
 
     def __call__(self, name: str) -> str | None:
         name = composed(name)

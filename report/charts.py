@@ -35,7 +35,7 @@ def coverage_chart(confidence: np.ndarray, right: np.ndarray, threshold: float |
     thresholds, rows, hits = coverage_curve(confidence, right)
     precision = hits / rows
     chosen = np.unique(np.linspace(0, len(rows) - 1, 100).astype(int)) if len(rows) else []
-    floor = min(0.9, np.floor(10 * precision[chosen].min()) / 10) if len(rows) else 0.0
+    floor = min(0.9, np.floor(10 * min(target, precision[chosen].min())) / 10) if len(rows) else 0.0
     points = [(_x(rows[i] / len(right)), _y(precision[i], floor)) for i in chosen]
     last = -1 if threshold is None else int((thresholds >= threshold).sum()) - 1
     return {

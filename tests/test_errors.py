@@ -3,9 +3,12 @@
 import errno
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from data.schema import FASHION
 from errors import exits_cleanly
 from options import parse_args
 from runs import options_text
@@ -57,10 +60,18 @@ def test_a_run_keeps_the_names_of_paths_that_are_no_utf_8():
         ("infer.py", ["{here}/a.png", "--checkpoint", "{long}"]),
         ("infer.py", ["{here}/a.png", "--out", "{long}/labels.csv"]),
         ("export.py", ["--to", "timm", "--out", "{long}/x.safetensors"]),
+        ("train.py", ["--data", "{here}/caf\udce9.parquet", "--out", "{here}/run"]),
+        ("train.py", ["--data", "{here}/a.parquet", "--cache-dir", "{here}/caf\udce9", "--out", "{here}/run"]),
+        ("pretrain_demo.py", ["--out", "{here}/gone/x.safetensors"]),
+        ("pretrain_demo.py", ["--epochs", "0"]),
     ],
 )
 def test_a_path_that_cannot_even_be_asked_about(command, tmp_path, script, words):
     (tmp_path / "a.png").touch()
+    (tmp_path / "caf\udce9.parquet").touch()
+    image = pa.array([{"bytes": b"no picture", "path": None}])
+    columns = {name: ["1"] for name in ("id", "productDisplayName", *(a.column for a in FASHION))}
+    pq.write_table(pa.table(columns | {"image": image}), tmp_path / "a.parquet")
     done = command(script, *(word.format(long=tmp_path / ("x" * 300), here=tmp_path) for word in words), cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr

@@ -308,6 +308,13 @@ def test_errors_are_one_line_and_exit_code_2(command, demo_run, photos, tmp_path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("out", ["caf\udce9.parquet", "caf\udce9"])
+def test_a_name_that_no_parquet_takes_is_one_line(command, demo_run, photos, tmp_path, out):
+    done = command("infer.py", photos, "--checkpoint", demo_run / "best", "--out", tmp_path / out)
+    assert done.returncode == 2
+    assert "is not UTF-8, as it has to be here; rename it" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_says_the_same_with_about_the_same_confidence(command, demo_run, photos, tmp_path, precision):
     for name, extra in (("full", ()), ("half", ("--amp", precision))):

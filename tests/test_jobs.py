@@ -252,12 +252,16 @@ def test_another_job_on_the_same_folder_is_refused(command, mixed, demo_run, wit
         ((mixed / "photos" / "0.png", "--checkpoint", other), "checkpoint differs"),
         ((mixed / "photos" / "1.png", *best), "inputs differs"),
         ((mixed / "photos" / "0.png", *best, "--independent", "--shard-rows", 5), "independent, shard_rows differ"),
+        ((mixed / "photos" / "0.png", *best, "--amp", "bf16"), "amp differs"),
     ]:
         done = command("infer.py", *words, *job)
         assert done.returncode == 2
         line = f"error: --out {tmp_path / 'job'} holds another job (its {differing}); name another folder"
-        grown = f"; for what is new since, also add --skip {tmp_path / 'job'}" if "inputs" in differing else ""
-        assert done.stderr.splitlines()[-1] == line + grown
+        hints = {
+            "inputs differs": f"; for what is new since, also add --skip {tmp_path / 'job'}",
+            "amp differs": ", or leave out --amp",
+        }
+        assert done.stderr.splitlines()[-1] == line + hints.get(differing, "")
     os.truncate(tmp_path / "job" / "labels" / "00000.parquet", 100)
     done = command("infer.py", mixed / "photos" / "0.png", *best, *job)
     assert done.returncode == 2

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import train
 from data.shards import Row, open_source
+from data.title_table import TitleTable
 from data.titles import SPECIAL
 from infer import find_titles
 
@@ -101,7 +102,7 @@ def test_pictures_of_one_name_in_two_folders_have_each_its_own_title(tmp_path):
     table.write_text("image,title\n" + "".join(f"{path},Title of {path.parent.name}\n" for path in paths))
 
     def found() -> list[str | None]:
-        find = find_titles(None, table, "title", source)
+        find = find_titles(None, TitleTable(table, "title"), source)
         return [find(Row(str(path), path)) for path in paths]
 
     assert found() == ["Title of a", "Title of b"]
@@ -111,6 +112,14 @@ def test_pictures_of_one_name_in_two_folders_have_each_its_own_title(tmp_path):
     assert found() == ["Title of a", None], "another folder's picture is another"
     table.write_text("id,title\n1,Title of both\n1.5,Title of none\n")
     assert found() == ["Title of both"] * 2
+
+
+def test_a_table_of_ids_and_images_goes_by_both_and_fills_up_with_what_rows_bring(tmp_path):
+    table = tmp_path / "titles.csv"
+    table.write_text("id,image,title\n7,500/front.jpg,Red Shoe\n8,,Blue Shoe\n")
+    find = find_titles(None, TitleTable(table, "title"), None)
+    rows = [Row("7", b""), Row("shop/500/front.jpg", b""), Row("8", b"", "Own"), Row("9", b"", "Own"), Row("9", b"")]
+    assert [find(row) for row in rows] == ["Red Shoe", "Red Shoe", "Blue Shoe", "Own", None]
 
 
 def test_titles_in_parquet_and_in_tar_do_the_same(command, both, drawings, tmp_path):
@@ -140,6 +149,10 @@ def test_titles_in_parquet_and_in_tar_do_the_same(command, both, drawings, tmp_p
     assert plain == parquet == tar
     untitled = command("infer.py", drawings / "images", *words).stdout.splitlines()
     assert plain != [json.loads(line)["attributes"] for line in untitled]
+    (tmp_path / "all.jsonl").write_text("\n".join(untitled) + "\n")
+    none_new = ("--skip", tmp_path / "all.jsonl", "--titles", drawings / "styles.csv")
+    done = command("infer.py", drawings / "images", *words, *none_new)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 def test_heads_over_titles_and_numbers_can_be_refitted(command, cache_dir, tmp_path):

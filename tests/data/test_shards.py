@@ -172,6 +172,23 @@ def test_a_tar_cut_anywhere_gives_what_came_before_and_says_so(tmp_path):
     assert "damaged or cut short after 0 pictures" in row.picture
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_disk_that_fails_is_no_reason_of_the_rows(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    write_tar(path, {"0.png": picture(0)}) if kind == "tar" else write_parquet(path, [picture(0)])
+    source = open_source([str(path)], title="name")
+    path.unlink()
+    with pytest.raises(UserError, match=f"a.{kind} broke off: No such file or directory; start again"):
+        rows_of(source)
+
+
+def test_a_damaged_tar_whose_name_is_no_utf8_has_a_name_that_can_be_written(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.tar")
+    path.write_bytes(b"<html>" * 1000)
+    (row,) = rows_of(open_source([str(path)]))
+    assert row.name.endswith("caf\ufffd.tar")
+
+
 def test_an_empty_tar_has_no_rows_and_a_hostile_one_no_surprise(tmp_path):
     write_tar(tmp_path / "empty.tar", {})
     assert rows_of(open_source([str(tmp_path / "empty.tar")])) == []

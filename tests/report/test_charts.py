@@ -42,6 +42,8 @@ def test_coverage_chart_ends_at_the_accuracy():
     top, bottom = points[0][1], points[-1][1]
     assert (bottom - top) / (BOTTOM - TOP) == pytest.approx((1 - 0.75) / (1 - 0.7), abs=0.01)
     assert chart["accepted"] == points[2]
+    low = coverage_chart(np.array([0.9, 0.8]), np.array([True, True]), None, 0.8)
+    assert low["floor"] == 0.8 and low["target"] == BOTTOM, "the line of the target is inside"
     empty = coverage_chart(np.array([]), np.array([], bool), None, 0.9)
     assert (empty["line"], empty["accepted"]) == ("", None)
 
