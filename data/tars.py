@@ -58,10 +58,10 @@ def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
 
 
 def _batches(paths: list[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    with tqdm(_products(paths), desc="reading tar files", unit="row") as products:
-        for some in iter(lambda: list(itertools.islice(products, READ)), []):
-            rows = [cells | dict(zip(PLACE, (file, *place), strict=True)) for file, cells, place in some]
-            yield pa.RecordBatch.from_pylist(rows, schema)
+    products = iter(tqdm(_products(paths), desc="reading tar files", unit="row"))  # one: the bar gives no second
+    while some := list(itertools.islice(products, READ)):
+        rows = [cells | dict(zip(PLACE, (file, *place), strict=True)) for file, cells, place in some]
+        yield pa.RecordBatch.from_pylist(rows, schema)
 
 
 def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], tuple[int, int]]]:

@@ -31,7 +31,9 @@ def shop(tmp_path):
     return tmp_path / "shop"
 
 
-def test_products_are_rows_and_what_is_said_of_them_columns(shop, tmp_path):
+@pytest.mark.parametrize("read", [1, 3, 100])
+def test_products_are_rows_and_what_is_said_of_them_columns(shop, tmp_path, monkeypatch, read):
+    monkeypatch.setattr("data.tars.READ", read)
     catalogue = load_source(str(shop), tmp_path / "cache", needs=["gender", "txt"])
     assert list(catalogue.ids) == ["a/1", "a/2", "4", "5"]
     assert {name: list(cells) for name, cells in catalogue.columns.items() if name != "id"} == {
