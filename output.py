@@ -53,7 +53,7 @@ class Output:
 
     def __exit__(self, failed, *_):
         try:
-            if self.kind == ".parquet" and not failed:
+            if self.held and not failed:
                 self._write_held()
             self.file.close()
             if not failed:

@@ -77,10 +77,9 @@ def train_epoch(
         bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
         for start, window in zip(count(0, args.accum), windows(loader, args.accum), strict=False):
             step = state.step
-            seed = args.seed * 1_000_003 + step
-            drawing.manual_seed(seed)
+            drawing.manual_seed(seed_of(args.seed, step))
             # Of dropped elements and patches, in each process others.
-            torch.manual_seed(seed * distributed.world() + distributed.rank())
+            torch.manual_seed(seed_of(args.seed, step, distributed.world(), distributed.rank()))
             lr = learning_rate(step, steps, args.lr)
             figures = train_step(
                 state.parallel,
@@ -112,6 +111,11 @@ def train_epoch(
             if stopping:
                 return False
     return True
+
+
+def seed_of(seed: int, step: int, processes: int = 1, rank: int = 0) -> int:
+    """Of what is drawn in a step, by one process of how many: of seeds up to a million steps apart no two are alike."""
+    return (seed * 1_000_003 + step) * processes + rank
 
 
 def augmented(args: argparse.Namespace, task: Task, drawing: torch.Generator, pixels: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from models.checkpoint import read_config
+
 ADAPTERS = Path(__file__).parents[1] / "adapters" / "vit_tiny_fashion"
 
 
@@ -19,6 +21,7 @@ def test_files_are_small_and_hold_no_path_of_a_machine():
         elif isinstance(value, str):
             texts.append(value)
     assert not [text for text in texts if text.startswith(("/", "~", ".."))]
+    assert read_config(ADAPTERS)["backbone"]["name"] == "vit_tiny_patch16_224", "sealed, and of this format"
 
 
 def test_they_know_the_real_catalogue(shared, command, cache_dir, tmp_path):

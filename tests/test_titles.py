@@ -198,6 +198,14 @@ def test_titles_added_to_a_run_of_pictures_change_no_answer_at_first(command, de
         assert scores["attributes"][name]["accuracy"] == pytest.approx(a["accuracy"], abs=0.02), name
 
 
+def test_a_run_that_starts_from_one_with_titles_has_its_text_encoder(command, both, cache_dir, tmp_path):
+    words = ("--init-from", both[0] / "best", "--inputs", "image+title", "--no-mask-title-leaks", "--lr", 1e-12)
+    said, scores = run(command, cache_dir, tmp_path / "run", *words, epochs=1)
+    assert "kept the adapters and the text encoder" in said
+    for name, a in both[2]["attributes"].items():
+        assert scores["attributes"][name]["accuracy"] == pytest.approx(a["accuracy"], abs=0.02), name
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -1,6 +1,7 @@
 """train.py as a user runs it: what a run leaves, resuming, bad input, and that it harms no run that was there."""
 
 import csv
+import itertools
 import json
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
@@ -135,6 +136,58 @@ def test_what_is_asked_for_reaches_the_step(command, cache_dir, tmp_path, monkey
     assert not torch.equal(seen["moved"], unmoved)
 
 
+def test_each_epoch_has_all_rows_in_an_order_of_its_own_and_each_step_draws_anew(
+    command, cache_dir, tmp_path, monkeypatch
+):
+    steps, take_step = [], train.train_step
+
+    def look(model, window, *rest):
+        rows = [picture.sum().item() for batch in window for picture in batch.pixels.long()]
+        state, prepare = torch.get_rng_state(), rest[4]
+        shape = window[0].pixels.shape[1:]
+        fixed = torch.arange(shape.numel()).view(1, *shape).repeat(8, 1, 1, 1).to(torch.uint8)
+        steps.append((rows, state, prepare(fixed)))
+        return take_step(model, window, *rest)
+
+    monkeypatch.setattr(train, "train_step", look)
+    words = ("--data", "demo", "--limit", 100, "--epochs", 2, "--warp", 0.1, "--cache-dir", cache_dir)
+    assert command("train.py", *words, "--out", tmp_path / "run").returncode == 0
+    rows, states, images = zip(*steps, strict=True)
+    epoch = len(rows) // 2
+    first, second = (list(itertools.chain(*some)) for some in (rows[:epoch], rows[epoch:]))
+    assert sorted(first) == sorted(second) and first != second and len(first) > 70
+    for a, b in itertools.combinations(range(len(steps)), 2):
+        assert not torch.equal(states[a], states[b]), "what dropout and dropped patches are drawn from"
+        assert not torch.equal(images[a], images[b]), "how pictures are moved about"
+
+
+def test_no_two_processes_steps_or_seeds_draw_alike():
+    for processes in (1, 3):
+        drawn = [train.seed_of(s, t, processes, r) for s in range(3) for t in range(50) for r in range(processes)]
+        assert len(set(drawn)) == len(drawn)
+
+
+def test_what_is_kept_and_tested_is_the_epoch_that_was_best_on_validation(command, cache_dir, tmp_path, monkeypatch):
+    accuracies, score = iter((0.2, 0.9, 0.5)), train.evaluate
+
+    def told(task, split, *rest, **options):
+        found = score(task, split, *rest, **options)
+        if split == "val":
+            found.scores["mean_accuracy"] = next(accuracies)
+        return found
+
+    monkeypatch.setattr(train, "evaluate", told)
+    words = ("--data", "demo", "--limit", 200, "--cache-dir", cache_dir)
+    done = command("train.py", *words, "--epochs", 3, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 2 of 3 (best on validation)" in done.stdout
+    best, last = (load_file(tmp_path / "run" / name / "adapter.safetensors") for name in ("best", "last"))
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+    best = ("--checkpoint", tmp_path / "run" / "best", "--json", tmp_path / "scores.json")
+    assert command("evaluate.py", *words, *best).returncode == 0
+    assert json.loads((tmp_path / "scores.json").read_text()) == json.loads((tmp_path / "run/metrics.json").read_text())
+
+
 def test_ctrl_c_leaves_a_usable_checkpoint_and_resuming_ends_as_if_never_stopped(command, cache_dir, tmp_path, request):
     options = ("--data", "demo", "--limit", 400, "--epochs", 2, "--accum", 3, "--cache-dir", cache_dir)
     assert command("train.py", *options, "--out", tmp_path / "whole").returncode == 0
@@ -183,6 +236,29 @@ def test_bad_files_in_a_catalogue_are_skipped_counted_and_listed(command, kaggle
     done = command("train.py", "--resume", "--out", tmp_path / "run")
     assert done.returncode == 2
     assert "--resume: the catalogue has rows: 118, but" in done.stderr
+
+
+def test_a_run_goes_on_neither_from_another_base_nor_with_other_rows_or_labels(
+    command, kaggle_folder, cache_dir, tmp_path
+):
+    run, table = tmp_path / "run", (kaggle_folder / "styles.csv").read_text(encoding="utf-8").splitlines()
+    words = ("--data", kaggle_folder, "--backbone", "demo", "--epochs", 1, "--cache-dir", cache_dir, "--out", run)
+    assert command("train.py", *words).returncode == 0
+    base = load_file(DEMO_WEIGHTS)
+    save_file(base | {"norm.bias": base["norm.bias"] + 1}, tmp_path / "other.safetensors")
+    men, women = ([line.replace(f",{a},", f",{b},") for line in table] for a, b in (("Women", "Men"), ("Men", "Women")))
+    assert men != table != women
+    for lines, name in (([table[0], *reversed(table[1:])], "reversed"), (men, "men"), (women, "women")):
+        shutil.copytree(kaggle_folder, tmp_path / name)
+        (tmp_path / name / "styles.csv").write_text("\n".join(lines), encoding="utf-8")
+    for more, message in (
+        (("--weights", tmp_path / "other.safetensors"), "--resume: the base weights are"),
+        (("--data", tmp_path / "reversed"), "was trained on: its ids, or their order, differ"),
+        (("--data", tmp_path / "men"), "was trained on: its attributes differ"),
+        (("--data", tmp_path / "women"), "was trained on: its attributes differ"),
+    ):
+        done = command("train.py", "--resume", "--out", run, *more)
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
 
 
 def test_a_run_whose_files_have_moved_goes_on_where_they_are_named_anew(command, kaggle_folder, cache_dir, tmp_path):
@@ -355,9 +431,10 @@ def test_a_run_killed_before_its_first_save_can_be_begun_again(command, demo_run
 
 
 def test_without_a_store_a_run_ends_with_the_same_bits(command, demo_run, cache_dir, tmp_path):
+    amp = json.loads((demo_run / "options.json").read_text())["amp"]  # which the machine was asked for, and may waver
     done = command(
-        *("train.py", "--data", "demo", "--limit", 1000, "--epochs", 3, "--amp", "--accum", 2, "--no-store"),
-        *("--out", tmp_path / "run", "--cache-dir", cache_dir),
+        *("train.py", "--data", "demo", "--limit", 1000, "--epochs", 3, "--accum", 2, "--no-store"),
+        *("--out", tmp_path / "run", "--cache-dir", cache_dir, *(("--amp", amp) if amp else ())),
     )
     assert done.returncode == 0, done.stderr
     assert "images are not kept" in done.stdout

@@ -91,7 +91,9 @@ def test_maps_survive_json():
     assert {name: LabelMap(**fields) for name, fields in read.items()} == maps
 
 
-def test_known_paths_are_those_labelled_in_full():
+@pytest.mark.parametrize("at_once", [2, 100])
+def test_known_paths_are_those_labelled_in_full(monkeypatch, at_once):
+    monkeypatch.setattr("data.attributes.AT_ONCE", at_once)
     attributes = [
         Attribute("piece", 3, "piece", parents=("kind",)),
         Attribute("x", 1, "x"),

@@ -199,6 +199,8 @@ def test_splits_are_a_function_of_the_picture_alone():
     hashes = np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64)
     splits = np.stack([in_split(hashes, name) for name in SPLITS])
     assert (splits.sum(0) == 1).all()
+    pinned = [SPLITS[i] for i in np.stack([in_split(np.arange(10, dtype=np.uint64), s) for s in SPLITS]).argmax(0)]
+    assert pinned == ["test", "val", *["train"] * 8], "old checkpoints rely on it"
     assert np.allclose(splits.mean(1), [0.8, 0.1, 0.1], atol=0.01)
     order = np.random.default_rng(1).permutation(len(hashes))
     for name, inside in zip(SPLITS, splits, strict=True):

@@ -4,10 +4,12 @@ import functools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from errors import UserError
 from models.checkpoint import trained_params
 from state import TrainingState, check_finite
 from step import parameter_groups, train_step
@@ -92,6 +94,9 @@ def test_an_fp16_overflow_is_skipped_and_counted():
     state = TrainingState(Path("run"), model, {}, optimizer, scaler)
     check_finite([(0, None, figures)], state, ["a", "b"], [])
     assert state.progress["overflows"] == 1
+    scaler.update(0.5)  # a loss made smaller, and still too large a gradient: it is no overflow
+    with pytest.raises(UserError, match=r"the gradient norm is nan, not finite.*Product ids: 7"):
+        check_finite([(0, np.array([0]), figures)], state, ["a", "b"], ["7"])
 
 
 def no_memory(most: int) -> None:
