@@ -2,12 +2,14 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from export import export_peft
 from lora import apply_lora, from_peft, get_adapter_params, merge_lora, to_peft
 from models.backbone import VIT_TARGETS, hf_name, timm_name
 from step import WEIGHT_DECAY, parameter_groups
@@ -26,6 +28,10 @@ VARIANTS = {
     "rslora and dora": {"rslora": True, "dora": True},
     "pissa": {"pissa": True},
     "some blocks": {"layers": [1]},
+    "each target's own": {
+        "rank": {"query": 2, "key": 3, "value": 4, "dense": 5},
+        "alpha": {"query": 8, "key": 6, "value": 4, "dense": 2},
+    },
 }
 
 
@@ -73,8 +79,8 @@ def hf_state(state, like) -> dict:
     return renamed
 
 
-def adapted(ours, **options):
-    model = apply_lora(copy.deepcopy(ours), VIT_TARGETS, 4, 8, table=VIT_TARGETS, **options)
+def adapted(ours, rank=4, alpha=8, **options):
+    model = apply_lora(copy.deepcopy(ours), VIT_TARGETS, rank, alpha, table=VIT_TARGETS, **options)
     torch.manual_seed(2)
     with torch.no_grad():
         for p in get_adapter_params(model).values():
@@ -83,10 +89,9 @@ def adapted(ours, **options):
 
 
 def saved(model, folder, old):
-    folder.mkdir()
-    config, tensors = to_peft(model, lambda name: hf_name(name, old))
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors")
+    """As `export.py --to peft` writes it."""
+    config = {"lora": {"dropout": 0.0}, "backbone": {"patch_size": None, "keep_patches": 1.0}}
+    export_peft(SimpleNamespace(backbone=model), config, folder, old)
     return folder
 
 
@@ -129,6 +134,37 @@ def test_gradients_are_pefts(vits, tmp_path, variant):
         )
         checked += 1
     assert checked == len(theirs_grad) == {"dora": 36, "rslora and dora": 36, "some blocks": 12}.get(variant, 24)
+
+
+@pytest.mark.parametrize(
+    ("variant", "option"),
+    [({"rslora": True}, {"use_rslora": True}), ({"pissa": True}, {"init_lora_weights": "pissa"})],
+)
+def test_what_peft_makes_itself_has_the_same_outputs_gradients_and_merged_weights(vits, variant, option):
+    """An export says alpha / r, and is plain LoRA there: here PEFT scales and starts by itself, in fp32."""
+    ours, theirs = vits
+    layers = {f"blocks.{i}.{end}": hf_name(f"blocks.{i}.{end}", is_old(theirs)) for i in range(2) for end in PAIRS}
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(layers.values()), **option)
+    wrapped = peft.get_peft_model(copy.deepcopy(theirs).float(), config).double()
+    model = apply_lora(copy.deepcopy(ours), VIT_TARGETS, 4, 8, table=VIT_TARGETS, **variant)
+    named, pairs = dict(wrapped.named_parameters()), {}
+    torch.manual_seed(2)
+    for name, p in get_adapter_params(model).items():
+        pair, _, kind = name.rpartition(".")
+        pairs[name] = p, named[f"base_model.model.{layers[pair]}.{kind}.default.weight"]
+        with torch.no_grad():
+            pairs[name][1].add_(0.1 * torch.randn_like(p))
+            p.copy_(pairs[name][1])
+    found, expected = model(IMAGES), wrapped(IMAGES).last_hidden_state[:, 0]
+    assert len(pairs) == 24 and (expected - ours(IMAGES)).abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found.pow(3).sum().backward()
+    expected.pow(3).sum().backward()
+    for name, (p, other) in pairs.items():
+        torch.testing.assert_close(p.grad, other.grad, rtol=1e-4, atol=1e-4, msg=name)
+    merged = hf_state(merge_lora(model).state_dict(), theirs.state_dict())
+    for name, tensor in wrapped.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_pissa_starts_as_pefts(vits):

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from lora import Adapters, LoRALayer, apply_lora, get_adapter_params
+from lora import Adapters, LoRALayer, apply_lora, get_adapter_params, load_params
 
 
 @pytest.fixture
-def made(make_vit, table):
-    """A model with two adapters that differ in everything, and what each does alone."""
+def made(make_vit, table, tmp_path):
+    """A model with two adapters that differ in everything, read from files, and what each does alone."""
     model = make_vit().eval()
     settings = {"men": (["query", "dense"], 4, 8), "shoes": (["value"], 2, 2)}
     adapters, alone = Adapters(model), {}
@@ -18,9 +19,10 @@ def made(make_vit, table):
         single = apply_lora(copy.deepcopy(model), targets, rank, alpha, table=table)
         params = adapters.add(name, targets, rank, alpha, table=table)
         with torch.no_grad():
-            for key, p in get_adapter_params(single).items():
+            for p in get_adapter_params(single).values():
                 p.copy_(torch.randn_like(p))
-                params[key].copy_(p)
+        save_file(get_adapter_params(single), tmp_path / name)
+        load_params(params, load_file(tmp_path / name))
         alone[name] = single
     return adapters, alone
 

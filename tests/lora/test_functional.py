@@ -8,22 +8,46 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora import Int8Linear, LoRAFusedLinear, LoRALinear, draw_dropped, functional, keep_base_in, merge_lora
+from lora import (
+    Int8Linear,
+    LoRAFusedLinear,
+    LoRALinear,
+    draw_dropped,
+    functional,
+    keep_base_in,
+    merge_lora,
+    start_at_principal,
+)
 from lora.functional import _LoRALinearFunction
 
 CPU = torch.device("cpu")
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+BLOCKS = {
+    "one block": {"key": 1},
+    "first block": {"query": 0},
+    "last block": {"value": 2},
+    "first two blocks": {"query": 0, "key": 1},
+    "last two blocks": {"key": 1, "value": 2},
+    "two blocks": {"value": 2, "query": 0},
+    "all blocks": {"query": 0, "key": 1, "value": 2},
+}
+KINDS = ["plain", "rslora", "pissa", *BLOCKS, "unequal blocks"]
+
+
 def make_layer(kind, dropout=0.0, bias=True, dtype=torch.float64):
     torch.manual_seed(0)
     base = nn.Linear(5, 12, bias=bias, dtype=dtype)
-    layer = {
-        "plain": lambda: LoRALinear(base, 2, 3, dropout),
-        "one block": lambda: LoRAFusedLinear(base, {"key": 1}, 3, 2, 3, dropout),
-        "two blocks": lambda: LoRAFusedLinear(base, {"value": 2, "query": 0}, 3, 2, 3, dropout),
-        "all blocks": lambda: LoRAFusedLinear(base, {"query": 0, "key": 1, "value": 2}, 3, 2, 3, dropout),
-    }[kind]()
+    if kind in BLOCKS:
+        layer = LoRAFusedLinear(base, BLOCKS[kind], 3, 2, 3, dropout)
+    elif kind == "unequal blocks":
+        ranks, alphas = {"query": 1, "key": 4, "value": 2}, {"query": 5, "key": 3, "value": 1}
+        layer = LoRAFusedLinear(base, BLOCKS["all blocks"], 3, ranks, alphas, dropout)
+    else:
+        layer = LoRALinear(base, 2, 3, dropout, rslora=kind == "rslora")
+    if kind == "pissa":
+        start_at_principal(layer)
     for _, pair in layer.updates():
         nn.init.normal_(pair.lora_B)
     return layer
@@ -48,7 +72,7 @@ def gradients(y, layer, x):
     return torch.autograd.grad((y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum(), [x, *trainable])
 
 
-@pytest.mark.parametrize("kind", ["plain", "one block", "two blocks", "all blocks"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 3, 5)])
@@ -59,6 +83,18 @@ def test_output_and_gradients_are_those_of_plain_autograd(kind, dropout, bias, s
     y, expected = layer(x), layer.reference_forward(x, keep)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(y, layer, x), gradients(expected, layer, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["plain", "two blocks", "unequal blocks"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_over_a_base_in_8_bits_they_are_too(kind, dropout):
+    layer = make_layer(kind, dropout, dtype=torch.float32)
+    layer.base_layer = Int8Linear(layer.base_layer)
+    x = torch.randn(7, 5, requires_grad=True)
+    keep = keep_mask(x, dropout) if dropout else None
+    y, expected = layer(x), layer.reference_forward(x, keep)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients(y, layer, x), gradients(expected, layer, x))
 
 
 def test_input_need_not_be_contiguous():

@@ -70,6 +70,7 @@ def test_layers_that_the_run_does_not_reach_round_to_the_nearest(make_vit, table
     every = {n for n in nearest if n.endswith("quantised")}
     assert len(every) == 9
     assert changed == every - {"spare.quantised"}
+    assert all(buffer.is_contiguous() for buffer in model.buffers()), "or NCCL could not send them"
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -143,6 +143,19 @@ def test_every_variant_starts_as_the_base_and_merges_exactly(make_vit, table, va
     torch.testing.assert_close(model(x), after, rtol=1e-12, atol=1e-12)
 
 
+def test_rank_and_alpha_of_each_block_by_hand():
+    base = nn.Linear(2, 6, bias=False)
+    set_(base.weight, [[1, 0], [0, 1], [0, 0], [0, 0], [1, 1], [2, 0]])
+    ranks, alphas = {"query": 1, "value": 2}, {"query": 3, "value": 4}
+    layer = LoRAFusedLinear(base, {"query": 0, "value": 2}, 3, ranks, alphas)
+    set_(layer.query.lora_A, [[1, 2]])
+    set_(layer.query.lora_B, [[1], [0]])  # times 3 / 1
+    set_(layer.value.lora_A, [[1, 0], [0, 1]])
+    set_(layer.value.lora_B, [[1, 0], [0, -1]])  # times 4 / 2
+    assert layer.merge().weight.tolist() == [[4, 6], [0, 1], [0, 0], [0, 0], [3, 1], [2, -2]]
+    assert layer(torch.tensor([1.0, 10.0])).tolist() == [64, 10, 0, 0, 13, -18]
+
+
 def test_rank_and_alpha_of_each_target(make_vit, table):
     rank, alpha = {"query": 2, "value": 3, "dense": 5}, {"query": 2, "value": 6, "dense": 5}
     model = apply_lora(make_vit(), ["query", "value", "dense"], rank, alpha, table=table)
