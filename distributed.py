@@ -71,7 +71,8 @@ def joined() -> Iterator[torch.device]:
     Raises:
         UserError: the machine has GPUs, but fewer than processes.
     """
-    gpus, alone = torch.cuda.device_count(), "TORCHELASTIC_RUN_ID" not in os.environ
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # a driver too old for torch counts its own
+    alone = "TORCHELASTIC_RUN_ID" not in os.environ
     if gpus and local_rank() >= gpus:
         raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes share {gpus} GPUs: --nproc-per-node {gpus}")
     device = torch.device("cuda", local_rank()) if gpus else torch.device("cpu")

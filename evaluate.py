@@ -130,7 +130,9 @@ def predict(
     for batch in tqdm(loader, desc=what, unit="batch", leave=False, disable=not distributed.first()):
         batch = batch.to(device)
         outputs = model(preprocess(batch.pixels), batch.tokens)
-        batches.append({name: tensor.float().cpu() for name, tensor in outputs.items()})
+        said = torch.cat([*outputs.values()], dim=1).float().cpu()  # at once: a GPU is waited for each time
+        widths = [output.shape[1] for output in outputs.values()]
+        batches.append(dict(zip(outputs, said.split(widths, dim=1), strict=True)))
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 

@@ -109,6 +109,7 @@ class Labeller:
         if self.read_titles:
             tokens = torch.from_numpy(self.read_titles([row.title for row in readable])[0]).to(self.device)
         outputs = self.model(self.preprocess(pixels.to(self.device)).to(self.dtype), tokens)
+        outputs = {name: output.float().cpu() for name, output in outputs.items()}  # a GPU is slow at many small things
         self._say_classes(said, outputs)
         for a in (a for a in self.attributes if a["kind"] == "number"):
             values = a["mean"] + a["std"] * outputs[a["name"]][:, 0].double()

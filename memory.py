@@ -27,9 +27,10 @@ def keep_freed_memory() -> None:
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether memory was not enough. Of a GPU torch says so by a class of its own, of a CPU by its words alone."""
+    """Whether memory was not enough. Of a GPU torch mostly says so by a class of its own, of a CPU by words alone."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "DefaultCPUAllocator" in str(error)
+    words = "DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    return named or any(some in str(error) for some in words)
 
 
 def _set(option: int, value: int) -> bool:

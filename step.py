@@ -81,10 +81,10 @@ def train_step(
     """
     device = next(model.parameters()).device
     # The mean is over the labels present in the whole window: gradients equal those of one big batch.
-    known = distributed.total(sum(known_targets(batch.labels, batch.numbers) for batch in window).to(device))  # (A,)
+    window = [batch.to(device) for batch in window]
+    known = distributed.total(sum(known_targets(batch.labels, batch.numbers) for batch in window))  # (A,)
     losses = torch.zeros(len(known), device=device)
     for number, batch in enumerate(window, 1):
-        batch = batch.to(device)
         images = prepare(batch.pixels)  # not under autocast, which would place warped pixels in bf16
         taught = teacher(images) if teacher else ()
         with distributed.exchange(model, now=number == len(window)):

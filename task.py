@@ -217,6 +217,7 @@ def place(model: AttributeClassifier, args: argparse.Namespace, device: torch.de
         # has no gradient to pass on) times shapes (whole or last batch) can be more than torch's 8. What is scored is a
         # merged copy, which is not compiled.
         torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.optimize_ddp = False  # which would cut blocks of many adapters in two
         for block in model.backbone.blocks:
             block.compile(dynamic=False)  # else a graph for all shapes would serve whole batches too, from the second
     else:

@@ -235,7 +235,7 @@ def _zeroed(x: Tensor, dropped: Tensor | None, own: bool = True) -> Tensor:
     if dropped is None:
         return x
     if dropped.dtype == torch.bool:
-        return x.masked_fill_(dropped.view_as(x), 0) if own else x.masked_fill(dropped.view_as(x), 0)
+        return x.masked_fill_(dropped.view_as(x), 0) if own else torch.where(dropped.view_as(x), 0, x)
     x = x if own else x.clone()
     x.view(-1).index_fill_(0, dropped.long(), 0)
     return x

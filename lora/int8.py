@@ -28,7 +28,7 @@ class Int8Linear(nn.Module):
         scale = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
         steps = wide / scale[:, None]
         rounded = steps.round() if inputs is None else round_for(inputs, steps)
-        self.register_buffer("quantised", rounded.to(torch.int8))
+        self.register_buffer("quantised", rounded.to(torch.int8).contiguous())  # NCCL sends no other
         self.register_buffer("scale", scale)
         self.bias = layer.bias if layer.bias is None else layer.bias.requires_grad_(False)
         self.train(layer.training)

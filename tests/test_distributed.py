@@ -29,7 +29,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--mo
 def torchrun(processes: int, *words, restarts: int = 0) -> subprocess.Popen:
     """Start a script of the project in so many processes, whose output comes together."""
     command = (*TORCHRUN, "--nproc-per-node", processes, "--max-restarts", restarts, *words)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of which there may be too few
     return subprocess.Popen(
         list(map(str, command)), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

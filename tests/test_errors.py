@@ -28,6 +28,8 @@ def raising(error: Exception):
         (type("OfNumpy", (MemoryError,), {})(), "out of memory; "),
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory; "),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory; "),
+        (RuntimeError("CUDA error: out of memory"), "out of memory; "),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory; "),
     ],
 )
 def test_what_the_machine_refuses_is_one_line(capsys, error, said):
