@@ -84,9 +84,10 @@ def precision_threshold(confidence: np.ndarray, right: np.ndarray, target: float
     at most 5 % of the time. That is asked of Poisson's distribution, in which few mistakes are a little likelier than
     in the binomial one (Anderson and Samuels 1967).
 
-    Of many thresholds some pass by luck. Where precision falls as confidence does, that makes little difference: the
-    promise is broken in 5 % of samples at most. Where it is the same everywhere and just too low, it is in up to 20 %
-    (`tests/test_calibration.py` draws samples). Testing each at 1 % would end that, and accept much less.
+    Of many thresholds some pass by luck. Where precision clearly falls as confidence does, that makes little
+    difference: the promise is broken in 5 % of samples or so. Where it is nearly the same everywhere and just too low,
+    it is in 20 % of samples of 2,000 rows, and of larger ones more often (`tests/test_calibration.py` draws some).
+    Testing each at 1 % would end that, and accept much less.
 
     It is above 0.5, as an answer more likely wrong than right is for a person even where the others make up for it.
     None where no threshold is enough.
@@ -101,7 +102,8 @@ def precision_threshold(confidence: np.ndarray, right: np.ndarray, target: float
 def calibrate(logits: Mapping[str, Tensor], labels: np.ndarray, config: dict, target: float = TARGET_PRECISION) -> dict:
     """A checkpoint's `calibration`: temperatures, then thresholds for the answers those give, decoded either way.
 
-    An attribute of which no row has a label keeps what `config` has for it, its thresholds only for the same target.
+    An attribute of which no row has a label that the model knows keeps its temperature in `config`, and where none has
+    any label its thresholds too, if they are for the same target.
 
     Args:
         logits: {attribute: (N, classes)} of rows the model was not trained on.
@@ -111,7 +113,8 @@ def calibrate(logits: Mapping[str, Tensor], labels: np.ndarray, config: dict, ta
     temperature = {name: fit_temperature(logits[name], truths[:, i]) for i, name in enumerate(names)}
     if before := config.get("calibration"):
         unlabelled = [name for i, name in enumerate(names) if (labels[:, i] == MISSING).all()]
-        temperature |= {name: before["temperature"][name] for name in unlabelled}
+        unknown = [name for i, name in enumerate(names) if (labels[:, i] < 0).all()]
+        temperature |= {name: before["temperature"][name] for name in unknown}
     fitted = {"target_precision": target, "rows": len(labels), "temperature": temperature, "threshold": {}}
     for how in ("joint", "independent"):
         nothing_yet = {"temperature": temperature, "threshold": {how: {}}}

@@ -181,8 +181,9 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
         if distributed.first():
             amend_config(folder, calibration=fitted)
         print(f"calibrated on {len(rows):,} rows of {name}, {split}; kept in {folder / 'config.json'}")
-        if untouched := [a for a, some in zip(task.classes, labelled, strict=True) if not some]:
-            print(f"no row has a label of {', '.join(untouched)}, so the temperature there stays as it was")
+        known = (task.labels[rows] >= 0).any(0)
+        if untouched := [a for a, some in zip(task.classes, known, strict=True) if not some]:
+            print(f"no row has a known label of {', '.join(untouched)}, so the temperature there stays as it was")
         task = task._replace(config=task.config | {"calibration": fitted})
         found = judge(task, split, rows, found.logits, joint)
     print(f"{name}, {split}: {len(rows):,} rows; {len(task.store.skipped):,} of the catalogue skipped")

@@ -67,13 +67,14 @@ def score_number(true: np.ndarray, guesses: np.ndarray, constant: float, floor: 
     """Mean absolute error and R² of guesses (N,) of a number (N,), NaN where it is missing.
 
     Args:
-        constant: the best guess of those that do not look, the median of train rows; its R² is 0 or less.
+        constant: the median of train rows, which no constant beats in error there; its R² may be below 0.
         floor: (N,) the best guesses that anybody could make, where that is known: of a simulated number.
     """
     present = ~np.isnan(true)
     if not present.any():
         return {"mae": None, "r2": None, "rows": 0}
-    true, spread = true[present], np.square(true[present] - true[present].mean()).sum()
+    true = true[present]
+    spread = np.square(true - true.mean()).sum() if np.ptp(true) else 0.0  # of equal ones the mean is not always exact
 
     def errors(guesses: np.ndarray) -> tuple[float, float | None]:
         missed = guesses[present] - true

@@ -58,10 +58,10 @@ def flips(task: Task, found: Evaluation) -> None:
     numbers = probabilities(task, found)
     p, confidence = numbers["articleType"], found.answers.confidence[:, column].numpy()
     types = np.arange(p.shape[1])
-    parent = np.full(len(types), -1)
-    (hierarchy,) = task.config["paths"]
-    for path in hierarchy["known"]:
-        parent[path[hierarchy["attributes"].index("articleType")]] = path[hierarchy["attributes"].index("subCategory")]
+    train = task.labels[task.store.rows("train")][:, [column, names.index("subCategory")]]
+    counts = np.zeros((len(types), len(task.classes["subCategory"])), dtype=int)
+    np.add.at(counts, tuple(train[(train >= 0).all(1)].T), 1)
+    parent = counts.argmax(1)  # where most of a type are: some have been seen elsewhere too
     others = {
         "any type": [types[types != t] for t in types],
         "same subCategory": [types[(parent == parent[t]) & (types != t)] for t in types],
@@ -75,7 +75,7 @@ def flips(task: Task, found: Evaluation) -> None:
             suspects = contradicted(found.rows, labels[:, None], said[:, [column]], {"articleType": p})
             hits = changed[np.searchsorted(found.rows, [s.row for s in suspects])]
             differs = (labels >= 0) & (labels != said[:, column])
-            improbable = (1 - p[np.arange(len(p)), labels.clip(min=0)]) * differs
+            improbable = -p[np.arange(len(p)), labels.clip(min=0)] - ~differs  # what does not differ comes last
             aps = (average_precision(scores, changed) for scores in (improbable, confidence * differs))
             results.append((hits.mean(), hits.sum() / changed.sum(), *aps))
         for how, shown in ((np.mean, name), (np.std, "")):

@@ -84,7 +84,7 @@ def test_calibrating_on_rows_without_labels_changes_nothing_of_theirs(command, d
     blank({"usage"})
     done = command("evaluate.py", *words)
     assert done.returncode == 0, done.stderr
-    assert "no row has a label of usage, so the temperature there stays as it was" in done.stdout
+    assert "no row has a known label of usage, so the temperature there stays as it was" in done.stdout
     after = json.loads((best / "config.json").read_text())["calibration"]
     assert after["rows"] == 40
     assert after["temperature"]["usage"] == before["calibration"]["temperature"]["usage"]

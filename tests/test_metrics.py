@@ -82,3 +82,4 @@ def test_numbers_by_hand():
     )
     assert score_number(true[2:3], guesses[2:3], 3.0) == {"mae": None, "r2": None, "rows": 0}
     assert score_number(true[:1], guesses[:1], 3.0)["r2"] is None, "one value has no spread"
+    assert score_number(np.full(3, 0.1), np.full(3, 0.2), 0.1)["r2"] is None, "nor have equal ones"
