@@ -79,11 +79,13 @@ def evaluate(
 
 
 def choice(task: Task, split: str, most: int) -> np.ndarray:
-    """The rows of a split; where they are more than `most`, so many of those of which anything is known."""
+    """The rows of a split; where they are more than `most`, so many of those with the label of a class, else of those
+    with a number, else of all."""
     rows = task.store.rows(split)
     if len(rows) <= most:
         return rows
-    known = (task.labels[rows] != MISSING).any(1) | np.isfinite(task.known.numbers[rows]).any(1)
+    labelled = (task.labels[rows] != MISSING).any(1)
+    known = labelled if labelled.any() else np.isfinite(task.known.numbers[rows]).any(1)
     return some(rows[known] if known.any() else rows, most)
 
 

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
@@ -162,10 +163,11 @@ def known_paths(labels: np.ndarray, attributes: Sequence[Attribute]) -> list[dic
 
 
 def nearly_alike(labels: Sequence[str]) -> list[list[str]]:
-    """Labels that differ in case, spaces, hyphens or underscores alone, as where several people filled in a table."""
+    """Labels that differ in case, spaces, hyphens or underscores alone, or in how an accent is written, as where
+    several people filled in a table."""
     alike: dict[str, list[str]] = {}
     for label in labels:
-        alike.setdefault(re.sub(r"[\s_-]", "", label.casefold()), []).append(label)
+        alike.setdefault(re.sub(r"[\s_-]", "", unicodedata.normalize("NFC", label).casefold()), []).append(label)
     return [some for some in alike.values() if len(some) > 1]
 
 

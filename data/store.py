@@ -34,7 +34,7 @@ from errors import UserError
 STORE_GB = 100.0  # decoded pictures that need more are not kept
 STORE_VERSION = 2  # raise it when decoding, hashing or the layout changes: older stores are then built anew
 SIZE_SAMPLE = 500  # pictures whose headers choose the canvas
-CHUNK, CHUNKS = 64, 64  # rows a thread decodes before it reports; chunks in the pool at a time
+CHUNK, CHUNKS = 64, 64  # rows a thread decodes before it reports, at most; so many times as many are in the pool
 
 
 def default_cache_dir() -> Path:
@@ -252,12 +252,14 @@ def _decode_all(catalogue: Catalogue, shape: tuple[int, int, int, int], folder: 
     # Threads do: decoders release the GIL. They write their rows themselves, so nothing piles up.
     with ThreadPoolExecutor() as pool, tqdm(total=len(catalogue), desc="decoding images", unit="img") as bar:
         try:
+            # Rows that are read in runs, of which few are kept: threads must not be far from each other.
+            chunk = min(CHUNK, max(1, catalogue.run // CHUNK)) if catalogue.run else CHUNK
             for begin in range(0, len(catalogue), CHUNKS * CHUNK):
                 end = min(begin + CHUNKS * CHUNK, len(catalogue))
-                chunks = [range(start, min(start + CHUNK, end)) for start in range(begin, end, CHUNK)]
-                for chunk, failed in zip(chunks, pool.map(decode_rows, chunks), strict=True):
+                chunks = [range(start, min(start + chunk, end)) for start in range(begin, end, chunk)]
+                for rows, failed in zip(chunks, pool.map(decode_rows, chunks), strict=True):
                     failures |= failed
-                    bar.update(len(chunk))
+                    bar.update(len(rows))
         except BaseException:  # Ctrl-C too: do not decode the rest first
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -32,7 +32,8 @@ class TitleTable:
                     raise UserError(f"--titles {path} names no pictures: it has neither a column image nor id")
                 for titles, key in ((by_id, "id"), (by_image, "image")):
                     if name := composed(cells.get(key) or ""):
-                        titles |= {_plain(name): cells[column], str(PurePosixPath(name)): cells[column]}
+                        for spelt in (_plain(name), str(PurePosixPath(name))):
+                            titles[spelt] = cells[column] or titles.get(spelt)  # a product may be told of once
         except OSError as error:
             raise UserError(f"cannot read --titles {path}: {error.strerror}") from None
         self.titles = by_id | by_image

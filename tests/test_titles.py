@@ -116,7 +116,7 @@ def test_pictures_of_one_name_in_two_folders_have_each_its_own_title(tmp_path):
 
 def test_a_table_of_ids_and_images_goes_by_both_and_fills_up_with_what_rows_bring(tmp_path):
     table = tmp_path / "titles.csv"
-    table.write_text("id,image,title\n7,500/front.jpg,Red Shoe\n8,,Blue Shoe\n")
+    table.write_text("id,image,title\n7,500/front.jpg,Red Shoe\n7,500/back.jpg,\n8,,Blue Shoe\n")
     find = find_titles(None, TitleTable(table, "title"), None)
     rows = [Row("7", b""), Row("shop/500/front.jpg", b""), Row("8", b"", "Own"), Row("9", b"", "Own"), Row("9", b"")]
     assert [find(row) for row in rows] == ["Red Shoe", "Red Shoe", "Blue Shoe", "Own", None]

@@ -31,6 +31,7 @@ def test_labels_that_differ_in_case_and_spaces_alone():
         ["T-Shirts", "T Shirts", "Tshirts"],
     ]
     assert nearly_alike(["Men", "Women"]) == []
+    assert nearly_alike(["Caf\u00e9", "Cafe\u0301"]) == [["Caf\u00e9", "Cafe\u0301"]]
 
 
 def test_the_declaration():

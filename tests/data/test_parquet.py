@@ -1,11 +1,14 @@
 """Parquet read where it lies, in runs of rows; pictures decoded as they are asked for."""
 
+import time
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+import data.store
 from data.batches import Rows, epoch_batches, make_loader
 from data.columns import Column
 from data.images import ImageError
@@ -37,6 +40,19 @@ def test_any_row_is_read_from_runs_that_cross_row_groups_and_files(shop, run):
             with pytest.raises(ImageError, match="no image in this row"):
                 pictures(row)
         assert len(pictures.kept) <= 2 * WINDOW + 1
+
+
+def test_a_store_is_built_in_one_pass_however_few_pictures_make_a_run(tmp_path, monkeypatch):
+    images = [{"bytes": picture(i % 7, (6, 8)), "path": None} for i in range(1500)]
+    table = pa.table({"id": list(range(1500)), "image": images})
+    pq.write_table(table, tmp_path / "shop.parquet", row_group_size=1500)
+    monkeypatch.setattr("data.parquet.RUN_ROWS", 40)
+    catalogue = load_source(str(tmp_path / "shop.parquet"), tmp_path / "cache")
+    begun, real, decode = [], Pictures._from, data.store.decode
+    monkeypatch.setattr(Pictures, "_from", lambda self, start: begun.append(start) or real(self, start))
+    monkeypatch.setattr(data.store, "decode", lambda source: time.sleep(0.001) or decode(source))  # or one does it all
+    assert open_store(catalogue, (8, 6), tmp_path / "cache").ok.all()
+    assert begun == [0]
 
 
 def starts(pictures, monkeypatch) -> list[int]:
