@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-AT_ONCE = 8192  # pictures decoded together, so that what is worked out on the way does not grow with all of them
+AT_ONCE = 8192  # pictures decoded together, so that what is worked out on the way does not grow with all of them,
+SCORES = 2**24  # and scores of their paths, at most
 
 
 class Answers(NamedTuple):
@@ -48,7 +49,8 @@ class Decoder:
 
     def __call__(self, logits: Mapping[str, Tensor]) -> Answers:
         """{attribute: (B, classes)} -> what to say of each of B pictures."""
-        pieces = zip(*(logits[name].split(AT_ONCE) for name in self.names), strict=True)
+        together = max(1, min(AT_ONCE, SCORES // max((len(known) for _, known in self.paths), default=1)))
+        pieces = zip(*(logits[name].split(together) for name in self.names), strict=True)
         said = [self._decode(dict(zip(self.names, piece, strict=True))) for piece in pieces]
         return Answers(*map(torch.cat, zip(*said, strict=True)))
 
