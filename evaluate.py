@@ -79,14 +79,16 @@ def evaluate(
 
 
 def choice(task: Task, split: str, most: int) -> np.ndarray:
-    """The rows of a split; where they are more than `most`, so many of those with the label of a class, else of those
-    with a number, else of all."""
+    """The rows of a split; where they are more than `most`, so many of those of which anything is known: first of those
+    with the label of a class, then of those with a number alone."""
     rows = task.store.rows(split)
     if len(rows) <= most:
         return rows
-    labelled = (task.labels[rows] != MISSING).any(1)
-    known = labelled if labelled.any() else np.isfinite(task.known.numbers[rows]).any(1)
-    return some(rows[known] if known.any() else rows, most)
+    labelled, numbered = (task.labels[rows] != MISSING).any(1), np.isfinite(task.known.numbers[rows]).any(1)
+    first, then = rows[labelled], rows[numbered & ~labelled]
+    if not len(first) + len(then):
+        return some(rows, most)
+    return np.sort(np.concatenate([some(first, most), some(then, max(0, most - len(first)))]))
 
 
 def judge(task: Task, split: str, rows: np.ndarray, logits: dict[str, Tensor], joint: bool) -> Evaluation:

@@ -179,7 +179,9 @@ def test_of_many_rows_those_with_labels_are_chosen_unseen_ones_too():
     assert choice(task, "val", 8).tolist() == [6, 7, 8, 9]
     assert set(choice(task, "val", 3)) < {6, 7, 8, 9}
     known.numbers[:5] = 0.5
-    assert choice(task, "val", 8).tolist() == [6, 7, 8, 9], "rows with a number alone do not crowd them out"
+    assert choice(task, "val", 9).tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    assert set(choice(task, "val", 6)) > {6, 7, 8, 9}, "rows with a number alone do not crowd them out"
+    assert set(choice(task, "val", 4)) == {6, 7, 8, 9}
     task.labels = np.full((10, 2), -1)
     assert choice(task, "val", 8).tolist() == [0, 1, 2, 3, 4]
     known.numbers[:] = np.nan
