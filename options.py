@@ -2,12 +2,14 @@
 
 import argparse
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 from data.store import STORE_GB, default_cache_dir
 from defaults import HUB_BACKBONE, HUB_DATA
 from errors import Parser, UserError, gigabytes, named, positive_int
 from models.backbone import DEMO
+from models.checkpoint import read_config, remembered_weights
 from models.schema import RANK
 
 # What may be otherwise when a run is resumed.
@@ -187,7 +189,7 @@ def add_training_options(p: Parser) -> None:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="torch.compile each block: for GPUs, 1.6 times as fast on an H200 (default: no)",
+        help="torch.compile each block: for GPUs, 1.7 times as fast on an H200 (default: no)",
     )
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument(
@@ -211,7 +213,8 @@ def add_training_options(p: Parser) -> None:
         "--init-from",
         type=Path,
         metavar="CHECKPOINT",
-        help="start with the adapters and heads of an earlier run's best",
+        help="start with the adapters and heads of an earlier run's best; backbone, weights, sizes and LoRA layers are "
+        "that run's where not given",
     )
     group.add_argument(
         "--teacher",
@@ -302,4 +305,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             setattr(args, name, path.absolute())
     if args.data and args.data != DEMO and Path(args.data).exists():
         args.data = str(Path(args.data).absolute())
+    if args.init_from and not args.resume:
+        take_over(args, given)
     return args
+
+
+def take_over(args: argparse.Namespace, given: Collection[str]) -> None:
+    """What makes the model is as in the checkpoint of `--init-from` where it is not among the options `given`."""
+    config = read_config(args.init_from)
+    backbone = config["backbone"]
+    made = config["lora"] | {name: backbone[name] for name in ("img_size", "patch_size", "keep_patches")}
+    if args.backbone in (None, backbone["name"]):
+        made |= {"backbone": backbone["name"], "weights": remembered_weights(args.init_from)}
+    vars(args).update({name: value for name, value in made.items() if name not in given})

@@ -7,6 +7,7 @@ from errors import UserError
 from models.backbone import DEMO, create_backbone
 from models.checkpoint import adapt, attach, read_config, save_checkpoint, trained_params
 from models.inherit import inherit
+from options import parse_args
 from tests.conftest import OWN_PATCHES
 from tests.models.test_checkpoint import IMAGES, PLAIN, PREPROCESS
 
@@ -137,3 +138,18 @@ def test_another_backbone_or_other_adapters_are_refused(folder):
     config["backbone"]["fingerprint"] = "0" * 16
     with pytest.raises(UserError, match=r"has the base weights \w{16}, not 0000000000000000"):
         inherit(fresh(described(OLD), 1), config, folder)
+
+
+def test_what_makes_the_model_is_taken_over_unless_it_is_given(tmp_path):
+    config = described(OLD)
+    config["backbone"] |= {"img_size": 64, "patch_size": 8, "keep_patches": 0.5}
+    save_checkpoint(tmp_path / "best", fresh(config, 0), config)
+    (tmp_path / "options.json").write_text('{"weights": "/there/model.safetensors"}')
+    own = ["--init-from", str(tmp_path / "best"), "--data", "demo"]
+    args = parse_args(own)
+    assert (args.backbone, args.img_size, args.patch_size, args.keep_patches) == (DEMO, 64, 8, 0.5)
+    assert (args.targets, args.rank, args.alpha, args.dropout) == (["query", "dense"], 4, 8, 0.0)
+    assert str(args.weights) == "/there/model.safetensors"
+    args = parse_args([*own, "--keep-patches", "1", "--rank", "16", "--weights", "mine"])  # a default's value counts too
+    assert (args.keep_patches, args.img_size, args.rank, args.weights.name) == (1.0, 64, 16, "mine")
+    assert parse_args([*own, "--backbone", "another"]).weights is None, "those are the weights of its own backbone"
