@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         "--target-precision",
         type=share,
         metavar="P",
-        help=f"with --calibrate: accept what is right so often (default: {TARGET_PRECISION})",
+        help=f"with --calibrate: share of accepted answers that must be right (default: {TARGET_PRECISION})",
     )
     parser.add_argument("--json", type=Path, help="also write the scores here")
     parser.add_argument("--report", type=Path, metavar="DIR", help="also make DIR/report.html and DIR/suspects.csv")

@@ -65,9 +65,9 @@ def parse_args(argv: list[str] | None, crew: Crew):
     parser.add_argument(
         "--top-k", type=positive_int, default=3, help="guesses for each attribute (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=positive_int, default=64)
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="pictures at a time (default: %(default)s)")
     parser.add_argument("--independent", action="store_true", help="each attribute's most probable class, paths or not")
-    parser.add_argument("--amp", **MIXED, help="half precision: sooner, and confidences differ a little (default: off)")
+    parser.add_argument("--amp", **MIXED, help="half precision: faster, and confidences differ a little (default: off)")
     one_or_many = parser.add_mutually_exclusive_group()
     one_or_many.add_argument("--title", help="the picture's title, for a model that reads titles")
     one_or_many.add_argument("--titles", type=Path, metavar="FILE.csv", help="titles of many, named by id or image")
@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None, crew: Crew):
         "--out",
         type=Path,
         help="write all answers to FILE.csv, .jsonl or .parquet; or a folder, for a job that several processes share "
-        "and that goes on where it was when it is started again",
+        "and that, started again, continues where it was",
     )
     parser.add_argument(
         "--skip",
@@ -84,13 +84,13 @@ def parse_args(argv: list[str] | None, crew: Crew):
         action="append",
         default=[],
         metavar="RESULT",
-        help="leave out what has labels by its name in an earlier --out, file or folder; may be given several times",
+        help="leave out pictures that an earlier --out, file or folder, has labels for, by name; may be repeated",
     )
     parser.add_argument(
         "--shard-rows",
         type=positive_int,
         default=SHARD_ROWS,
-        help="rows of a file in that folder (default: %(default)s)",
+        help="rows in each file of that folder (default: %(default)s)",
     )
     parser.add_argument(
         "--plot", type=Path, help=f"draw the first {PLOT_AT_MOST} pictures with their labels to FILE.png"

@@ -54,7 +54,7 @@ def add_catalogue_options(p: Parser) -> None:
         help="hub id (hub:OWNER/NAME: not downloaded), folder of parquet, tar, or CSV and images/, or demo",
     )
     p.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
-    p.add_argument("--batch-size", type=positive_int, default=64)
+    p.add_argument("--batch-size", type=positive_int, default=64, help="pictures at a time (default: %(default)s)")
     p.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where decoded images are kept")
     add_store_options(p)
 
@@ -65,7 +65,7 @@ def add_store_options(p: Parser) -> None:
         type=gigabytes,
         default=STORE_GB,
         metavar="GB",
-        help="keep decoded pictures where they need no more than this (default: %(default)s)",
+        help="keep decoded pictures on disk if they need no more than this (default: %(default)s)",
     )
     p.add_argument(
         "--no-store", action="store_const", const=0.0, dest="store_gb", help="keep none: decode at every use"
@@ -226,7 +226,7 @@ def add_training_options(p: Parser) -> None:
         "--teacher-weights",
         type=Path,
         metavar="FILE",
-        help="its base weights, where they are others and its run does not know them",
+        help="the teacher's base weights, where they are not this run's and its own run does not name them",
     )
 
 
@@ -236,7 +236,7 @@ def add_run_options(p: Parser) -> None:
     group.add_argument(
         "--resume",
         action="store_true",
-        help="go on with --out (default: the newest run), with its options; what has moved is named anew",
+        help="continue the run in --out (default: the newest) with its own options; name anew only what has moved",
     )
     group.add_argument(
         "--save-every",

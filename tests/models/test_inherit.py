@@ -150,6 +150,6 @@ def test_what_makes_the_model_is_taken_over_unless_it_is_given(tmp_path):
     assert (args.backbone, args.img_size, args.patch_size, args.keep_patches) == (DEMO, 64, 8, 0.5)
     assert (args.targets, args.rank, args.alpha, args.dropout) == (["query", "dense"], 4, 8, 0.0)
     assert str(args.weights) == "/there/model.safetensors"
-    args = parse_args([*own, "--keep-patches", "1", "--rank", "16", "--weights", "mine"])  # a default's value counts too
+    args = parse_args([*own, "--keep-patches", "1", "--rank", "16", "--weights", "mine"])
     assert (args.keep_patches, args.img_size, args.rank, args.weights.name) == (1.0, 64, 16, "mine")
     assert parse_args([*own, "--backbone", "another"]).weights is None, "those are the weights of its own backbone"
