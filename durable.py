@@ -1,8 +1,10 @@
 """Files that outlive a crash: whole and on the disk, or not there at all; and a lock that dies with its process."""
 
 import contextlib
+import csv
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -30,7 +32,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Give a file new content: whoever looks sees the old or the new, whole."""
+    """Give a file new content: whoever looks sees the old or the new, whole. A device or a pipe is written to."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     part = path.with_name(path.name + ".part")
     try:
         write_synced(part, data)
@@ -38,6 +43,12 @@ def replace_file(path: Path, data: bytes) -> None:
     finally:
         part.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def replace_csv(path: Path, rows: Iterable[Iterable]) -> None:
+    """`replace_file` with a table in UTF-8."""
+    csv.writer(text := io.StringIO(newline="")).writerows(rows)
+    replace_file(path, text.getvalue().encode())
 
 
 def give_name(part: Path, path: Path) -> None:

@@ -16,6 +16,8 @@ from memory import ran_out
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a user's share of it, a file
 BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)  # a path that even asking about may raise
 
+MOST = 2**31 - 1  # that a number of anything can be
+
 
 class UserError(Exception):
     """A mistake the user can fix. The message names the value and says what to do."""
@@ -32,6 +34,8 @@ def positive_int(text: str) -> int:
     """An option's type."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    if int(text) > MOST:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MOST:,}")
     return int(text)
 
 
@@ -89,6 +93,9 @@ def exits_cleanly(main):
 
     @functools.wraps(main)
     def command(*args, **kwargs):
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # the shell closed it (`>&-`), so what is printed goes nowhere
+                setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
         if isinstance(sys.stdout, io.TextIOWrapper):  # in no locale is a name a reason to end, and JSON is UTF-8
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
         try:

@@ -1,6 +1,6 @@
 """Score a trained checkpoint on any labelled catalogue.
 
-    python evaluate.py --data ../catalogue --split test --json scores.json --report report
+    python evaluate.py --data ../catalogue --split test --json scores.json --report checked
 
 `evaluate` is also what `train.py` uses after each epoch and at the end.
 """
@@ -31,7 +31,7 @@ from data.batches import Batch, epoch_batches, make_loader
 from data.columns import Chosen
 from data.preprocess import Preprocess
 from data.split import SPLITS, some
-from durable import at_rest
+from durable import at_rest, replace_file
 from errors import Parser, UserError, check_writable, exits_cleanly, make_folder, share
 from lora import merge_lora
 from metrics import score, score_number, scores_table, trust_table
@@ -119,7 +119,9 @@ def score_numbers(task: Task, rows: np.ndarray, outputs: dict[str, Tensor]) -> d
     scores, scaled = {}, task.known.numbers[rows].astype(float)
     for column, a in enumerate(a for a in task.config["attributes"] if a["kind"] == "number"):
         true, said = (a["mean"] + a["std"] * z for z in (scaled[:, column], outputs[a["name"]][:, 0].double().numpy()))
-        floor = price.expected(task.catalogue.columns)[rows] if a["derive"] == "price" else None
+        floor, columns = None, task.catalogue.columns
+        if a["derive"] == "price":
+            floor = price.expected({name: [columns[name][row] for row in rows] for name in ("id", *price.COLUMNS)})
         scores[a["name"]] = score_number(true, said, a["median"], floor)
     return scores
 
@@ -198,7 +200,7 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
     print(scores_table(found.scores))
     print(trust_table(found.scores))
     if args.json and distributed.first():
-        args.json.write_text(json.dumps(found.scores, indent=1) + "\n", encoding="utf-8")
+        replace_file(args.json, (json.dumps(found.scores, indent=1) + "\n").encode())
     if args.report and distributed.first():
         write_report(args.report, str(folder), task, found)
         print(f"report: {args.report / 'report.html'}")

@@ -75,13 +75,11 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
         return opset18.TopK(x, length, axis=dim, largest=int(descending))  # of equals, the first come first
 
     images = torch.zeros(2, 3, *config["preprocess"]["size"])
-    torch.onnx.export(
+    program = torch.onnx.export(
         Logits(merge_lora(model)).eval(),
         (images,),
-        out,
         dynamo=True,
         verbose=False,
-        external_data=False,
         input_names=["images"],
         output_names=[attribute["name"] for attribute in config["attributes"]],
         custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
@@ -91,6 +89,7 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
     numbers = {a["name"]: {"mean": a["mean"], "std": a["std"]} for a in config["attributes"] if a["kind"] == "number"}
     about = {"preprocess": config["preprocess"], "labels": labels} | ({"numbers": numbers} if numbers else {})
     about |= {"paths": config["paths"], "calibration": config.get("calibration")}
+    replace_file(out, program.model_proto.SerializeToString())
     beside = out.with_suffix(".json")
     replace_file(beside, (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
     print(f"what its inputs and outputs mean: {beside}")
@@ -104,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="FILE.safetensors, FOLDER or FILE.onnx")
     parser.add_argument("--old-names", action="store_true", help="peft: for transformers up to 5.8")
     args = parser.parse_args(argv)
+    if args.old_names and args.to != "peft":
+        raise UserError(f"--old-names goes with --to peft; --to {args.to} has no others")
     if args.out.suffix.lower() != KINDS[args.to]:
         raise UserError(f"--out {args.out}: --to {args.to} makes a {KINDS[args.to] or 'folder, without a suffix'}")
     if args.to == "peft" and args.out.is_file():

@@ -15,6 +15,7 @@ import startup  # noqa: F401
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -89,8 +90,7 @@ def parse_args(argv: list[str] | None, crew: Crew):
     parser.add_argument(
         "--shard-rows",
         type=positive_int,
-        default=SHARD_ROWS,
-        help="rows in each file of that folder (default: %(default)s)",
+        help=f"rows in each file of that folder (default: {SHARD_ROWS:,})",
     )
     parser.add_argument(
         "--plot", type=Path, help=f"draw the first {PLOT_AT_MOST} pictures with their labels to FILE.png"
@@ -99,6 +99,9 @@ def parse_args(argv: list[str] | None, crew: Crew):
     args.job = args.out is not None and (args.out.is_dir() or not args.out.suffix)
     if args.job and (args.json or args.plot):
         raise UserError(f"--out {args.out} is a folder, which goes without --json and --plot")
+    if args.shard_rows and not args.job:
+        raise UserError(f"--shard-rows {args.shard_rows} is of a folder's files: name a folder with --out DIR")
+    args.shard_rows = args.shard_rows or SHARD_ROWS
     if crew.size > 1 and not args.job:
         raise UserError(f"{crew.size} processes share their work through a folder: name one with --out DIR")
     file = None if args.job else args.out
@@ -223,6 +226,7 @@ def told_in_a_line(args) -> Iterator[None]:
 def alone(args, source: Source, answered: Iterator[tuple[list[Row], list[dict]]], attributes: list[dict]) -> int:
     """Answer to the screen or a file; the exit code."""
     rows, unreadable, given, sheet = 0, 0, 0, []
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that no part of a file is left
 
     def not_written(kind, *_):
         if kind is KeyboardInterrupt and args.out:
@@ -255,7 +259,11 @@ def alone(args, source: Source, answered: Iterator[tuple[list[Row], list[dict]]]
         from figures import QUIET, contact_sheet  # matplotlib takes its time
 
         captions = [[(f"{name}: {caption(said)}", QUIET) for name, said in a["attributes"].items()] for _, a in sheet]
-        contact_sheet([picture for picture, _ in sheet], captions).savefig(args.plot)
+        drawn = contact_sheet([picture for picture, _ in sheet], captions)
+        try:
+            drawn.savefig(args.plot)
+        except OSError as error:
+            raise UserError(f"cannot write --plot {args.plot}: {error.strerror}") from None
         print(f"drew {len(sheet)} of {rows:,} pictures to {args.plot}", file=sys.stderr)
     return report(unreadable, rows)
 

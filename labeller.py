@@ -1,5 +1,6 @@
 """A checkpoint ready to answer: pictures and titles in, an object for each out, as `infer.py --json` prints it."""
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -113,8 +114,9 @@ class Labeller:
         self._say_classes(said, outputs)
         for a in (a for a in self.attributes if a["kind"] == "number"):
             values = a["mean"] + a["std"] * outputs[a["name"]][:, 0].double()
+            places = 4 - math.floor(math.log10(a["std"]))  # five digits of a deviation, whatever is its unit
             for one, value in zip(said, values.tolist(), strict=True):
-                one[a["name"]] = {"value": float(f"{value:.6g}")}
+                one[a["name"]] = {"value": round(value, places)}
         return answers
 
     def _say_classes(self, said: list[dict], outputs: dict[str, torch.Tensor]) -> None:

@@ -17,7 +17,20 @@ MOVABLE = ("data", "weights", "attributes", "teacher", "teacher_weights", "cache
 # Options that are files or folders.
 PATHS = ("weights", "cache_dir", "attributes", "init_from", "teacher", "teacher_weights", "vocab")
 EXTRA = {"with_price": ("price_in_vnd",), "with_season_year": ("season", "year")}  # switches and what they add
-MIXED = {"nargs": "?", "const": "auto", "choices": ["auto", "bf16", "fp16"]}  # of --amp
+PRECISIONS = ("bf16", "fp16", "auto")
+OF_TITLES = ("vocab", "title_length", "mask_title_leaks")
+OF_PICTURES = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa", "lora_plus", "base")
+OF_PICTURES += ("img_size", "patch_size", "keep_patches", "drop_patches", "warp", "compile")
+
+
+def precision(text: str) -> str:
+    """An option's type."""
+    if text not in PRECISIONS:
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(PRECISIONS)}; it may stand before --amp")
+    return text
+
+
+MIXED = {"nargs": "?", "const": "auto", "type": precision, "metavar": "|".join(PRECISIONS[:2])}  # of --amp
 
 
 def rank(text: str) -> int:
@@ -293,20 +306,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--resume goes on with the run's own options; leave out --{others[0].replace('_', '-')}")
     if args.resume:
         vars(args).update({name: None for name in MOVABLE if name not in given})  # the run knows
-    idle = [name for name in given if name in ("vocab", "title_length", "mask_title_leaks")]
-    if idle and "title" not in args.inputs:
-        raise UserError(f"--{idle[0].replace('_', '-')} is of titles, which --inputs {args.inputs} does not read")
+    if args.init_from:
+        take_over(args, given)
+    for what, names in (("title", OF_TITLES), ("image", OF_PICTURES)):
+        if what not in args.inputs and (idle := [name for name in given if name in names]):
+            raise UserError(f"--{idle[0].replace('_', '-')} is of {what}s, which --inputs {args.inputs} does not read")
     if args.teacher_weights and not args.teacher and not args.resume:
         raise UserError(f"--teacher-weights {args.teacher_weights} goes with --teacher CHECKPOINT")
-    if args.compile and args.inputs == "title":
-        raise UserError("--compile is of the backbone, which --inputs title does not use; leave it out")
     for name in PATHS:  # a run may be resumed from another folder
         if path := getattr(args, name):
             setattr(args, name, path.absolute())
     if args.data and args.data != DEMO and Path(args.data).exists():
         args.data = str(Path(args.data).absolute())
-    if args.init_from and not args.resume:
-        take_over(args, given)
     return args
 
 
@@ -315,6 +326,9 @@ def take_over(args: argparse.Namespace, given: Collection[str]) -> None:
     config = read_config(args.init_from)
     backbone = config["backbone"]
     made = config["lora"] | {name: backbone[name] for name in ("img_size", "patch_size", "keep_patches")}
+    made["inputs"] = config["inputs"]
+    if text := config["text"]:
+        made |= {"title_length": text["length"], "mask_title_leaks": text["mask"]}
     if args.backbone in (None, backbone["name"]):
         made |= {"backbone": backbone["name"], "weights": remembered_weights(args.init_from)}
     vars(args).update({name: value for name, value in made.items() if name not in given})

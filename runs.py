@@ -53,7 +53,7 @@ def run_folder(args: argparse.Namespace) -> Path:
         if not holds_run(out):
             raise UserError(f"--resume: {out} holds no run to go on with (there is no {out / 'last'})")
         return out
-    out = args.out or Path("runs") / f"{args.backbone}-{datetime.now():%Y%m%d-%H%M%S}"
+    out = args.out or Path("runs") / f"{args.backbone.replace('/', '--')}-{datetime.now():%Y%m%d-%H%M%S}"
     if clean(str(out)) != str(out):
         raise UserError(f"--out {out}: the name is not UTF-8, and TensorBoard takes no other; name another folder")
     try:
@@ -104,7 +104,7 @@ def open_run(args: argparse.Namespace) -> argparse.Namespace:
                 options[name] = options.get(name) and Path(options[name])  # a run may be older than an option
             moved = {name: place for name in MOVABLE if (place := getattr(args, name)) is not None}
             return argparse.Namespace(**(vars(args) | options | {"resume": True} | moved))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--resume: cannot read {path}: {error}") from None
     if any(args.out.glob("*/config.json")):
         raise UserError(f"--out {args.out} already holds a run: go on with it by --resume, or name another folder")

@@ -20,6 +20,7 @@ from data.attributes import (
     class_counts,
     encode_labels,
     encode_numbers,
+    far_off,
     fit_label_maps,
     fit_scales,
     known_paths,
@@ -35,20 +36,22 @@ from data.schema import FASHION_FILE, Attribute, read_schema
 from data.sources import load_source
 from data.split import SPLITS
 from data.store import ImageStore, common_size, open_store
-from data.titles import SPECIAL, TitleReader, choose_vocabulary
+from data.titles import SPECIAL, TitleReader, choose_vocabulary, read_vocabulary
 from defaults import AMP
 from durable import replace_file
 from errors import UserError
 from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_base
 from models.backbone import create_backbone
-from models.checkpoint import adapt, attach, load_checkpoint
+from models.checkpoint import adapt, attach, load_checkpoint, read_config
 from models.classifier import AttributeClassifier
 from models.inherit import inherit, predecessor
 from models.schema import CONFIG, contradiction, misfit
 from options import EXTRA
 from teacher import Teacher, load_teacher
 
+SIZES = ("img_size", "patch_size", "keep_patches")
 LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
+VOCAB = "vocab.txt"  # in a run's folder, where titles are read
 ROUNDED_FOR = 64  # train pictures: twice as many take twice as long, for a twentieth less error
 
 
@@ -94,6 +97,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     catalogue = load_source(args.data, args.cache_dir, args.limit, needs)
     numbers = read_numbers(catalogue.columns, attributes)
     backbone, config = begin(args)
+    vocab = named_vocabulary(args) if reads else None
     loaded = load_teacher(args.teacher, args.teacher_weights, config, args.weights) if args.teacher else None
     wants = timm.data.resolve_model_data_config(backbone)
     size = wants["input_size"][1:]
@@ -126,11 +130,9 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "timm": timm.__version__},
     }
     if reads:
-        config["text"] = fit_text(args, config, catalogue.columns[schema.title], train_rows)
+        config["text"] = fit_text(args, config, catalogue.columns[schema.title], train_rows, vocab)
         known = known._replace(tokens=read_titles(config, catalogue))
-    check_fits(config, CONFIG)  # better now than when a checkpoint of it is read
-    if what := contradiction(config):
-        raise UserError(f"no checkpoint of this run could be read: {what}")
+    check_fits(config)
     model = attach(backbone, config)
     model.drop_patches = args.drop_patches
     if args.base == "int8":  # before anything is inherited, which a resumed run does not do again
@@ -149,24 +151,29 @@ def begin(args: argparse.Namespace) -> tuple[VisionTransformer, dict]:
 
     Before pictures are decoded, so that mistakes in these options are told at once; also in what is inherited from.
     """
+    own, lora = ({name: getattr(args, name) for name in names} for names in (SIZES, LORA_OPTIONS))
+    for options, part in ((own, "backbone"), (lora, "lora")):
+        for name, value in options.items():
+            shape = CONFIG[part].get(name) or CONFIG[part][f"{name}?"]
+            if misfit(json.loads(json.dumps(value)), shape, name):
+                raise UserError(f"--{name.replace('_', '-')} {value} is out of its range")
     backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size, args.patch_size)
-    own = {name: getattr(args, name) for name in ("img_size", "patch_size", "keep_patches")}
     config = {
         "backbone": {"name": args.backbone} | own | {"fingerprint": fingerprint},
-        "lora": {name: getattr(args, name) for name in LORA_OPTIONS},
+        "lora": lora,
         "inputs": args.inputs,
     }
-    check_fits(config["lora"], CONFIG["lora"], "lora")
     adapt(backbone, config)
     if args.init_from and not args.resume:
         predecessor(config, args.init_from)
     return backbone, config
 
 
-def check_fits(part, shape, name: str = "") -> None:
-    """Raise a `UserError` where a part of a config, called `name`, could not be read back."""
-    if where := misfit(json.loads(json.dumps(part)), shape, name):
-        raise UserError(f"no checkpoint of this run could be read: its {where} is not what it should be")
+def check_fits(config: dict) -> None:
+    """Raise a `UserError` where a config could not be read back: better now than when a checkpoint of it is read."""
+    where = misfit(json.loads(json.dumps(config)))
+    if what := f"its {where} is not what it should be" if where else contradiction(config):
+        raise UserError(f"no checkpoint of this run could be read: {what}")
 
 
 def fit_targets(
@@ -187,6 +194,8 @@ def fit_targets(
     for a in (a for a in attributes if a.kind == "number"):
         simulated = " (simulated)" if a.derive == "price" else ""
         print(f"number: {a.name}{simulated}, mean {scales[a.name].mean:,.6g}, std {scales[a.name].std:,.4g}")
+        if len(far := far_off(numbers[a.name], scales[a.name])):
+            print(f"hint: {len(far):,} of {a.name} are far from all others, such as {far[0]:g}; are they meant so?")
     counts = class_counts(known.labels[train_rows], maps)
     fitted = {name: asdict(m) | {"counts": counts[name]} for name, m in maps.items()}
     fitted |= {name: asdict(scale) for name, scale in scales.items()}
@@ -256,17 +265,32 @@ def columns_of(attributes: Iterable[Attribute], title: str | None) -> list[str]:
     return list(dict.fromkeys([column for a in attributes for column in a.needs] + ([title] if title else [])))
 
 
-def fit_text(args: argparse.Namespace, config: dict, column: Sequence[str | None], train_rows: Sequence[int]) -> dict:
-    """How titles are read: a checkpoint's `text`, from titles of train rows."""
+def named_vocabulary(args: argparse.Namespace) -> tuple[list[str], str] | None:
+    """The tokens that titles are read in and where they are from, unless they are to be chosen for the titles."""
+    if args.resume or not distributed.first():
+        return read_vocabulary(args.out / VOCAB), VOCAB  # kept by a new run's first process, for all others
+    if args.vocab:
+        return read_vocabulary(args.vocab), args.vocab.name
+    if args.init_from and (text := read_config(args.init_from)["text"]):
+        return text["vocab"], f"that of {args.init_from}"
+    return None
+
+
+def fit_text(
+    args: argparse.Namespace,
+    config: dict,
+    column: Sequence[str | None],
+    train_rows: Sequence[int],
+    vocab: tuple[list[str], str] | None,
+) -> dict:
+    """How titles are read: a checkpoint's `text`; from titles of train rows what `vocab` leaves open."""
     titles = list(Chosen(column, train_rows))
     if not titles:
         raise UserError(f"--inputs {args.inputs}: no train row has a title (column {config['title']})")
     text = {"vocab": list(SPECIAL), "length": args.title_length, "mask": args.mask_title_leaks}
-    kept = args.out / "vocab.txt"  # of a new run's first process, for all others and for whenever it is resumed
-    given = kept if args.resume or not distributed.first() else args.vocab
-    text["vocab"], origin = choose_vocabulary(given, TitleReader(config | {"text": text}).cleaned(titles))
-    if given != kept:
-        replace_file(kept, "".join(f"{token}\n" for token in text["vocab"]).encode())
+    text["vocab"], origin = vocab or choose_vocabulary(TitleReader(config | {"text": text}).cleaned(titles))
+    if distributed.first() and not args.resume:
+        replace_file(args.out / VOCAB, "".join(f"{token}\n" for token in text["vocab"]).encode())
     _, cut = TitleReader(config | {"text": text})(titles)
     leaks = "masked" if args.mask_title_leaks else "left in"
     print(f"titles: words that give labels away {leaks}; vocabulary of {len(text['vocab']):,}, {origin}")

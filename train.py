@@ -253,7 +253,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     try:
         warn_if_slow(args.backbone, device)
         task = distributed.in_turn(make)
-    except (UserError, OSError, UnicodeError):
+    except BaseException:  # Ctrl-C too: nothing was learnt yet
         if not args.resume and distributed.first():
             discard_run(args.out)
         raise

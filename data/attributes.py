@@ -19,6 +19,7 @@ from errors import UserError
 AT_ONCE = 1 << 16  # rows whose paths are sorted together
 MISSING = -1  # the catalogue has no value here
 UNSEEN = -2  # it has one that no train row had
+FARTHEST = 1e6  # standard deviations, beyond which it is all the same how far a number is off
 
 Columns = dict[str, Sequence[str | None]]
 
@@ -53,7 +54,11 @@ class LabelMap:
 
 @dataclass(frozen=True)
 class Scale:
-    """Of a number, over train rows: `mean` and `std`, by which it is scaled, and `median`, the best constant guess."""
+    """Of a number, over train rows: `mean` and `std`, by which it is scaled, and `median`, the best constant guess.
+
+    Mean and deviation are of values brought within the 1st and the 99th percentile: where a barcode stands among widths
+    all widths would else be one.
+    """
 
     mean: float
     std: float
@@ -90,8 +95,10 @@ def fit_scales(
         values = numbers[a.name][train_rows]
         values = values[~np.isnan(values)]
         _check_varied(a, np.unique(values).tolist(), "leave it out")
+        ends = [np.quantile(values, q, method=side) for q, side in ((0.01, "higher"), (0.99, "lower"))]
+        usual = values.clip(*ends) if ends[0] < ends[1] else values
         with np.errstate(over="ignore", invalid="ignore"):
-            scales[a.name] = Scale(float(values.mean()), float(values.std()), float(np.median(values)))
+            scales[a.name] = Scale(float(usual.mean()), float(usual.std()), float(np.median(values)))
         if not all(map(math.isfinite, astuple(scales[a.name]))):
             raise UserError(f"{a.name} is up to {abs(values).max():g} (column {a.column}), too large for a mean")
     return scales
@@ -129,12 +136,17 @@ def encode_labels(columns: Columns, maps: dict[str, LabelMap], attributes: Seque
 
 
 def encode_numbers(numbers: dict[str, np.ndarray], scales: dict[str, Scale], rows: int) -> np.ndarray:
-    """float32 (rows, M), one column a number, in standard deviations from the mean of train rows; NaN where there is
-    none."""
+    """float32 (rows, M), one column a number, in standard deviations from the mean of train rows, at most `FARTHEST`;
+    NaN where there is none."""
     scaled = np.empty((rows, len(scales)), dtype=np.float32)
     for column, (name, scale) in enumerate(scales.items()):
-        scaled[:, column] = (numbers[name] - scale.mean) / scale.std
+        scaled[:, column] = ((numbers[name] - scale.mean) / scale.std).clip(-FARTHEST, FARTHEST)
     return scaled
+
+
+def far_off(values: np.ndarray, scale: Scale) -> np.ndarray:
+    """Of a number's values those that are hardly meant so: a hundred deviations from the mean and more."""
+    return values[abs(values - scale.mean) >= 100 * scale.std]
 
 
 def families(attributes: Sequence[Attribute]) -> list[list[str]]:

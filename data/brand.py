@@ -58,6 +58,11 @@ def _one_slip(a: str, b: str) -> bool:
     return a[1:] == b[1:] or a[1:] == b or a == b[1:] or (a[1::-1] == b[:2] and a[2:] == b[2:])
 
 
+def _shortened(name: str) -> set[str]:
+    """The name, and it without one letter: names that one slip turns into each other have one of these in common."""
+    return {name, *(name[:i] + name[i + 1 :] for i in range(1, len(name)))}
+
+
 def find(title: str, aliases: dict[str, str]) -> str | None:
     """The brand whose name is the longest beginning of the title's phrase, None where no fitted one is."""
     return next((aliases[k] for words in _prefixes(phrase(title)[0]) if (k := key(words)) in aliases), None)
@@ -97,14 +102,18 @@ def fit(titles: Iterable[str], min_count: int) -> dict[str, str]:
 
     counts = {name: variants.total() for name, variants in spellings.items()}
     aliases: dict[str, str] = {}
+    alike: dict[str, list[str]] = defaultdict(list)  # aliases by what a slip may leave of them
     for name in sorted(counts, key=lambda name: (-counts[name], name)):  # the frequent first: the rare fold into them
         label = spellings[name].most_common(1)[0][0]
         beginnings = map(key, list(_prefixes(label.split()))[1:])
         if name not in _OWN_NAME and any(counts.get(beginning, 0) >= min_count for beginning in beginnings):
             continue
-        often = (k for k in aliases if counts[k] >= _SLIP_RATIO * counts[name] and _one_slip(name, k))
-        if (right := next(often, None)) is not None:
-            aliases[name] = aliases[right]
+        near = {k for part in _shortened(name) for k in alike.get(part, ())}
+        often = [k for k in near if counts[k] >= _SLIP_RATIO * counts[name] and _one_slip(name, k)]
+        if often:
+            aliases[name] = aliases[min(often, key=lambda k: (-counts[k], k))]
         elif counts[name] >= min_count:
             aliases[name] = label
+        for part in _shortened(name) if name in aliases else ():
+            alike[part].append(name)
     return aliases

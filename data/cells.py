@@ -62,6 +62,6 @@ def to_numbers(cells: Iterable[str | None], column: str, ids: Sequence[str]) -> 
 
 def _number(text: str | None) -> float:
     try:
-        return math.nan if text is None else float(text)
+        return math.nan if text is None or "_" in text else float(text)  # Python reads "12_5" as 125
     except ValueError:
         return math.nan

@@ -19,8 +19,17 @@ def find_csv(path: Path) -> Path | None:
         return styles
     tables = sorted(path.glob("*.csv")) if (path / "images").is_dir() else []
     if len(tables) > 1:
+        tables = [table for table in tables if not _written_by_us(table)]
+    if len(tables) > 1:
         raise UserError(f"{path} holds several CSV files; name one: --data {tables[0]}")
     return tables[0] if tables else None
+
+
+def _written_by_us(table: Path) -> bool:
+    """Whether it is what `infer.py` or `evaluate.py --report` made of a catalogue, put beside it."""
+    with table.open(encoding="utf-8", errors="replace") as file:
+        head = file.readline(10**6).rstrip()
+    return (head.startswith("image,") and head.endswith(",error")) or head.startswith("why,group,id,attribute,")
 
 
 def open_csv(table: Path) -> Catalogue:

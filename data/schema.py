@@ -2,7 +2,7 @@
 
 import difflib
 import graphlib
-import math
+import sys
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ FIELDS = {  # of a table in a schema file: type, and what the type is called
     "weight": (int | float, "a number above 0"),
     "parents": (list, "a list of attributes"),
 }
-MOST = {"level": 100, "weight": math.inf}
+MOST = {"level": 100, "weight": sys.float_info.max}
 TAKEN = ("image", "error")  # names that no attribute can have
 
 
@@ -75,7 +75,7 @@ def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:
         text = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read --attributes {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} as TOML: {error}") from None
     for key in text.keys() - {"title", "attributes", "optional"}:
         raise UserError(f"{path}: {key!r} means nothing here; there are title, [attributes.NAME] and [optional.NAME]")

@@ -100,6 +100,8 @@ def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     """Parquet or tar files, one or a folder of them; their text columns are copied to the cache."""
     opens = {".parquet": open_parquet, ".tar": open_tars}
     there = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    answers = {folder for folder in {p.parent for p in there} if (folder.parent / "job.json").is_file()}
+    there = [p for p in there if p.parent not in answers]  # of a job of infer.py, which are parquet too
     found = {suffix: [file for file in there if file.suffix.lower() == suffix] for suffix in opens}
     suffix = next((s for s, files in found.items() if files), None)
     if suffix is None:
@@ -170,9 +172,12 @@ def _demo(cache_dir: Path) -> Catalogue:
 
     scripts = (Path(module.__file__).read_bytes() for module in (fashion, pen))
     version = hashlib.blake2b(b"".join(scripts), digest_size=16).hexdigest()
-    table = _quiet_datasets().Dataset.from_generator(
-        _drawings, gen_kwargs={"rows": fashion.ROWS, "version": version}, cache_dir=str(cache_dir / "demo")
-    )
+    folder, given = cache_dir / "demo", {"rows": fashion.ROWS, "version": version}
+    try:
+        table = _quiet_datasets().Dataset.from_generator(_drawings, gen_kwargs=given, cache_dir=str(folder))
+    except Exception as error:  # the library wraps what a disk says
+        reason = f"{error.__cause__ or error}".partition("\n")[0]
+        raise UserError(f"cannot draw the demo into {folder}: {reason}; make room, or delete that folder") from error
     return _from_table("demo", table, f"demo-{fashion.ROWS}-{version}")
 
 

@@ -5,7 +5,6 @@ asked for.
 """
 
 import contextlib
-import csv
 import glob
 import hashlib
 import json
@@ -28,7 +27,7 @@ from data.cells import inert
 from data.images import ImageError, decode, native_size, pixel_hash, to_canvas
 from data.sources import in_file_name
 from data.split import in_split
-from durable import claim
+from durable import claim, replace_csv
 from errors import UserError
 
 STORE_GB = 100.0  # decoded pictures that need more are not kept
@@ -78,10 +77,7 @@ class ImageStore:
 
     def write_skipped(self, path: Path) -> None:
         """List the skipped rows in a CSV file."""
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("id", "reason"))
-            writer.writerows((inert(row.id), inert(row.reason)) for row in self.skipped)
+        replace_csv(path, [("id", "reason"), *((inert(row.id), inert(row.reason)) for row in self.skipped)])
 
 
 def common_size(catalogue: Catalogue, cap: int) -> tuple[int, int]:

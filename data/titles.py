@@ -100,20 +100,22 @@ def tokenizer(vocab: list[str]) -> Tokenizer:
     return made
 
 
-def choose_vocabulary(file: Path | None, titles: Sequence[str]) -> tuple[list[str], str]:
-    """The tokens, and where they are from: the file; else BERT's own, from the hub; else `titles`.
+def choose_vocabulary(titles: Sequence[str]) -> tuple[list[str], str]:
+    """The tokens where none were named, and where they are from: BERT's own, from the hub, else `titles`."""
+    hub.reachable()  # where it is not, the library answers from its cache at once
+    try:
+        return read_vocabulary(Path(huggingface_hub.hf_hub_download(HUB_VOCABULARY, "vocab.txt"))), HUB_VOCABULARY
+    except Exception as error:  # of several libraries; whatever it is, one's own does as well
+        print(f"no vocabulary of {HUB_VOCABULARY} from the hub ({type(error).__name__})")
+    return train_vocabulary(titles), "trained on the train split's titles"
+
+
+def read_vocabulary(file: Path) -> list[str]:
+    """Tokens by their number.
 
     Raises:
         UserError: the file cannot be read or is no vocabulary.
     """
-    if file is None:
-        hub.reachable()  # where it is not, the library answers from its cache at once
-        try:
-            file = Path(huggingface_hub.hf_hub_download(HUB_VOCABULARY, "vocab.txt"))
-        except Exception as error:  # of several libraries; whatever it is, one's own does as well
-            print(f"no vocabulary of {HUB_VOCABULARY} from the hub ({type(error).__name__})")
-    if file is None:
-        return train_vocabulary(titles), "trained on the train split's titles"
     try:
         vocab = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a token may be a rarer line break
     except (OSError, ValueError) as error:
@@ -122,7 +124,7 @@ def choose_vocabulary(file: Path | None, titles: Sequence[str]) -> tuple[list[st
         raise UserError(
             f"--vocab {file} is no WordPiece vocabulary: a token a line, each once, {', '.join(SPECIAL)} too"
         )
-    return vocab, file.name
+    return vocab
 
 
 def train_vocabulary(titles: Sequence[str], size: int = TRAINED) -> list[str]:

@@ -1,10 +1,10 @@
 """Starting from a trained checkpoint: a new model takes over what it shares with it, though its attributes may differ.
 
-Adapters come over whole, and so does the text encoder of the same vocabulary. Of the heads, what an attribute's label
-was computed from comes over: its output rows, the hidden layer of its level, and the columns that read what both
-models know. Columns that read something new start at zero, so that all that is kept answers at first as it did before,
-unless an attribute of a level above it was left out; a number too, though the train rows, by which it is scaled, may be
-others now.
+Adapters come over whole, and so does the text encoder where vocabulary and length of titles are the same. Of the heads,
+what an attribute's label was computed from comes over: its output rows, the hidden layer of its level, and the columns
+that read what both models know. Columns that read something new start at zero, so that all that is kept answers at
+first as it did before, unless an attribute of a level above it, or the text encoder, was left out; a number too, though
+the train rows, by which it is scaled, may be others now.
 """
 
 import json
@@ -51,11 +51,16 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
     """Copy what `model`, described by `config`, shares with a checkpoint, in place; and say what was kept and is new.
 
     Raises:
-        UserError: as `predecessor`, or the checkpoint's tensors do not fit its config.
+        UserError: as `predecessor`; both read nothing alike; the checkpoint's tensors do not fit its config.
     """
     old = predecessor(config, folder)
     seen, state = _both_see(old, config), adapter_tensors(folder, old)
-    read = old["text"] is not None and old["text"] == config["text"]
+    read = bool(old["text"] and _tokens(old) == _tokens(config))
+    if not seen and not read:
+        raise UserError(
+            f"--init-from {folder} has nothing for this run: it reads {old['inputs']}, this run {config['inputs']}"
+            + (", in another vocabulary or length" if old["text"] and config["text"] else "")
+        )
     heads = make_heads(model.backbone.num_features, old)
     mine = {"heads.": dict(heads.named_parameters())}
     mine |= {"backbone.": get_adapter_params(model.backbone)} if seen else {}
@@ -67,13 +72,15 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
         raise UserError(f"{folder} does not fit its config.json: {error}") from None
 
     kept = _inherit_heads(model.heads, config, heads, old)
-    said = [f"kept {' and '.join(['the adapters'] * seen + ['the text encoder'] * read) or 'no adapters'}"]
+    said = [f"kept {' and '.join(['the adapters'] * seen + ['the text encoder'] * read)}"]
     whole = [name for name, (have, of) in kept.items() if have == of]
     said += [f"the heads of {', '.join(whole)}"] if whole else []
     said += [f"{have} of {of} labels of {name}" for name, (have, of) in kept.items() if 0 < have < of]
     before = [a["name"] for a in old["attributes"]]
     lost = [name for name, (have, _) in kept.items() if not have]
-    changes = {
+    begun = "of another vocabulary or length, so begun anew"
+    changes = {begun: ["the text encoder"] if old["text"] and config["text"] and not read else []}
+    changes |= {
         "new": [name for name in lost if name not in before],
         "of another kind of level or other labels, so begun anew": [name for name in lost if name in before],
         "left out": [name for name in before if name not in kept],
@@ -83,8 +90,14 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
 
 
 def _set(lora: dict) -> dict:
-    """The LoRA options that are on, as JSON has them."""
-    return {key: value for key, value in json.loads(json.dumps(lora)).items() if value not in (None, False)}
+    """The LoRA options that are on and shape the layers, as JSON has them: dropout may be another."""
+    options = json.loads(json.dumps(lora)).items()
+    return {key: value for key, value in options if key != "dropout" and value is not None and value is not False}
+
+
+def _tokens(config: dict) -> tuple[int, list[str]] | None:
+    """What a text encoder's numbers mean; nothing where no titles are read."""
+    return config["text"] and (config["text"]["length"], config["text"]["vocab"])
 
 
 class Layer(NamedTuple):
@@ -127,7 +140,7 @@ def _levels(heads: HierarchicalHeads, config: dict) -> Iterator[tuple[list[str],
     first = next(module for module in heads.levels[0].modules() if isinstance(module, nn.Linear))
     text = TEXT_WIDTH if config["text"] else 0
     seen: list[tuple] = [("image", i) for i in range(first.in_features - text)]  # of the embedding
-    seen += [("text", i, json.dumps(config["text"])) for i in range(text)]
+    seen += [("text", i, json.dumps(_tokens(config))) for i in range(text)]
     for names, level in zip(heads.by_level, heads.levels, strict=True):
         outputs = []
         for a in (attributes[name] for name in names):

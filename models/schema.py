@@ -1,13 +1,13 @@
 """What a checkpoint's `config.json` must look like before anything is built from it: a stranger may have written it."""
 
-import math
+import sys
 from collections.abc import Collection
 
 from models.text import SPECIAL
 
 
 def number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # not of NaN, nor of larger whole numbers
 
 
 def positive(value) -> bool:

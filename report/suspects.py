@@ -1,6 +1,5 @@
 """Labels of the catalogue that look wrong: the model all but excludes them, or identical pictures disagree on them."""
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,7 @@ import numpy as np
 
 from data.catalogue import Catalogue
 from data.cells import inert
+from durable import replace_csv
 
 # A given label is suspect where the model, calibrated, gives it less probability than `EXCLUDED` and its answer more
 # than `LIKELY`. How improbable the given label is tells labels flipped on purpose from hard pictures far better than
@@ -93,10 +93,9 @@ def write_csv(
     """A line for each suspect, in order: what the model contradicts, then identical pictures, numbered by group."""
     numbered = [("contradicted", "", s) for s in single]
     numbered += [("identical pictures", number, s) for number, group in enumerate(groups, 1) for s in group]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for why, group, s in numbered:
-            given, said = (inert(classes[s.attribute][c]) for c in (s.given, s.said))
-            cells = (inert(catalogue.ids[s.row]), s.attribute, given, f"{s.given_p:.2e}", said, f"{s.said_p:.4f}")
-            writer.writerow((why, group, *cells, inert(titles[s.row])))
+    lines = [COLUMNS]
+    for why, group, s in numbered:
+        given, said = (inert(classes[s.attribute][c]) for c in (s.given, s.said))
+        cells = (inert(catalogue.ids[s.row]), s.attribute, given, f"{s.given_p:.2e}", said, f"{s.said_p:.4f}")
+        lines.append((why, group, *cells, inert(titles[s.row])))
+    replace_csv(path, lines)

@@ -2,6 +2,9 @@
 
 import errno
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +15,8 @@ from data.schema import FASHION
 from errors import exits_cleanly
 from options import parse_args
 from runs import options_text
+
+ROOT = Path(__file__).parents[1]
 
 
 @exits_cleanly
@@ -60,21 +65,33 @@ def test_a_run_keeps_the_names_of_paths_that_are_no_utf_8():
         ("train.py", ["--data", "demo", "--out", "{here}/caf\udce9"]),
         ("evaluate.py", ["--data", "demo", "--checkpoint", "{long}"]),
         ("infer.py", ["{here}/a.png", "--checkpoint", "{long}"]),
-        ("infer.py", ["{here}/a.png", "--out", "{long}/labels.csv"]),
-        ("export.py", ["--to", "timm", "--out", "{long}/x.safetensors"]),
+        ("infer.py", ["{here}/a.png", "--checkpoint", "{run}/best", "--out", "{long}/labels.csv"]),
+        ("export.py", ["--checkpoint", "{run}/best", "--to", "timm", "--out", "{long}/x.safetensors"]),
         ("train.py", ["--data", "{here}/caf\udce9.parquet", "--out", "{here}/run"]),
         ("train.py", ["--data", "{here}/a.parquet", "--cache-dir", "{here}/caf\udce9", "--out", "{here}/run"]),
         ("pretrain_demo.py", ["--out", "{here}/gone/x.safetensors"]),
         ("pretrain_demo.py", ["--epochs", "0"]),
     ],
 )
-def test_a_path_that_cannot_even_be_asked_about(command, tmp_path, script, words):
+def test_a_path_that_cannot_even_be_asked_about(command, demo_run, tmp_path, script, words):
     (tmp_path / "a.png").touch()
     (tmp_path / "caf\udce9.parquet").touch()
     image = pa.array([{"bytes": b"no picture", "path": None}])
     columns = {name: ["1"] for name in ("id", "productDisplayName", *(a.column for a in FASHION))}
     pq.write_table(pa.table(columns | {"image": image}), tmp_path / "a.parquet")
-    done = command(script, *(word.format(long=tmp_path / ("x" * 300), here=tmp_path) for word in words), cwd=tmp_path)
+    places = {"long": tmp_path / ("x" * 300), "here": tmp_path, "run": demo_run}
+    done = command(script, *(word.format(**places) for word in words), cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+    assert "no run under" not in done.stderr, "it was about the path"
     assert not (tmp_path / "run").exists(), "no run is left of what never began"
+
+
+def test_a_stream_that_the_shell_closed_is_no_error(command, demo_run, tmp_path):
+    """`>&-` and `2>&-`: the answers are in the file, and nobody reads what is printed."""
+    subprocess.run([sys.executable, "-m", "data.demo", "--out", tmp_path / "shop", "--rows", "2"], cwd=ROOT, check=True)
+    words = f"{sys.executable} infer.py {tmp_path}/shop/images --checkpoint {demo_run}/best --out {tmp_path}/"
+    for name, closed in (("a.csv", ">&-"), ("b.csv", "2>&-"), ("c.csv", ">&- 2>&-")):
+        done = subprocess.run(f"{words}{name} {closed}", shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        assert len((tmp_path / name).read_text().splitlines()) == 3

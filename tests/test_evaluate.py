@@ -2,6 +2,7 @@
 
 import csv
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,20 @@ def test_a_full_disk_is_one_line(command, demo_run, cache_dir):
     done = command("evaluate.py", *words, "--json", "/dev/full")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "error: cannot write the results: No space left on device; make room"
+
+
+def test_a_full_disk_leaves_the_scores_of_before(command, demo_run, cache_dir, tmp_path):
+    (tmp_path / "scores.json").write_text("of before")
+    words = ("--checkpoint", demo_run / "best", "--data", "demo", "--limit", 200, "--cache-dir", cache_dir)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        done = command("evaluate.py", *words, "--json", tmp_path / "scores.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.returncode == 2, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+    assert (tmp_path / "scores.json").read_text() == "of before"
 
 
 def test_of_many_rows_those_with_labels_are_chosen_unseen_ones_too():

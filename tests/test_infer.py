@@ -6,8 +6,10 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -259,6 +261,31 @@ def test_ctrl_c_says_what_becomes_of_the_answers(command, demo_run, photos, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_a_terminated_one_leaves_no_part_of_a_file(demo_run, photos, tmp_path):
+    os.mkfifo(tmp_path / "waits.png")  # whoever reads it waits
+    words = [sys.executable, ROOT / "infer.py", tmp_path / "waits.png", "--checkpoint", demo_run / "best"]
+    run = subprocess.Popen([*words, "--out", tmp_path / "labels.csv"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob(".labels.csv.*.part")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(tmp_path.glob(".labels.csv.*.part"))
+    run.terminate()
+    with open(tmp_path / "waits.png", "wb"):  # the signal is seen to when the read is over
+        pass
+    assert run.wait() == 128 + signal.SIGTERM, run.stderr.read()
+    assert [path.name for path in tmp_path.iterdir()] == ["waits.png"]
+
+
+def test_a_sheet_that_cannot_be_written_does_not_deny_the_answers(command, demo_run, photos, tmp_path):
+    (tmp_path / "sheet.png").symlink_to("/dev/full")
+    words = ("--out", tmp_path / "labels.csv", "--plot", tmp_path / "sheet.png")
+    done = command("infer.py", photos / "0.png", "--checkpoint", demo_run / "best", *words)
+    assert (done.returncode, len((tmp_path / "labels.csv").read_text().splitlines())) == (2, 2)
+    assert (
+        done.stderr.splitlines()[-1] == f"error: cannot write --plot {tmp_path / 'sheet.png'}: No space left on device"
+    )
+
+
 def test_two_that_write_to_one_name_mix_no_rows(tmp_path):
     with Output(tmp_path / "labels.csv", [], ".1") as one, Output(tmp_path / "labels.csv", [], ".2") as other:
         for _ in range(3):
@@ -293,6 +320,11 @@ def test_whoever_stops_reading_ends_it_quietly(demo_run, photos):
         (["{photos}", "--plot", "{photos}/0.png"], "--plot {photos}/0.png would replace what is read"),
         (["{parquet}", "--out", "{parquet}"], "--out {parquet} would replace what is read"),
         (["{photos}/0.png", "--checkpoint", "."], "no checkpoint at . (no config.json there)"),
+        (
+            ["--amp", "{photos}/0.png"],
+            "argument --amp: {photos}/0.png is none of bf16, fp16, auto; it may stand before",
+        ),
+        (["{photos}/0.png", "--shard-rows", "9", "--out", "a.csv"], "--shard-rows 9 is of a folder's files: name a"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(command, demo_run, photos, tmp_path, words, message):

@@ -20,6 +20,7 @@ from data.shards import Row, open_source
 from data.title_table import TitleTable
 from data.titles import SPECIAL
 from infer import find_titles
+from models.checkpoint import read_config
 
 ROOT = Path(__file__).parents[1]
 WORDS = ("train.py", "--data", "demo", "--limit", 600, "--amp", "--epochs")
@@ -199,11 +200,24 @@ def test_titles_added_to_a_run_of_pictures_change_no_answer_at_first(command, de
 
 
 def test_a_run_that_starts_from_one_with_titles_has_its_text_encoder(command, both, cache_dir, tmp_path):
-    words = ("--init-from", both[0] / "best", "--inputs", "image+title", "--no-mask-title-leaks", "--lr", 1e-12)
+    """In its vocabulary, though titles are read with other words masked for an attribute more."""
+    words = ("--init-from", both[0] / "best", "--with-season-year", "--lr", 1e-12)
     said, scores = run(command, cache_dir, tmp_path / "run", *words, epochs=1)
     assert "kept the adapters and the text encoder" in said
+    assert read_config(tmp_path / "run" / "best")["text"] == read_config(both[0] / "best")["text"]
     for name, a in both[2]["attributes"].items():
         assert scores["attributes"][name]["accuracy"] == pytest.approx(a["accuracy"], abs=0.02), name
+
+
+def test_a_text_encoder_of_another_vocabulary_is_begun_anew_and_that_is_said(command, both, cache_dir, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "shoe", "red"]))
+    words = ("--init-from", both[0] / "best", "--vocab", tmp_path / "vocab.txt")
+    said, _ = run(command, cache_dir, tmp_path / "run", *words, epochs=1)
+    assert "of another vocabulary or length, so begun anew: the text encoder" in said
+    words = ("train.py", "--data", "demo", "--limit", 300, "--cache-dir", cache_dir, *words, "--inputs", "title")
+    done = command(*words, "--out", tmp_path / "titles")
+    assert done.returncode == 2
+    assert "has nothing for this run: it reads image+title, this run title, in another" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,7 @@ def test_a_run_whose_files_have_moved_goes_on_where_they_are_named_anew(command,
         (("--init-from", "gone"), "no checkpoint at"),
         (("--teacher", "gone"), "no checkpoint at"),
         (("--attributes", "own.toml"), "cells that are no numbers: "),
+        (("--inputs", "title", "--vocab", "gone"), "cannot read --vocab "),
     ],
 )
 def test_a_mistake_is_told_before_pictures_are_decoded(command, kaggle_folder, tmp_path, words, message):
@@ -309,6 +310,17 @@ def test_a_mistake_is_told_before_pictures_are_decoded(command, kaggle_folder, t
     done = command("train.py", *where, *words, "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_what_ends_a_run_before_it_began_leaves_none(command, cache_dir, tmp_path, monkeypatch, error):
+    def ended(*_):
+        raise error
+
+    monkeypatch.setattr("task.open_store", ended)
+    words = ("--data", "demo", "--limit", 100, "--cache-dir", cache_dir, "--out", tmp_path / "run")
+    assert command("train.py", *words).returncode == (130 if error is KeyboardInterrupt else 2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
@@ -334,7 +346,8 @@ def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
         (["--seed", "-1"], "--seed -1 is not between 0 and 4294967295"),
         (["--seed", "1790000000000000"], "--seed 1790000000000000 is not between 0 and 4294967295"),
         (["--title-length", "13"], "--title-length is of titles, which --inputs image does not read"),
-        (["--inputs", "title", "--compile"], "--compile is of the backbone, which --inputs title does not use"),
+        (["--inputs", "title", "--compile"], "--compile is of images, which --inputs title does not read"),
+        (["--inputs", "title", "--targets", "gate"], "--targets is of images, which --inputs title does not read"),
         (["--lr", "nan"], "--lr nan is not a positive number"),
         (["--rank", "query=0"], "--rank: 0 is not a whole number above 0"),
         (["--rank", "query=4"], "no rank for target 'key'"),
@@ -345,13 +358,18 @@ def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
         (["--drop-patches", "1"], "--drop-patches 1.0 is not a number from 0 to below 1"),
         (["--warp", "1"], "--warp 1.0 is not a number from 0 to below 1"),
         (["--label-smoothing", "-0.1"], "--label-smoothing -0.1 is not a number from 0 to below 1"),
-        (["--amp", "fp8"], "argument --amp: invalid choice: 'fp8'"),
+        (["--amp", "fp8"], "argument --amp: fp8 is none of bf16, fp16, auto; it may stand before --amp"),
+        (["--accum", str(10**20)], f"argument --accum: {10**20} is more than 2,147,483,647"),
+        (["--dropout", "nan"], "--dropout nan is out of its range"),
+        (["--patch-size", "300", "--img-size", "600"], "--patch-size 300 is out of its range"),
+        (["--backbone", "timm/vit_tiny"], "unknown backbone 'timm/vit_tiny'"),
         (["--limit", "3"], "is too small"),
         (["--data", ""], "argument --data: it is empty"),
         (["--backbone", ""], "argument --backbone: it is empty"),
         (["--rank", "query=5000"], "argument --rank: 5000 is more than 4096"),
         (["--img-size", "257", "--patch-size", "1"], "an image of 257 pixels a side has more than 256 patches of 1;"),
-        (["--img-size", "1000000"], "an image of 1000000 pixels a side has more than 256 patches of 8;"),
+        (["--img-size", "4096"], "an image of 4096 pixels a side has more than 256 patches of 8;"),
+        (["--img-size", "1000000"], "--img-size 1000000 is out of its range"),
         (["--rank", "query=8,key=4,value=4,dense=4,dens=2"], "rank of 'dens', which is no target"),
     ],
 )

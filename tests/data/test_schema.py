@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from data.attributes import Scale, encode_numbers, fit_scales, read_numbers
+from data.attributes import Scale, encode_numbers, far_off, fit_scales, read_numbers
 from data.schema import FASHION, FASHION_FILE, Attribute, read_schema
 from errors import UserError
 
@@ -65,6 +65,8 @@ def test_the_built_in_schema_has_optional_attributes():
         ("[attributes.a]\nlevel = true", "a: level = True is not a whole number from 1 to 99"),
         ("[attributes.a]\nweight = -1.0", r"a: weight = -1.0 is not a number above 0"),
         ("[attributes.a]\nweight = nan", r"a: weight = nan is not a number above 0"),
+        (f"[attributes.a]\nweight = {10**400}", r"a: weight = 10+ is not a number above 0"),
+        (f"x = {'[' * 3000}", "cannot read .* as TOML"),
         ("[attributes.a]\ncolumn = ''", "a: column = '' is not a text"),
         ("[attributes.a]\nkind = 'colour'", "a: kind = 'colour' is neither class nor number"),
         ("[attributes.a]\nderive = 'price'", r"derive = 'price' does not give a class; there are brand \(a class\), "),
@@ -118,7 +120,29 @@ def test_numbers_are_scaled_by_train_rows_alone():
     assert scaled[[0, 1, 3, 4], 0] == pytest.approx((np.array([1, 3, 8, 1000]) - 4) / np.std([1, 3, 8]))
 
 
-@pytest.mark.parametrize("text", ["wide", "1,200", "nan cm", "inf", "-inf", "NaN"])
+def test_a_barcode_among_widths_spoils_no_width():
+    widths = [str(40 + i % 160) for i in range(500)]
+    columns = {"id": list(map(str, range(500))), "cm": [*widths[:499], "4006381333931"]}
+    rows = range(500)
+    (usual,), (scale,) = (
+        fit_scales(read_numbers(given, WIDTH), rows, WIDTH).values() for given in (columns | {"cm": widths}, columns)
+    )
+    assert (scale.mean, scale.std) == (pytest.approx(usual.mean, rel=0.01), pytest.approx(usual.std, rel=0.01))
+    assert usual.std == pytest.approx(np.std(np.array(widths, float)), rel=0.02)
+    numbers = read_numbers(columns, WIDTH)
+    assert far_off(numbers["width"], scale).tolist() == [4006381333931]
+    assert far_off(numbers["width"][:499], scale).size == 0
+    scaled = encode_numbers(numbers, {"width": scale}, 500)[:, 0]
+    assert np.isfinite(scaled).all() and scaled[:499].max() < 3
+    assert scale.mean + scale.std * scaled[:499].astype(float) == pytest.approx(np.array(widths[:499], float))
+
+
+def test_an_attribute_that_is_nearly_always_the_same_keeps_its_variety():
+    columns = {"id": list(map(str, range(500))), "cm": ["5"] * 499 + ["6"]}
+    assert fit_scales(read_numbers(columns, WIDTH), range(500), WIDTH)["width"].std > 0
+
+
+@pytest.mark.parametrize("text", ["wide", "1,200", "nan cm", "inf", "-inf", "NaN", "12_5"])
 def test_a_number_that_is_none_is_named(text):
     columns = {"id": ["a", "b", "c"], "cm": ["1", "2", text]}
     with pytest.raises(UserError, match=rf"column cm has a cell that is no number: '{text}' \(id c\); mend"):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ from data.images import ImageError, decode
 from data.sources import _from_table, load_source
 from data.store import open_store
 from errors import UserError
+from report import suspects
 from tests.data.conftest import HEADER, picture, write_kaggle
 
 ROW = ["Men", "Apparel", "Topwear", "Shirts", "Blue", "Summer", 2012.0, "Casual", "Nike Men Blue Shirt"]
@@ -219,6 +221,7 @@ import hub
 hub.TIMEOUT = 1
 from data.sources import load_source
 from errors import UserError
+from report import suspects
 try:
     catalogue = load_source("owner/name", Path(sys.argv[1]))
     print(catalogue.name, list(catalogue.ids), len(catalogue.read(0)))
@@ -290,6 +293,37 @@ def test_demo_is_drawn_once(tmp_path, monkeypatch, capfd):
     again = load_source("demo", tmp_path)
     assert (again.fingerprint, again.read(3)) == (first.fingerprint, first.read(3))
     assert "drawing" not in capfd.readouterr().err
+
+
+def test_a_disk_too_full_for_the_demo_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fashion, "draw", full)
+    with pytest.raises(UserError, match=r"cannot draw the demo into .*demo: .*No space left on device; make room, or"):
+        load_source("demo", tmp_path)
+
+
+def test_answers_beside_a_catalogue_are_no_part_of_it(tmp_path):
+    shop = tmp_path / "shop"
+    (shop / "images").mkdir(parents=True)
+    (shop / "images" / "1.png").write_bytes(picture(1))
+    (shop / "items.csv").write_text("id,colour\n1,red\n")
+    (shop / "labels.csv").write_text("image,gender,gender_confidence,gender_decision,error\n1,Men,0.9,accept,\n")
+    (shop / "suspects.csv").write_text(",".join(suspects.COLUMNS) + "\n")
+    assert list(load_source(str(shop), tmp_path / "cache").columns) == ["id", "colour"]
+    (shop / "more.csv").write_text("id,colour\n2,red\n")
+    with pytest.raises(UserError, match=r"holds several CSV files; name one: --data .*items.csv"):
+        load_source(str(shop), tmp_path / "cache")
+
+    rows = tmp_path / "rows"
+    write_parquet(rows / "a.parquet", [1, 2])
+    first = load_source(str(rows), tmp_path / "cache")
+    (rows / "done" / "labels").mkdir(parents=True)
+    (rows / "done" / "job.json").write_text("{}")
+    pq.write_table(pa.table({"image": ["1", "2"], "error": [None, "x"]}), rows / "done" / "labels" / "00000.parquet")
+    again = load_source(str(rows), tmp_path / "cache")
+    assert (again.fingerprint, list(again.ids)) == (first.fingerprint, ["1", "2"])
 
 
 def test_the_real_catalogue(real):

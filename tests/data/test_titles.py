@@ -14,7 +14,7 @@ import pytest
 from data import fashion
 from data.attributes import fit_label_maps
 from data.schema import FASHION
-from data.titles import LeakMask, TitleReader, choose_vocabulary, stem, train_vocabulary
+from data.titles import HUB_VOCABULARY, LeakMask, TitleReader, read_vocabulary, stem, train_vocabulary
 from errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -130,15 +130,15 @@ def test_a_fitted_vocabulary_is_the_same_in_every_process():
 
 def test_vocabulary_of_a_file(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
-    assert choose_vocabulary(tmp_path / "vocab.txt", []) == (VOCAB, "vocab.txt")
+    assert read_vocabulary(tmp_path / "vocab.txt") == VOCAB
     (tmp_path / "vocab.txt").write_text("\r\n".join([*VOCAB, "\u2028", "\x85"]), encoding="utf-8")
-    assert choose_vocabulary(tmp_path / "vocab.txt", [])[0] == [*VOCAB, "\u2028", "\x85"]
+    assert read_vocabulary(tmp_path / "vocab.txt") == [*VOCAB, "\u2028", "\x85"]
     for text in ("[PAD]\n[UNK]\nshoe\n", "\n".join([*VOCAB, "shoe"])):
         (tmp_path / "vocab.txt").write_text(text)
         with pytest.raises(UserError, match="is no WordPiece vocabulary"):
-            choose_vocabulary(tmp_path / "vocab.txt", [])
+            read_vocabulary(tmp_path / "vocab.txt")
     with pytest.raises(UserError, match=r"cannot read --vocab .*gone.txt"):
-        choose_vocabulary(tmp_path / "gone.txt", [])
+        read_vocabulary(tmp_path / "gone.txt")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -162,7 +162,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 def test_berts_own_vocabulary_where_the_hub_is_reachable(tmp_path):
     """In a process of its own, as the libraries read their environment when imported."""
-    script = "from data.titles import choose_vocabulary; print(choose_vocabulary(None, ['red shoe']))"
+    script = "from data.titles import choose_vocabulary; print(choose_vocabulary(['red shoe']))"
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "no_proxy": "*"}
@@ -170,10 +170,10 @@ def test_berts_own_vocabulary_where_the_hub_is_reachable(tmp_path):
         words = [sys.executable, "-c", script]
         done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
         server.shutdown()
-    assert done.stdout == f"{(VOCAB, 'vocab.txt')}\n", done.stderr
+    assert done.stdout == f"{(VOCAB, HUB_VOCABULARY)}\n", done.stderr
     env["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
-    assert done.stdout == f"{(VOCAB, 'vocab.txt')}\n", "from the local cache"
+    assert done.stdout == f"{(VOCAB, HUB_VOCABULARY)}\n", "from the local cache"
     env["HF_HOME"] = str(tmp_path / "empty")
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert "trained on the train split's titles" in done.stdout

@@ -141,6 +141,7 @@ def test_crafted_configs_with_a_right_checksum_never_crash(checkpoint, tmp_path)
         0,
         10**9,
         10**30,
+        10**400,
         1e308,
         float("nan"),
         "",

@@ -140,6 +140,12 @@ def test_another_backbone_or_other_adapters_are_refused(folder):
         inherit(fresh(described(OLD), 1), config, folder)
 
 
+def test_dropout_may_be_another(folder):
+    config = described(OLD)
+    config["lora"]["dropout"] = 0.5
+    inherit(fresh(config, 1), config, folder)
+
+
 def test_what_makes_the_model_is_taken_over_unless_it_is_given(tmp_path):
     config = described(OLD)
     config["backbone"] |= {"img_size": 64, "patch_size": 8, "keep_patches": 0.5}
