@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import distributed
 from data.attributes import (
+    MISSING,
     LabelMap,
     Scale,
     class_counts,
@@ -188,6 +189,9 @@ def fit_targets(
     scales = fit_scales(numbers, train_rows, attributes)
     known = encode(catalogue, numbers, attributes, maps, scales)
     print("classes:", ", ".join(f"{name} {len(m.labels)}" for name, m in maps.items()))
+    lacking = dict(zip(maps, (known.labels[train_rows] == MISSING).sum(0).tolist(), strict=True))
+    if any(lacking.values()):
+        print("train rows without a label:", ", ".join(f"{name} {rows:,}" for name, rows in lacking.items() if rows))
     for name, m in maps.items():
         for alike in nearly_alike(m.labels):
             print(f"hint: {name} has {' and '.join(map(repr, alike))}, as classes of their own; are they one?")

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from PIL import Image
 
 import infer
 from data import fashion
+from data.images import decode
 from figures import QUIET, contact_sheet
 from models.checkpoint import amend_config, newest_checkpoint
 from output import Output, number_text
@@ -261,19 +261,18 @@ def test_ctrl_c_says_what_becomes_of_the_answers(command, demo_run, photos, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_a_terminated_one_leaves_no_part_of_a_file(demo_run, photos, tmp_path):
-    os.mkfifo(tmp_path / "waits.png")  # whoever reads it waits
-    words = [sys.executable, ROOT / "infer.py", tmp_path / "waits.png", "--checkpoint", demo_run / "best"]
-    run = subprocess.Popen([*words, "--out", tmp_path / "labels.csv"], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 100
-    while not list(tmp_path.glob(".labels.csv.*.part")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert list(tmp_path.glob(".labels.csv.*.part"))
-    run.terminate()
-    with open(tmp_path / "waits.png", "wb"):  # the signal is seen to when the read is over
-        pass
-    assert run.wait() == 128 + signal.SIGTERM, run.stderr.read()
-    assert [path.name for path in tmp_path.iterdir()] == ["waits.png"]
+def test_a_terminated_one_leaves_no_part_of_a_file(command, demo_run, photos, tmp_path, monkeypatch):
+    def terminated(source):
+        assert list(tmp_path.iterdir()), "a part is there"
+        signal.raise_signal(signal.SIGTERM)
+        return decode(source)
+
+    monkeypatch.setattr("labeller.decode", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    done = command("infer.py", photos, "--checkpoint", demo_run / "best", "--out", tmp_path / "labels.csv")
+    signal.signal(signal.SIGTERM, before)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_sheet_that_cannot_be_written_does_not_deny_the_answers(command, demo_run, photos, tmp_path):

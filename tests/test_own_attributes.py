@@ -135,11 +135,12 @@ def test_a_split_without_any_label(command, cache_dir, tmp_path, lacking):
     schema.write_text("[attributes.masterCategory]\n")
     catalogue = load_source(str(folder), cache_dir)
     store = open_store(catalogue, (64, 64), cache_dir)
-    unlabelled = {catalogue.ids[row] for row in store.rows(lacking)}
+    unlabelled = {catalogue.ids[row]: "" for row in store.rows(lacking)}
+    unlabelled |= {catalogue.ids[row]: "NA" for row in store.rows("train")[:3]}
     with open(folder / "styles.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        row["masterCategory"] = "" if row["id"] in unlabelled else row["masterCategory"]
+        row["masterCategory"] = unlabelled.get(row["id"], row["masterCategory"])
     with open(folder / "styles.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -150,6 +151,7 @@ def test_a_split_without_any_label(command, cache_dir, tmp_path, lacking):
     )
     if lacking == "test":
         assert done.returncode == 0, done.stderr
+        assert "\ntrain rows without a label: masterCategory 3\n" in done.stdout
         assert json.loads((tmp_path / "run" / "metrics.json").read_text())["mean_accuracy"] is None
     else:
         assert done.returncode == 2
