@@ -127,6 +127,20 @@ def test_a_catalogue_that_does_not_fit_is_one_line(command, shop, cache_dir, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_number_is_said_as_exactly_as_its_spread_asks_for(command, furniture_run, shop, with_config):
+    """Such as a date, of eight digits that differ in the last ones."""
+
+    def dated(config):
+        width = next(a for a in config["attributes"] if a["name"] == "width")
+        width |= {"mean": 20240115.0, "std": 0.5}
+
+    checkpoint = with_config(furniture_run / "best", dated)
+    done = command("infer.py", shop / "images", "--checkpoint", checkpoint, "--json")
+    values = [json.loads(line)["attributes"]["width"]["value"] for line in done.stdout.splitlines()]
+    assert len(set(values)) > 100
+    assert all(abs(value - 20240115) < 5 and round(value, 5) == value for value in values)
+
+
 @pytest.mark.parametrize("lacking", ["val", "test"])
 def test_a_split_without_any_label(command, cache_dir, tmp_path, lacking):
     folder, schema = tmp_path / "shop", tmp_path / "kind.toml"
