@@ -32,8 +32,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Give a file new content: whoever looks sees the old or the new, whole. A device or a pipe is written to."""
-    if path.exists() and not path.is_file():
+    """Give a file new content: whoever looks sees the old or the new, whole. A link or a device is written through."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
         path.write_bytes(data)
         return
     part = path.with_name(path.name + ".part")

@@ -10,13 +10,14 @@ import startup  # noqa: F401
 # isort: split
 import importlib.util
 import json
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save as tensor_bytes
 from torch import nn
 
-from durable import replace_file
+from durable import give_name, replace_file
 from errors import Parser, UserError, check_writable, exits_cleanly
 from lora import merge_lora, to_peft
 from models.backbone import DEMO, DEMO_ARCHITECTURE, DEMO_BACKBONE, DEMO_WEIGHTS, hf_name
@@ -75,21 +76,25 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
         return opset18.TopK(x, length, axis=dim, largest=int(descending))  # of equals, the first come first
 
     images = torch.zeros(2, 3, *config["preprocess"]["size"])
-    program = torch.onnx.export(
-        Logits(merge_lora(model)).eval(),
-        (images,),
-        dynamo=True,
-        verbose=False,
-        input_names=["images"],
-        output_names=[attribute["name"] for attribute in config["attributes"]],
-        custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-    )
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        torch.onnx.export(
+            Logits(merge_lora(model)).eval(),
+            (images,),
+            Path(folder, out.name),
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+            input_names=["images"],
+            output_names=[attribute["name"] for attribute in config["attributes"]],
+            custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        )
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # above 2 GB the numbers are in a file of their own
+            give_name(file, out.with_name(file.name))
     labels = {a["name"]: a["labels"] for a in config["attributes"] if a["kind"] == "class"}
     numbers = {a["name"]: {"mean": a["mean"], "std": a["std"]} for a in config["attributes"] if a["kind"] == "number"}
     about = {"preprocess": config["preprocess"], "labels": labels} | ({"numbers": numbers} if numbers else {})
     about |= {"paths": config["paths"], "calibration": config.get("calibration")}
-    replace_file(out, program.model_proto.SerializeToString())
     beside = out.with_suffix(".json")
     replace_file(beside, (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
     print(f"what its inputs and outputs mean: {beside}")

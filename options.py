@@ -19,8 +19,11 @@ PATHS = ("weights", "cache_dir", "attributes", "init_from", "teacher", "teacher_
 EXTRA = {"with_price": ("price_in_vnd",), "with_season_year": ("season", "year")}  # switches and what they add
 PRECISIONS = ("bf16", "fp16", "auto")
 OF_TITLES = ("vocab", "title_length", "mask_title_leaks")
-OF_PICTURES = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa", "lora_plus", "base")
-OF_PICTURES += ("img_size", "patch_size", "keep_patches", "drop_patches", "warp", "compile")
+SIZES = ("img_size", "patch_size", "keep_patches")
+LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
+OF_PICTURES = (*LORA_OPTIONS, "lora_plus", "base", "patch_size", "keep_patches", "drop_patches", "warp", "compile")
+# What `--init-from` settles where it is not given.
+INHERITED = ("backbone", "weights", *SIZES, *LORA_OPTIONS, "inputs", "title_length", "mask_title_leaks")
 
 
 def precision(text: str) -> str:
@@ -226,8 +229,8 @@ def add_training_options(p: Parser) -> None:
         "--init-from",
         type=Path,
         metavar="CHECKPOINT",
-        help="start with the adapters and heads of an earlier run's best; backbone, weights, sizes and LoRA layers are "
-        "that run's where not given",
+        help="start with the adapters and heads of an earlier run's best; backbone, weights, sizes, LoRA layers, "
+        "inputs and how titles are read are as there where not given",
     )
     group.add_argument(
         "--teacher",
@@ -280,8 +283,11 @@ def check_ranges(args: argparse.Namespace) -> None:
         raise UserError(f"--seed {args.seed} is not between 0 and {2**32 - 1}")
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None, restarted: bool = False) -> argparse.Namespace:
     """The options of `train.py`, fit together; with `--resume` those that may be otherwise are None where not given.
+
+    Args:
+        restarted: they were read before, when a run began that goes on; what it inherited from may be gone by now.
 
     Raises:
         UserError: an option is out of its range, or contradicts another.
@@ -306,9 +312,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--resume goes on with the run's own options; leave out --{others[0].replace('_', '-')}")
     if args.resume:
         vars(args).update({name: None for name in MOVABLE if name not in given})  # the run knows
-    if args.init_from:
+    if args.init_from and not restarted:
         take_over(args, given)
-    for what, names in (("title", OF_TITLES), ("image", OF_PICTURES)):
+    for what, names in () if restarted else (("title", OF_TITLES), ("image", OF_PICTURES)):
         if what not in args.inputs and (idle := [name for name in given if name in names]):
             raise UserError(f"--{idle[0].replace('_', '-')} is of {what}s, which --inputs {args.inputs} does not read")
     if args.teacher_weights and not args.teacher and not args.resume:
@@ -325,7 +331,7 @@ def take_over(args: argparse.Namespace, given: Collection[str]) -> None:
     """What makes the model is as in the checkpoint of `--init-from` where it is not among the options `given`."""
     config = read_config(args.init_from)
     backbone = config["backbone"]
-    made = config["lora"] | {name: backbone[name] for name in ("img_size", "patch_size", "keep_patches")}
+    made = config["lora"] | {name: backbone[name] for name in SIZES}
     made["inputs"] = config["inputs"]
     if text := config["text"]:
         made |= {"title_length": text["length"], "mask_title_leaks": text["mask"]}

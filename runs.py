@@ -19,7 +19,7 @@ from defaults import choose_amp, choose_source
 from durable import alone_in, replace_file
 from errors import UserError
 from models.checkpoint import newest_checkpoint, previous_of
-from options import MOVABLE, PATHS, parse_args
+from options import INHERITED, MOVABLE, PATHS, parse_args
 
 SET_UP = ("options.json", "skipped.csv", "vocab.txt")  # what a run has written before its first checkpoint
 
@@ -28,13 +28,15 @@ def choose(
     argv: list[str] | None, device: torch.device, held: contextlib.ExitStack, restarted: bool
 ) -> argparse.Namespace:
     """All that is chosen before there is data; the run's folder is held from here on."""
-    args = parse_args(argv)
+    args = parse_args(argv, restarted)
     if distributed.may_restart() and not args.out:
         raise UserError("torchrun --max-restarts: name the run's folder with --out, or a restart could not find it")
     if not args.resume:
         args.resume = restarted and holds_run(args.out) and started_with(args)
         if args.resume:
             vars(args).update(dict.fromkeys(MOVABLE))  # where the run has them; the hub may have moved on
+        elif restarted:  # before the run had begun
+            args = parse_args(argv)
     if args.resume:
         args.data = args.data and hub.pinned(args.data)
     else:
@@ -79,6 +81,7 @@ def started_with(args: argparse.Namespace) -> bool:
         given = json.loads(options_text(args))
         left_open = [name for name in ("data", "backbone") if given[name] is None]
         left_open += ["amp"] if given["amp"] == "auto" else []
+        left_open += INHERITED if args.init_from else []
         left_open += ["data"] if str(written["data"]).startswith(f"{given['data']}@") else []  # of whichever commit
         return given | {name: written[name] for name in (*left_open, "processes")} == written
     except (OSError, ValueError, TypeError, KeyError):

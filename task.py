@@ -47,11 +47,9 @@ from models.checkpoint import adapt, attach, load_checkpoint, read_config
 from models.classifier import AttributeClassifier
 from models.inherit import inherit, predecessor
 from models.schema import CONFIG, contradiction, misfit
-from options import EXTRA
+from options import EXTRA, LORA_OPTIONS, SIZES
 from teacher import Teacher, load_teacher
 
-SIZES = ("img_size", "patch_size", "keep_patches")
-LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
 VOCAB = "vocab.txt"  # in a run's folder, where titles are read
 ROUNDED_FOR = 64  # train pictures: twice as many take twice as long, for a twentieth less error
 
@@ -199,7 +197,8 @@ def fit_targets(
         simulated = " (simulated)" if a.derive == "price" else ""
         print(f"number: {a.name}{simulated}, mean {scales[a.name].mean:,.6g}, std {scales[a.name].std:,.4g}")
         if len(far := far_off(numbers[a.name], scales[a.name])):
-            print(f"hint: {len(far):,} of {a.name} are far from all others, such as {far[0]:g}; are they meant so?")
+            first = f"{float(numbers[a.name][far[0]])!r} (id {catalogue.ids[far[0]]})"
+            print(f"hint: {a.name} is far from all others in {len(far):,} rows, such as {first}; is it meant so?")
     counts = class_counts(known.labels[train_rows], maps)
     fitted = {name: asdict(m) | {"counts": counts[name]} for name, m in maps.items()}
     fitted |= {name: asdict(scale) for name, scale in scales.items()}

@@ -56,8 +56,9 @@ class LabelMap:
 class Scale:
     """Of a number, over train rows: `mean` and `std`, by which it is scaled, and `median`, the best constant guess.
 
-    Mean and deviation are of values brought within the 1st and the 99th percentile: where a barcode stands among widths
-    all widths would else be one.
+    Where a value is a hundred deviations off and more, as a barcode among widths, mean and deviation are of values
+    brought within the 1st and the 99th percentile: for all widths would else be one. Not so of a number that is mostly
+    the same, such as a discount, of which the rare values are the rule.
     """
 
     mean: float
@@ -95,10 +96,15 @@ def fit_scales(
         values = numbers[a.name][train_rows]
         values = values[~np.isnan(values)]
         _check_varied(a, np.unique(values).tolist(), "leave it out")
-        ends = [np.quantile(values, q, method=side) for q, side in ((0.01, "higher"), (0.99, "lower"))]
-        usual = values.clip(*ends) if ends[0] < ends[1] else values
+        low, high = np.quantile(values, 0.01, method="higher"), np.quantile(values, 0.99, method="lower")
+        varied = np.ptp(np.quantile(values, (0.25, 0.75), method="nearest")) > 0
         with np.errstate(over="ignore", invalid="ignore"):
-            scales[a.name] = Scale(float(usual.mean()), float(usual.std()), float(np.median(values)))
+            of_all, of_most = (
+                Scale(float(some.mean()), float(some.std()), float(np.median(values)))
+                for some in (values, values.clip(low, high))
+            )
+            spoilt = varied and of_most.std > 0 and len(far_off(values, of_most))
+        scales[a.name] = of_most if spoilt else of_all
         if not all(map(math.isfinite, astuple(scales[a.name]))):
             raise UserError(f"{a.name} is up to {abs(values).max():g} (column {a.column}), too large for a mean")
     return scales
@@ -139,14 +145,16 @@ def encode_numbers(numbers: dict[str, np.ndarray], scales: dict[str, Scale], row
     """float32 (rows, M), one column a number, in standard deviations from the mean of train rows, at most `FARTHEST`;
     NaN where there is none."""
     scaled = np.empty((rows, len(scales)), dtype=np.float32)
-    for column, (name, scale) in enumerate(scales.items()):
-        scaled[:, column] = ((numbers[name] - scale.mean) / scale.std).clip(-FARTHEST, FARTHEST)
+    with np.errstate(over="ignore"):
+        for column, (name, scale) in enumerate(scales.items()):
+            scaled[:, column] = ((numbers[name] - scale.mean) / scale.std).clip(-FARTHEST, FARTHEST)
     return scaled
 
 
 def far_off(values: np.ndarray, scale: Scale) -> np.ndarray:
-    """Of a number's values those that are hardly meant so: a hundred deviations from the mean and more."""
-    return values[abs(values - scale.mean) >= 100 * scale.std]
+    """Where a number's values (N,) are hardly meant so: a hundred deviations from the mean and more."""
+    with np.errstate(over="ignore"):
+        return np.flatnonzero(abs(values - scale.mean) >= 100 * scale.std)
 
 
 def families(attributes: Sequence[Attribute]) -> list[list[str]]:

@@ -58,9 +58,14 @@ def _one_slip(a: str, b: str) -> bool:
     return a[1:] == b[1:] or a[1:] == b or a == b[1:] or (a[1::-1] == b[:2] and a[2:] == b[2:])
 
 
-def _shortened(name: str) -> set[str]:
-    """The name, and it without one letter: names that one slip turns into each other have one of these in common."""
-    return {name, *(name[:i] + name[i + 1 :] for i in range(1, len(name)))}
+def _shortened(name: str) -> Iterator[str]:
+    """The name, and it without one letter: names that one slip turns into each other have one of these in common.
+
+    Of names that are too short for a slip, or longer than any brand's, nothing.
+    """
+    if 5 <= len(name) <= 64:
+        yield name
+        yield from (name[:i] + name[i + 1 :] for i in range(1, len(name)))
 
 
 def find(title: str, aliases: dict[str, str]) -> str | None:

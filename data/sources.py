@@ -100,8 +100,10 @@ def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     """Parquet or tar files, one or a folder of them; their text columns are copied to the cache."""
     opens = {".parquet": open_parquet, ".tar": open_tars}
     there = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    answers = {folder for folder in {p.parent for p in there} if (folder.parent / "job.json").is_file()}
-    there = [p for p in there if p.parent not in answers]  # of a job of infer.py, which are parquet too
+    if path.is_dir():  # answers of a job of infer.py are parquet too
+        folders = {p.parent for p in there if p.parent.name == "labels"}
+        answers = {folder for folder in folders if (folder.parent / "job.json").is_file()}
+        there = [p for p in there if p.parent not in answers]
     found = {suffix: [file for file in there if file.suffix.lower() == suffix] for suffix in opens}
     suffix = next((s for s, files in found.items() if files), None)
     if suffix is None:

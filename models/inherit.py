@@ -29,9 +29,12 @@ def predecessor(config: dict, folder: Path) -> dict:
     """The config of the checkpoint that a run with this one (`backbone`, `lora` and `inputs` are enough) inherits from.
 
     Raises:
-        UserError: the checkpoint cannot be read, or is of another backbone or other LoRA layers.
+        UserError: the checkpoint cannot be read, is of another backbone or other LoRA layers, or reads nothing of what
+            this run reads.
     """
     old = read_config(folder)
+    if not set(old["inputs"].split("+")) & set(config["inputs"].split("+")):
+        raise UserError(f"--init-from {folder} reads {old['inputs']} and gives nothing to --inputs {config['inputs']}")
     for what, key in (("backbone", "name"), ("base weights", "fingerprint")):
         theirs, ours = old["backbone"][key], config["backbone"][key]
         if theirs != ours:
@@ -51,16 +54,13 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
     """Copy what `model`, described by `config`, shares with a checkpoint, in place; and say what was kept and is new.
 
     Raises:
-        UserError: as `predecessor`; both read nothing alike; the checkpoint's tensors do not fit its config.
+        UserError: as `predecessor`; both read titles alone, not alike; the checkpoint's tensors do not fit its config.
     """
     old = predecessor(config, folder)
     seen, state = _both_see(old, config), adapter_tensors(folder, old)
     read = bool(old["text"] and _tokens(old) == _tokens(config))
     if not seen and not read:
-        raise UserError(
-            f"--init-from {folder} has nothing for this run: it reads {old['inputs']}, this run {config['inputs']}"
-            + (", in another vocabulary or length" if old["text"] and config["text"] else "")
-        )
+        raise UserError(f"--init-from {folder} reads titles in another vocabulary or length: none of it can be kept")
     heads = make_heads(model.backbone.num_features, old)
     mine = {"heads.": dict(heads.named_parameters())}
     mine |= {"backbone.": get_adapter_params(model.backbone)} if seen else {}

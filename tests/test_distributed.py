@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from errors import UserError
 from models.checkpoint import sealed
 from options import parse_args
 from runs import choose, options_text, started_with
@@ -234,6 +235,25 @@ def test_a_restart_knows_its_run_though_the_hub_has_moved_on(tmp_path):
     with contextlib.ExitStack() as held:  # and asks the hub for nothing
         words = ["--out", str(tmp_path), "--data", "hub:owner/shoes", "--amp"]
         assert choose(words, torch.device("cpu"), held, restarted=True).data == "hub:owner/shoes@1234"
+
+
+def test_a_restart_knows_its_run_though_what_it_began_from_is_gone(demo_run, tmp_path):
+    first = shutil.copytree(demo_run / "best", tmp_path / "first")
+    words = ["--out", str(tmp_path / "run"), "--data", "demo", "--init-from", str(first), "--epochs", "2"]
+
+    def chosen(restarted: bool) -> argparse.Namespace:
+        with contextlib.ExitStack() as held:
+            return choose(words, torch.device("cpu"), held, restarted)
+
+    began = chosen(restarted=True)  # by a process that died before it had saved anything
+    assert (began.resume, began.backbone) == (False, "demo")
+    shutil.copytree(demo_run / "last", tmp_path / "run" / "last")
+    shutil.rmtree(first)
+    again = chosen(restarted=True)
+    assert (again.resume, again.backbone, again.epochs) == (True, "demo", 2)
+    words[-1] = "3"
+    with pytest.raises(UserError, match="no checkpoint at"):  # another run, which would begin from what is gone
+        chosen(restarted=True)
 
 
 def test_all_know_of_a_restart_that_one_machine_has_counted(tmp_path):

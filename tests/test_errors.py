@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data.schema import FASHION
+from durable import replace_file
 from errors import exits_cleanly
 from options import parse_args
 from runs import options_text
@@ -85,6 +86,13 @@ def test_a_path_that_cannot_even_be_asked_about(command, demo_run, tmp_path, scr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
     assert "no run under" not in done.stderr, "it was about the path"
     assert not (tmp_path / "run").exists(), "no run is left of what never began"
+
+
+def test_a_link_to_a_file_stays_one(tmp_path):
+    (tmp_path / "there.json").write_text("of before")
+    (tmp_path / "here.json").symlink_to(tmp_path / "there.json")
+    replace_file(tmp_path / "here.json", b"new")
+    assert (tmp_path / "here.json").is_symlink() and (tmp_path / "there.json").read_text() == "new"
 
 
 def test_a_stream_that_the_shell_closed_is_no_error(command, demo_run, tmp_path):

@@ -217,7 +217,7 @@ def test_a_text_encoder_of_another_vocabulary_is_begun_anew_and_that_is_said(com
     words = ("train.py", "--data", "demo", "--limit", 300, "--cache-dir", cache_dir, *words, "--inputs", "title")
     done = command(*words, "--out", tmp_path / "titles")
     assert done.returncode == 2
-    assert "has nothing for this run: it reads image+title, this run title, in another" in done.stderr.splitlines()[-1]
+    assert "titles in another vocabulary or length: none of it can be kept" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

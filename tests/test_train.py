@@ -301,9 +301,11 @@ def test_a_run_whose_files_have_moved_goes_on_where_they_are_named_anew(command,
         (("--teacher", "gone"), "no checkpoint at"),
         (("--attributes", "own.toml"), "cells that are no numbers: "),
         (("--inputs", "title", "--vocab", "gone"), "cannot read --vocab "),
+        (("--init-from", "{run}/best", "--inputs", "title"), "/best reads image and gives nothing to --inputs title"),
     ],
 )
-def test_a_mistake_is_told_before_pictures_are_decoded(command, kaggle_folder, tmp_path, words, message):
+def test_a_mistake_is_told_before_pictures_are_decoded(command, demo_run, kaggle_folder, tmp_path, words, message):
+    words = [word.format(run=demo_run) for word in words]
     number = '[attributes.price]\ncolumn = "productDisplayName"\nkind = "number"\nlevel = 4\n'
     (tmp_path / "own.toml").write_text(FASHION_FILE.read_text(encoding="utf-8") + number)
     where = ("--data", kaggle_folder, "--backbone", "demo", "--cache-dir", tmp_path / "cache")

@@ -221,7 +221,6 @@ import hub
 hub.TIMEOUT = 1
 from data.sources import load_source
 from errors import UserError
-from report import suspects
 try:
     catalogue = load_source("owner/name", Path(sys.argv[1]))
     print(catalogue.name, list(catalogue.ids), len(catalogue.read(0)))
@@ -324,6 +323,8 @@ def test_answers_beside_a_catalogue_are_no_part_of_it(tmp_path):
     pq.write_table(pa.table({"image": ["1", "2"], "error": [None, "x"]}), rows / "done" / "labels" / "00000.parquet")
     again = load_source(str(rows), tmp_path / "cache")
     assert (again.fingerprint, list(again.ids)) == (first.fingerprint, ["1", "2"])
+    (tmp_path / "job.json").write_text("{}")  # of another program, above a catalogue's folder
+    assert load_source(str(rows), tmp_path / "cache").fingerprint == first.fingerprint
 
 
 def test_the_real_catalogue(real):
