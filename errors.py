@@ -16,7 +16,7 @@ from memory import ran_out
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a user's share of it, a file
 BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)  # a path that even asking about may raise
 
-MOST = 2**31 - 1  # that a number of anything can be
+MOST = 10**12  # that a number of anything can be
 
 
 class UserError(Exception):

@@ -361,7 +361,7 @@ def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
         (["--warp", "1"], "--warp 1.0 is not a number from 0 to below 1"),
         (["--label-smoothing", "-0.1"], "--label-smoothing -0.1 is not a number from 0 to below 1"),
         (["--amp", "fp8"], "argument --amp: fp8 is none of bf16, fp16, auto; it may stand before --amp"),
-        (["--accum", str(10**20)], f"argument --accum: {10**20} is more than 2,147,483,647"),
+        (["--accum", str(10**20)], f"argument --accum: {10**20} is more than 1,000,000,000,000"),
         (["--dropout", "nan"], "--dropout nan is out of its range"),
         (["--patch-size", "300", "--img-size", "600"], "--patch-size 300 is out of its range"),
         (["--backbone", "timm/vit_tiny"], "unknown backbone 'timm/vit_tiny'"),
