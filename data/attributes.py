@@ -97,13 +97,13 @@ def fit_scales(
         values = values[~np.isnan(values)]
         _check_varied(a, np.unique(values).tolist(), "leave it out")
         low, high = np.quantile(values, 0.01, method="higher"), np.quantile(values, 0.99, method="lower")
-        varied = np.ptp(np.quantile(values, (0.25, 0.75), method="nearest")) > 0
+        quarter, three_quarters = np.quantile(values, (0.25, 0.75), method="nearest")
         with np.errstate(over="ignore", invalid="ignore"):
             of_all, of_most = (
                 Scale(float(some.mean()), float(some.std()), float(np.median(values)))
                 for some in (values, values.clip(low, high))
             )
-            spoilt = varied and of_most.std > 0 and len(far_off(values, of_most))
+            spoilt = quarter < three_quarters and of_most.std > 0 and len(far_off(values, of_most))
         scales[a.name] = of_most if spoilt else of_all
         if not all(map(math.isfinite, astuple(scales[a.name]))):
             raise UserError(f"{a.name} is up to {abs(values).max():g} (column {a.column}), too large for a mean")
