@@ -7,6 +7,7 @@ does what it says without any exchange.
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -172,7 +173,9 @@ def in_step(model: nn.Module) -> nn.Module:
         return model
     for buffer in model.buffers():  # an int8 base: it never changes, so it is sent this once
         dist.broadcast(buffer, 0)
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    with warnings.catch_warnings():  # torch 2.14 calls it `forward_sync_buffers`, which older ones do not know
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def exchange(model: nn.Module, now: bool) -> contextlib.AbstractContextManager:

@@ -44,6 +44,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
 def run(processes: int, *words, **how) -> str:
     code, said = finish(torchrun(processes, *words, **how))
     assert code == 0, said
+    assert "FutureWarning" not in said, "nothing that a user can do about it"
     return said
 
 
