@@ -283,6 +283,13 @@ def check_ranges(args: argparse.Namespace) -> None:
         raise UserError(f"--seed {args.seed} is not between 0 and {2**32 - 1}")
 
 
+def check_read(args: argparse.Namespace, given: Collection[str]) -> None:
+    """Raise a `UserError` for an option, among those `given`, of something that the model does not read."""
+    for what, names in (("title", OF_TITLES), ("image", OF_PICTURES)):
+        if what not in args.inputs and (idle := [name for name in given if name in names]):
+            raise UserError(f"--{idle[0].replace('_', '-')} is of {what}s, which --inputs {args.inputs} does not read")
+
+
 def parse_args(argv: list[str] | None, restarted: bool = False) -> argparse.Namespace:
     """The options of `train.py`, fit together; with `--resume` those that may be otherwise are None where not given.
 
@@ -312,11 +319,10 @@ def parse_args(argv: list[str] | None, restarted: bool = False) -> argparse.Name
         raise UserError(f"--resume goes on with the run's own options; leave out --{others[0].replace('_', '-')}")
     if args.resume:
         vars(args).update({name: None for name in MOVABLE if name not in given})  # the run knows
-    if args.init_from and not restarted:
-        take_over(args, given)
-    for what, names in () if restarted else (("title", OF_TITLES), ("image", OF_PICTURES)):
-        if what not in args.inputs and (idle := [name for name in given if name in names]):
-            raise UserError(f"--{idle[0].replace('_', '-')} is of {what}s, which --inputs {args.inputs} does not read")
+    if not restarted:
+        if args.init_from:
+            take_over(args, given)
+        check_read(args, given)
     if args.teacher_weights and not args.teacher and not args.resume:
         raise UserError(f"--teacher-weights {args.teacher_weights} goes with --teacher CHECKPOINT")
     for name in PATHS:  # a run may be resumed from another folder

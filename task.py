@@ -198,7 +198,7 @@ def fit_targets(
         print(f"number: {a.name}{simulated}, mean {scales[a.name].mean:,.6g}, std {scales[a.name].std:,.4g}")
         if len(far := far_off(numbers[a.name], scales[a.name])):
             first = f"{float(numbers[a.name][far[0]])!r} (id {catalogue.ids[far[0]]})"
-            print(f"hint: {a.name} is far from all others in {len(far):,} rows, such as {first}; is it meant so?")
+            print(f"hint: of {a.name} {len(far):,} are far from all others, such as {first}; meant so?")
     counts = class_counts(known.labels[train_rows], maps)
     fitted = {name: asdict(m) | {"counts": counts[name]} for name, m in maps.items()}
     fitted |= {name: asdict(scale) for name, scale in scales.items()}

@@ -127,6 +127,22 @@ def test_a_catalogue_that_does_not_fit_is_one_line(command, shop, cache_dir, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_value_far_from_all_others_is_named(command, shop, cache_dir, tmp_path):
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    (folder / "images").symlink_to(shop / "images")
+    lines = (shop / "items.csv").read_text().splitlines()
+    column = lines[0].split(",").index("width_cm")
+    cells = lines[8].split(",")
+    cells[column] = "4006381333931"
+    (folder / "items.csv").write_text("\n".join([*lines[:8], ",".join(cells), *lines[9:]]) + "\n")
+    words = ("--attributes", FURNITURE, "--backbone", "demo", "--epochs", 1, "--cache-dir", cache_dir)
+    done = command("train.py", "--data", folder, *words, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    said = "hint: of width 1 are far from all others, such as 4006381333931.0 (id 507); meant so?"
+    assert said in done.stdout.splitlines()
+
+
 def test_a_number_is_said_as_exactly_as_its_spread_asks_for(command, furniture_run, shop, with_config):
     """Such as a date, of eight digits that differ in the last ones."""
 
