@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import distributed
 import hub
+from arguments import add_catalogue_options, add_checkpoint_options
 from calibration import TARGET_PRECISION, calibrate, calibration_scores
 from data import price
 from data.attributes import MISSING, UNSEEN
@@ -37,7 +38,6 @@ from lora import merge_lora
 from metrics import score, score_number, scores_table, trust_table
 from models.checkpoint import amend_config, find_checkpoint, read_config
 from models.decode import Answers, Decoder
-from options import add_catalogue_options, add_checkpoint_options
 from report.page import write_report
 from task import Task, load_task
 

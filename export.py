@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save as tensor_bytes
 from torch import nn
 
+from arguments import add_checkpoint_options
 from durable import give_name, replace_file
 from errors import Parser, UserError, check_writable, exits_cleanly
 from lora import merge_lora, to_peft
 from models.backbone import DEMO, DEMO_ARCHITECTURE, DEMO_BACKBONE, DEMO_WEIGHTS, hf_name
 from models.checkpoint import find_checkpoint, load_checkpoint, remembered_weights
-from options import add_checkpoint_options
 
 KINDS = {"timm": ".safetensors", "peft": "", "onnx": ".onnx"}
 

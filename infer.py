@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from arguments import MIXED, add_checkpoint_options
 from data.shards import SHARD_ROWS, Row, Shard, Source, open_source
 from data.title_table import TitleTable
 from defaults import AMP, choose_amp
@@ -32,7 +33,6 @@ from errors import Parser, UserError, check_writable, exits_cleanly, positive_in
 from jobs import Crew, Job
 from labeller import Labeller
 from models.checkpoint import find_checkpoint, read_config
-from options import MIXED, add_checkpoint_options
 from output import Output, caption, labelled_in, table
 
 PLOT_AT_MOST = 48  # pictures on a contact sheet

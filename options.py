@@ -1,13 +1,14 @@
-"""What a training run is asked for; and what other commands are asked for alike."""
+"""What a training run is asked for."""
 
 import argparse
 import math
 from collections.abc import Collection
 from pathlib import Path
 
-from data.store import STORE_GB, default_cache_dir
+from arguments import MIXED, SOURCES, add_store_options
+from data.store import default_cache_dir
 from defaults import HUB_BACKBONE, HUB_DATA
-from errors import Parser, UserError, gigabytes, named, positive_int
+from errors import Parser, UserError, named, positive_int
 from models.backbone import DEMO
 from models.checkpoint import read_config, remembered_weights
 from models.schema import RANK
@@ -17,23 +18,12 @@ MOVABLE = ("data", "weights", "attributes", "teacher", "teacher_weights", "cache
 # Options that are files or folders.
 PATHS = ("weights", "cache_dir", "attributes", "init_from", "teacher", "teacher_weights", "vocab")
 EXTRA = {"with_price": ("price_in_vnd",), "with_season_year": ("season", "year")}  # switches and what they add
-PRECISIONS = ("bf16", "fp16", "auto")
 OF_TITLES = ("vocab", "title_length", "mask_title_leaks")
 SIZES = ("img_size", "patch_size", "keep_patches")
 LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
 OF_PICTURES = (*LORA_OPTIONS, "lora_plus", "base", "patch_size", "keep_patches", "drop_patches", "warp", "compile")
 # What `--init-from` settles where it is not given.
 INHERITED = ("backbone", "weights", *SIZES, *LORA_OPTIONS, "inputs", "title_length", "mask_title_leaks")
-
-
-def precision(text: str) -> str:
-    """An option's type."""
-    if text not in PRECISIONS:
-        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(PRECISIONS)}; it may stand before --amp")
-    return text
-
-
-MIXED = {"nargs": "?", "const": "auto", "type": precision, "metavar": "|".join(PRECISIONS[:2])}  # of --amp
 
 
 def rank(text: str) -> int:
@@ -55,47 +45,9 @@ def per_target(number):
     return parse
 
 
-def add_checkpoint_options(p: Parser) -> None:
-    """Of every command that reads what training made."""
-    p.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the newest run's best)")
-    p.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file")
-
-
-def add_catalogue_options(p: Parser) -> None:
-    """Of every command that looks at a labelled catalogue with what training made."""
-    p.add_argument(
-        "--data",
-        type=named,
-        required=True,
-        help="hub id (hub:OWNER/NAME: not downloaded), folder of parquet, tar, or CSV and images/, or demo",
-    )
-    p.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
-    p.add_argument("--batch-size", type=positive_int, default=64, help="pictures at a time (default: %(default)s)")
-    p.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where decoded images are kept")
-    add_store_options(p)
-
-
-def add_store_options(p: Parser) -> None:
-    p.add_argument(
-        "--store-gb",
-        type=gigabytes,
-        default=STORE_GB,
-        metavar="GB",
-        help="keep decoded pictures on disk if they need no more than this (default: %(default)s)",
-    )
-    p.add_argument(
-        "--no-store", action="store_const", const=0.0, dest="store_gb", help="keep none: decode at every use"
-    )
-
-
 def add_data_options(p: Parser) -> None:
     group = p.add_argument_group("the catalogue")
-    group.add_argument(
-        "--data",
-        type=named,
-        help="hub id (hub:OWNER/NAME: not downloaded), folder of parquet, tar, or CSV and images/, or demo "
-        f"(default: {HUB_DATA})",
-    )
+    group.add_argument("--data", type=named, help=f"{SOURCES} (default: {HUB_DATA})")
     group.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
     add_store_options(group)
     group.add_argument(

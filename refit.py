@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from arguments import add_catalogue_options, add_checkpoint_options
 from calibration import TARGET_PRECISION, calibrate
 from data.batches import Rows, epoch_batches, make_loader
 from data.split import some
@@ -32,7 +33,6 @@ from evaluate import SCORED, choice, judge, predict
 from lora import merge_lora
 from models.checkpoint import find_checkpoint, previous_of, read_config, save_checkpoint
 from models.classifier import attribute_losses
-from options import add_catalogue_options, add_checkpoint_options
 from step import MAX_GRAD_NORM, learning_rate, parameter_groups
 from task import Task, load_task
 

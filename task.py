@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -14,43 +13,26 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import distributed
-from data.attributes import (
-    MISSING,
-    LabelMap,
-    Scale,
-    class_counts,
-    encode_labels,
-    encode_numbers,
-    far_off,
-    fit_label_maps,
-    fit_scales,
-    known_paths,
-    nearly_alike,
-    of_config,
-    read_numbers,
-)
+from data.attributes import LabelMap, Scale, known_paths, of_config, read_numbers
 from data.batches import Rows, epoch_batches
 from data.catalogue import Catalogue, digest, skipped_why
-from data.columns import Chosen
 from data.preprocess import Preprocess
 from data.schema import FASHION_FILE, Attribute, read_schema
 from data.sources import load_source
 from data.split import SPLITS
 from data.store import ImageStore, common_size, open_store
-from data.titles import SPECIAL, TitleReader, choose_vocabulary, read_vocabulary
 from defaults import AMP
-from durable import replace_file
 from errors import UserError
 from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_base
 from models.backbone import create_backbone
-from models.checkpoint import adapt, attach, load_checkpoint, read_config
+from models.checkpoint import adapt, attach, load_checkpoint
 from models.classifier import AttributeClassifier
 from models.inherit import inherit, predecessor
 from models.schema import CONFIG, contradiction, misfit
 from options import EXTRA, LORA_OPTIONS, SIZES
+from targets import columns_of, encode, fit_targets, fit_text, named_vocabulary, read_titles
 from teacher import Teacher, load_teacher
 
-VOCAB = "vocab.txt"  # in a run's folder, where titles are read
 ROUNDED_FOR = 64  # train pictures: twice as many take twice as long, for a twentieth less error
 
 
@@ -98,22 +80,8 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     backbone, config = begin(args)
     vocab = named_vocabulary(args) if reads else None
     loaded = load_teacher(args.teacher, args.teacher_weights, config, args.weights) if args.teacher else None
-    wants = timm.data.resolve_model_data_config(backbone)
-    size = wants["input_size"][1:]
-    preprocess = Preprocess(
-        common_size(catalogue, max(size)), size, wants["interpolation"], wants["mean"], wants["std"]
-    )
-    store = open_store(catalogue, preprocess.canvas, args.cache_dir, args.store_gb * 1e9)
-    if distributed.first() and not args.resume:
-        store.write_skipped(args.out / "skipped.csv")
-    counts = {split: len(store.rows(split)) for split in SPLITS}
-    if not all(counts.values()):
-        raise UserError(f"{catalogue.name} is too small: {counts} rows; every split needs some")
+    preprocess, store = open_pictures(args, catalogue, timm.data.resolve_model_data_config(backbone))
     train_rows = store.rows("train")
-    sizes = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    print(f"{catalogue.name}: {sizes} rows; {skipped_why(store.skipped)}")
-    kept = f"decoded images: {store.path} ({store.nbytes / 1e6:,.0f} MB, " if store.nbytes else "images are not kept ("
-    print(f"{kept}{'new' if store.built else 'reused'})")
     entries, known = fit_targets(catalogue, numbers, train_rows, attributes, args.min_brand_count)
     if not (known.labels[store.rows("val")] >= 0).any():
         raise UserError(f"{catalogue.name}: no row of the val split has a label of a class; label more of its rows")
@@ -168,41 +136,30 @@ def begin(args: argparse.Namespace) -> tuple[VisionTransformer, dict]:
     return backbone, config
 
 
+def open_pictures(args: argparse.Namespace, catalogue: Catalogue, wants: dict) -> tuple[Preprocess, ImageStore]:
+    """The catalogue's decoded pictures, and how they become what the backbone `wants`: timm's data config of it."""
+    size = wants["input_size"][1:]
+    preprocess = Preprocess(
+        common_size(catalogue, max(size)), size, wants["interpolation"], wants["mean"], wants["std"]
+    )
+    store = open_store(catalogue, preprocess.canvas, args.cache_dir, args.store_gb * 1e9)
+    if distributed.first() and not args.resume:
+        store.write_skipped(args.out / "skipped.csv")
+    counts = {split: len(store.rows(split)) for split in SPLITS}
+    if not all(counts.values()):
+        raise UserError(f"{catalogue.name} is too small: {counts} rows; every split needs some")
+    sizes = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    print(f"{catalogue.name}: {sizes} rows; {skipped_why(store.skipped)}")
+    kept = f"decoded images: {store.path} ({store.nbytes / 1e6:,.0f} MB, " if store.nbytes else "images are not kept ("
+    print(f"{kept}{'new' if store.built else 'reused'})")
+    return preprocess, store
+
+
 def check_fits(config: dict) -> None:
     """Raise a `UserError` where a config could not be read back: better now than when a checkpoint of it is read."""
     where = misfit(json.loads(json.dumps(config)))
     if what := f"its {where} is not what it should be" if where else contradiction(config):
         raise UserError(f"no checkpoint of this run could be read: {what}")
-
-
-def fit_targets(
-    catalogue: Catalogue,
-    numbers: dict[str, np.ndarray],
-    train_rows: np.ndarray,
-    attributes: Sequence[Attribute],
-    min_brand_count: int,
-) -> tuple[list[dict], Rows]:
-    """A checkpoint's `attributes`, fitted on train rows, and what is known of all rows in their classes and scales."""
-    maps = fit_label_maps(catalogue.columns, train_rows, attributes, min_brand_count)
-    scales = fit_scales(numbers, train_rows, attributes)
-    known = encode(catalogue, numbers, attributes, maps, scales)
-    print("classes:", ", ".join(f"{name} {len(m.labels)}" for name, m in maps.items()))
-    lacking = dict(zip(maps, (known.labels[train_rows] == MISSING).sum(0).tolist(), strict=True))
-    if any(lacking.values()):
-        print("train rows without a label:", ", ".join(f"{name} {rows:,}" for name, rows in lacking.items() if rows))
-    for name, m in maps.items():
-        for alike in nearly_alike(m.labels):
-            print(f"hint: {name} has {' and '.join(map(repr, alike))}, as classes of their own; are they one?")
-    for a in (a for a in attributes if a.kind == "number"):
-        simulated = " (simulated)" if a.derive == "price" else ""
-        print(f"number: {a.name}{simulated}, mean {scales[a.name].mean:,.6g}, std {scales[a.name].std:,.4g}")
-        if len(far := far_off(numbers[a.name], scales[a.name])):
-            first = f"{float(numbers[a.name][far[0]])!r} (id {catalogue.ids[far[0]]})"
-            print(f"hint: of {a.name} {len(far):,} are far from all others, such as {first}; meant so?")
-    counts = class_counts(known.labels[train_rows], maps)
-    fitted = {name: asdict(m) | {"counts": counts[name]} for name, m in maps.items()}
-    fitted |= {name: asdict(scale) for name, scale in scales.items()}
-    return [asdict(a) | fitted[a.name] for a in attributes], known
 
 
 def shrink(
@@ -261,62 +218,3 @@ def load_task(
     if title:
         known = known._replace(tokens=read_titles(config, catalogue))
     return Task(model.to(device), config, preprocess, catalogue, store, known)
-
-
-def columns_of(attributes: Iterable[Attribute], title: str | None) -> list[str]:
-    """The columns that a catalogue must have for these attributes, and for titles where they are read."""
-    return list(dict.fromkeys([column for a in attributes for column in a.needs] + ([title] if title else [])))
-
-
-def named_vocabulary(args: argparse.Namespace) -> tuple[list[str], str] | None:
-    """The tokens that titles are read in and where they are from, unless they are to be chosen for the titles."""
-    if args.resume or not distributed.first():
-        return read_vocabulary(args.out / VOCAB), VOCAB  # kept by a new run's first process, for all others
-    if args.vocab:
-        return read_vocabulary(args.vocab), args.vocab.name
-    if args.init_from and (text := read_config(args.init_from)["text"]):
-        return text["vocab"], f"that of {args.init_from}"
-    return None
-
-
-def fit_text(
-    args: argparse.Namespace,
-    config: dict,
-    column: Sequence[str | None],
-    train_rows: Sequence[int],
-    vocab: tuple[list[str], str] | None,
-) -> dict:
-    """How titles are read: a checkpoint's `text`; from titles of train rows what `vocab` leaves open."""
-    titles = list(Chosen(column, train_rows))
-    if not titles:
-        raise UserError(f"--inputs {args.inputs}: no train row has a title (column {config['title']})")
-    text = {"vocab": list(SPECIAL), "length": args.title_length, "mask": args.mask_title_leaks}
-    text["vocab"], origin = vocab or choose_vocabulary(TitleReader(config | {"text": text}).cleaned(titles))
-    if distributed.first() and not args.resume:
-        replace_file(args.out / VOCAB, "".join(f"{token}\n" for token in text["vocab"]).encode())
-    _, cut = TitleReader(config | {"text": text})(titles)
-    leaks = "masked" if args.mask_title_leaks else "left in"
-    print(f"titles: words that give labels away {leaks}; vocabulary of {len(text['vocab']):,}, {origin}")
-    without = len(train_rows) - len(titles)
-    print(f"titles: {cut:.1%} cut at {args.title_length} tokens, {without:,} train rows without a title")
-    return text
-
-
-def read_titles(config: dict, catalogue: Catalogue) -> np.ndarray:
-    """(N, T) tokens of all rows; of a row without a title, those of an empty one."""
-    return TitleReader(config)(catalogue.columns[config["title"]])[0]
-
-
-def encode(
-    catalogue: Catalogue,
-    numbers: dict[str, np.ndarray],
-    attributes: Sequence[Attribute],
-    maps: dict[str, LabelMap],
-    scales: dict[str, Scale],
-) -> Rows:
-    """All that is known of the rows, in the classes and scales that were fitted."""
-    return Rows(
-        encode_labels(catalogue.columns, maps, attributes),
-        encode_numbers(numbers, scales, len(catalogue)),
-        np.empty((len(catalogue), 0), dtype=np.int32),
-    )

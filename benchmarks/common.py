@@ -23,11 +23,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
+from arguments import add_catalogue_options, add_checkpoint_options
 from data.batches import Batch, epoch_batches, make_loader
 from defaults import choose_amp, choose_source
 from errors import Parser, UserError
 from models.checkpoint import find_checkpoint, trained_params
-from options import add_catalogue_options, add_checkpoint_options, parse_args
+from options import parse_args
 from runs import Board
 from state import TrainingState
 from step import parameter_groups, train_step, windows

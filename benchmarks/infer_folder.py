@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import in_turn, machine, markdown, ratios, spread
 from hf_vit import save_hf_vit
 
+from arguments import add_checkpoint_options
 from data.images import ImageError, decode
 from data.sources import load_source
 from data.store import default_cache_dir
@@ -32,7 +33,6 @@ from defaults import choose_amp
 from errors import Parser, UserError, exits_cleanly, positive_int
 from lora import merge_lora
 from models.checkpoint import find_checkpoint, load_checkpoint
-from options import add_checkpoint_options
 
 ROOT = Path(__file__).parents[1]
 FIRST = "HF pipeline, fp32"

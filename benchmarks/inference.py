@@ -35,6 +35,7 @@ from common import in_turn, machine, markdown, ratios, spread
 from hf_vit import save_hf_vit
 
 import export
+from arguments import add_checkpoint_options
 from data.images import ImageError, decode
 from data.preprocess import Preprocess
 from data.sources import load_source
@@ -46,7 +47,6 @@ from models.backbone import bare_backbone
 from models.checkpoint import find_checkpoint, load_checkpoint
 from models.classifier import AttributeClassifier
 from models.decode import Decoder
-from options import add_checkpoint_options
 
 BATCHES = {1: 20, 64: 2}  # pictures at a time, and how many times in a turn
 TIMM, FIRST = "plain timm", "HF pipeline, fp32"

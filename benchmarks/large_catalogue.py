@@ -43,7 +43,8 @@ from data.sources import load_source
 from data.split import SPLITS
 from data.store import open_store
 from evaluate import SCORED, choice, judge
-from task import Task, fit_targets
+from targets import fit_targets
+from task import Task
 
 GROUP, FILE = 10_000, 100_000  # rows of a row group and of a file
 TITLE = read_schema(FASHION_FILE).title

@@ -1,8 +1,8 @@
 """LoRA by hand, for any frozen PyTorch model; needs torch alone.
 
 Read `layer` for what LoRA is, `functional` for how it is computed and differentiated, `recompute` for what need not be
-kept, `inject` for how it gets into a model, and `state` for what is then trained, saved and merged. `pissa`,
-`int8`, `quantize`, `adapters` and `peft_format` are extras.
+kept, `frozen` for layers that do not train, `inject` for how all of it gets into a model, and `state` for what is then
+trained, saved and merged. `pissa`, `int8`, `quantize`, `adapters` and `peft_format` are extras.
 """
 
 from .adapters import Adapters

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .layer import FrozenLinear, LoRAFusedLinear, LoRALayer, LoRALinear, choose
+from .frozen import FrozenLinear
+from .layer import LoRAFusedLinear, LoRALayer, LoRALinear, choose
 from .pissa import start_at_principal
 from .state import get_adapter_params, set_trainable_params
 

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import Frozen, linear, lora_linear, pack
+from .frozen import FrozenLinear, Prepared, cast, serves
+from .functional import Frozen, lora_linear, pack
 from .int8 import Int8Linear
-
-SMALL = 2**25  # multiplications of a product in fp32 up to which oneDNN costs more than it saves, on a machine with AMX
 
 
 class LowRank(nn.Module):
@@ -73,24 +72,6 @@ class LowRank(nn.Module):
         return self.lora_magnitude / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)  # a row may be all zeros
 
 
-class Prepared:
-    """A layer that may keep what it computes with beside the weight that it was given."""
-
-    kept: Frozen | None = None
-
-    def __getstate__(self) -> dict:
-        # oneDNN's layout cannot be copied: a copy has to be prepared anew.
-        return super().__getstate__() | {"kept": None}
-
-    def _apply(self, *args, **kwargs):
-        self.kept = None  # moved, or of another dtype
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self.kept = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-
 class LoRALayer(Prepared):
     """What both layers below share: a frozen `base_layer`, and pairs for rows of its weight: `updates()` gives them one
     by one, `joint_pair()` as if they were one: A (sum of ranks, in) and the scaled B (out, sum of ranks)."""
@@ -133,7 +114,7 @@ class LoRALayer(Prepared):
         return base(x) + update if scale is None else _rescale(F.linear(x, base.weight) + update, scale, base.bias)
 
     @torch.no_grad()
-    def merge(self) -> "FrozenLinear":
+    def merge(self) -> FrozenLinear:
         """A new linear layer of weight W₀ + ΔW, added in the adapter's precision and rounded once. Changes nothing."""
         base, weight = self.base_layer, self.weight
         merged = FrozenLinear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
@@ -174,39 +155,6 @@ class LoRALayer(Prepared):
         for rows, pair in updates:
             scale[rows] = pair.row_scale(weight[rows])
         return scale
-
-
-class FrozenLinear(Prepared, nn.Linear):
-    """`nn.Linear` where nothing trains: the same numbers, on a CPU sooner (see `linear`)."""
-
-    @torch.no_grad()
-    def keep_base_in(self, dtype: torch.dtype) -> None:
-        """As `LoRALayer.keep_base_in`, for inference."""
-        self.kept = pack(cast(self, dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)"""
-        kept = None if torch.compiler.is_compiling() else self.kept
-        wide = kept and kept.weight.dtype is self.weight.dtype is torch.float32
-        if wide and x.numel() * self.out_features <= SMALL:
-            return F.linear(x, self.weight, self.bias)
-        if kept and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
-            device = x.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-            if serves(kept, dtype):
-                return linear(x.to(dtype), kept.weight, kept.bias)
-        return linear(x, self.weight, self.bias)
-
-
-def cast(layer: nn.Linear, dtype: torch.dtype) -> Frozen:
-    """What a frozen layer computes with, in `dtype`."""
-    return Frozen(layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
-
-
-def serves(kept: Frozen | None, dtype: torch.dtype) -> bool:
-    """Whether what `keep_base_in` made, if anything, can be computed with in `dtype`."""
-    # The compiler knows no layout of oneDNN's, and casts beside other work.
-    return not torch.compiler.is_compiling() and kept is not None and kept.weight.dtype == dtype
 
 
 def choose(setting: float | Mapping[str, float], name: str) -> float:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .layer import FrozenLinear, LoRALayer, LowRank
+from .frozen import FrozenLinear
+from .layer import LoRALayer, LowRank
 
 
 def get_adapter_params(model: nn.Module) -> dict[str, nn.Parameter]:

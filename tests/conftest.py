@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -13,6 +15,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 
+from data import fashion
 from models.checkpoint import sealed
 
 OWN_PATCHES = {"img_size": None, "patch_size": None, "keep_patches": 1.0}  # of a checkpoint's config
@@ -66,6 +69,33 @@ def demo_run(command, cache_dir, tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="module")
+def kaggle_folder(tmp_path_factory):
+    """Drawings in Kaggle's layout, two of whose pictures are damaged and one of which is gone."""
+    folder = tmp_path_factory.mktemp("shop")
+    subprocess.run([sys.executable, "-m", "data.demo", "--out", folder, "--rows", "120"], cwd=ROOT, check=True)
+    names = sorted((folder / "images").iterdir())
+    names[0].write_bytes(names[0].read_bytes()[:200])
+    names[1].write_text("<html>404</html>")
+    names[2].unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Five fresh drawings in a folder and a folder below it, and two files that are no images."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more").mkdir()
+    for index in range(5):
+        _, image = fashion.draw(index, seed=7)
+        image.save((folder / "more" if index > 2 else folder) / f"{index}.png")
+    (folder / "page.jpg").write_text("<html>404</html>")
+    whole = (folder / "0.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "notes.txt").write_text("not asked about")
+    return folder
 
 
 @pytest.fixture

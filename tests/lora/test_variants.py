@@ -218,7 +218,7 @@ def test_a_base_that_changes_is_not_computed_with_as_it_was(how):
 
 @pytest.mark.parametrize("small", [0, 2**25])
 def test_a_merged_layer_says_the_same_whoever_computes_it(small, monkeypatch):
-    monkeypatch.setattr("lora.layer.SMALL", small)
+    monkeypatch.setattr("lora.frozen.SMALL", small)
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(16, 8), rank=2, alpha=math.pi).merge()
     layer.keep_base_in(torch.float32)
@@ -231,7 +231,7 @@ def test_a_merged_layer_says_the_same_whoever_computes_it(small, monkeypatch):
 
 @pytest.mark.parametrize("small", [0, 2**25])
 def test_a_merged_layer_that_is_made_to_train_does_so(small, monkeypatch):
-    monkeypatch.setattr("lora.layer.SMALL", small)
+    monkeypatch.setattr("lora.frozen.SMALL", small)
     layer = LoRALinear(nn.Linear(16, 8), rank=2, alpha=math.pi).merge()
     layer.keep_base_in(torch.float32)
     layer.requires_grad_(True)
