@@ -1,12 +1,14 @@
 """Train a checkpoint's heads once more, on whole pictures; the adapters stay as they are.
 
     python refit.py --data FOLDER
+    python refit.py --data FOLDER --neighbours    and keep the train pictures, whose labels then count too
 
 In training the heads see pictures that are moved about and of which patches may be missing; answers come from whole
 ones. Here the backbone, adapters merged, embeds each train picture once as it is, and the heads go on learning from
 those embeddings alone (after classifier re-training, Kang et al. 2020, arXiv:1910.09217), which takes seconds an epoch.
-Where mean accuracy on validation rows does not rise, or clearly fewer labels are accepted, nothing is changed. It is
-also what to run once labels were corrected; the classes, and the paths that they may form, stay those of training.
+With neighbours, the train pictures that are most alike are looked at for each answer (`models.neighbours`). Where mean
+accuracy on validation rows does not rise, or clearly fewer labels are accepted, nothing is changed. It is also what to
+run once labels were corrected; the classes, and the paths that they may form, stay those of training.
 """
 
 import startup  # noqa: F401
@@ -15,7 +17,9 @@ import startup  # noqa: F401
 import argparse
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arguments import add_catalogue_options, add_checkpoint_options
-from calibration import TARGET_PRECISION, calibrate
+from calibration import TARGET_PRECISION, calibrate, fit_temperature
 from data.batches import Rows, epoch_batches, make_loader
 from data.split import some
 from durable import at_rest
@@ -32,7 +36,8 @@ from errors import Parser, UserError, check_writable, exits_cleanly
 from evaluate import SCORED, choice, judge, predict
 from lora import merge_lora
 from models.checkpoint import find_checkpoint, previous_of, read_config, save_checkpoint
-from models.classifier import attribute_losses
+from models.classifier import AttributeClassifier, attribute_losses
+from models.neighbours import FILE, Neighbours
 from step import MAX_GRAD_NORM, learning_rate, parameter_groups
 from task import Task, load_task
 
@@ -41,7 +46,16 @@ SMOOTHING = 0.1  # of labels, see `attribute_losses`
 DROPOUT = 0.3  # of an embedding: without it the surest answers get worse, as heads alone soon learn by heart
 DRAWS = 4  # of the order and of what is dropped: one by itself is better or worse by luck
 MOST = 100_000  # train pictures: of a larger catalogue a choice, whose embeddings fit in memory
+AT_ONCE = 256  # pictures that are compared with all those that are kept
+ROUNDS = 100  # of looking for a share, from which it is right to three digits
 FEWER = 0.02  # of all labels may be accepted than before: more accuracy is not worth more looking
+
+
+class Seen(NamedTuple):
+    """What heads and neighbours are given of N pictures: thumbnails (N, n) and embeddings (N, D)."""
+
+    thumbnail: Tensor
+    embedding: Tensor
 
 
 class Unread(nn.Module):
@@ -51,12 +65,20 @@ class Unread(nn.Module):
         return {"embedding": embedding}
 
 
-def embed(task: Task, rows: np.ndarray, batch_size: int, what: str) -> Tensor:
-    """What the heads are given of rows of the store, (N, D), on the CPU."""
+class Looked(nn.Module):
+    """In the place of neighbours: what they are given."""
+
+    def forward(self, thumbnail: Tensor, embedding: Tensor, logits: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"thumbnail": thumbnail, "embedding": embedding}
+
+
+def embed(task: Task, rows: np.ndarray, batch_size: int, what: str) -> Seen:
+    """Of rows of the store, on the CPU."""
     model, device = merge_lora(task.model), next(task.model.parameters()).device
-    model.heads = Unread()
+    model.heads, model.neighbours = Unread(), Looked()
     loader = make_loader(task.store, task.known, epoch_batches(rows, batch_size), device)
-    return predict(model, loader, task.preprocess, device, what)["embedding"].clone()  # for autograd too
+    seen = predict(model, loader, task.preprocess, device, what)
+    return Seen(**{name: seen[name].clone() for name in Seen._fields})  # for autograd too
 
 
 def train_heads(heads: nn.Module, embeddings: Tensor, known: Rows) -> None:
@@ -91,27 +113,71 @@ def train_once(heads: nn.Module, embeddings: Tensor, known: Rows, seed: int) -> 
         optimizer.zero_grad(set_to_none=True)
 
 
-def refit(task: Task, rows: np.ndarray, batch_size: int) -> tuple[dict, dict, dict]:
-    """Train the heads of the task's model on rows of the store; they are left on the CPU.
+@torch.inference_mode()
+def answers(model: AttributeClassifier, seen: Seen) -> dict[str, Tensor]:
+    """{attribute: logits (N, ·)} of pictures that were embedded."""
+    logits = model.heads(seen.embedding)
+    if model.neighbours is None:
+        return logits
+    said = [model.neighbours(*part) for part in parts(seen, logits)]
+    return {name: torch.cat([one[name] for one in said]) for name in logits}
+
+
+def parts(seen: Seen, logits: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """Of so many pictures that what they are compared with fits in memory."""
+    for start in range(0, len(seen.embedding), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        yield *(tensor[some] for tensor in seen), {name: z[some] for name, z in logits.items()}
+
+
+@torch.inference_mode()
+def look_up(task: Task, heads: nn.Module, of_train: Seen, labels: Tensor, of_val: Seen, truths: Tensor) -> Neighbours:
+    """Train pictures with labels (N, A) as neighbours, heard as far as that makes labels (V, A) of others probable."""
+    classes = {name: len(labels) for name, labels in task.classes.items()}
+    neighbours, logits = Neighbours.of(classes, *of_train, labels), heads(of_val.embedding)
+    for i, name in enumerate(classes):
+        neighbours.temperature[i] = fit_temperature(logits[name], truths[:, i])
+    given = [[] for _ in classes]
+    for part, true in zip(parts(of_val, logits), truths.split(AT_ONCE), strict=True):
+        for found, heard, label in zip(given, neighbours.heard(*part).values(), true.unbind(1), strict=True):
+            found.append(torch.stack([p.gather(1, label.clamp(min=0)[:, None])[:, 0] for p in heard])[:, label >= 0])
+    for i, found in enumerate(given):
+        neighbours.share[i] = fit_share(*torch.cat(found, dim=1))
+    return neighbours
+
+
+def fit_share(heads: Tensor, votes: Tensor) -> float:
+    """The share of votes that makes labels most probable to which heads and votes give (V,): by expectation and
+    maximisation, as of any mixture's weight."""
+    share = 0.5 if len(heads) else 0.0
+    for _ in range(ROUNDS if len(heads) else 0):
+        share = (share * votes / ((1 - share) * heads + share * votes).clamp(min=1e-12)).mean().item()
+    return share
+
+
+def refit(task: Task, rows: np.ndarray, batch_size: int, look: bool) -> tuple[dict, dict, dict]:
+    """Train the heads of the task's model on rows of the store, and keep these as neighbours if it is to `look` at
+    them; the model is left on the CPU.
 
     Returns:
-        the scores of validation rows before and after, and the calibration that belongs to the heads as they are now.
+        the scores of validation rows before and after, and the calibration that belongs to the model as it is now.
     """
-    val, heads = choice(task, "val", SCORED), task.model.heads
+    val, model = choice(task, "val", SCORED), task.model
     of_val, of_train = embed(task, val, batch_size, "val"), embed(task, rows, batch_size, "train")
-    heads.cpu()
+    model.cpu()
     target = task.config.get("calibration", {}).get("target_precision", TARGET_PRECISION)
     uncalibrated = task.config | {"calibration": None}  # no threshold of the heads of before holds for these
 
     def judged(calibration: dict | None = None) -> tuple[dict, dict]:
-        with torch.inference_mode():
-            logits = heads(of_val)
+        logits = answers(model, of_val)
         calibration = calibration or calibrate(logits, task.labels[val], uncalibrated, target)
         calibrated = task._replace(config=task.config | {"calibration": calibration})
         return judge(calibrated, "val", val, logits, joint=True).scores, calibration
 
     before, _ = judged(task.config.get("calibration"))  # as it is in use, perhaps fitted on many more rows than these
-    train_heads(heads, of_train, Rows(*(array[rows] for array in task.known)))
+    train_heads(model.heads, of_train.embedding, Rows(*(array[rows] for array in task.known)))
+    labels = [torch.from_numpy(task.labels[some].astype(np.int64)) for some in (rows, val)]
+    model.neighbours = look_up(task, model.heads, of_train, labels[0], of_val, labels[1]) if look else None
     return before, *judged()
 
 
@@ -143,11 +209,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Train the heads of a checkpoint once more, on whole pictures.")
     add_checkpoint_options(parser)
     add_catalogue_options(parser)
+    parser.add_argument(
+        "--neighbours",
+        action="store_true",
+        help="keep the train pictures and look at those most alike; renewed without this where a checkpoint has some",
+    )
     args = parser.parse_args(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError("refit.py is one process: start it with python, not with torchrun")
     folder = find_checkpoint(args.checkpoint).resolve()
-    if others := sorted({path.name for path in folder.glob("*")} - set(read_config(folder)["sha256"])):
+    config = read_config(folder)
+    if args.neighbours and config["inputs"] == "title":
+        raise UserError(f"--neighbours looks at pictures, which {folder} does not")
+    if others := sorted({path.name for path in folder.glob("*")} - set(config["sha256"])):
         raise UserError(f"{folder} also holds {', '.join(others)}: copy its checkpoint into a folder of its own first")
     check_writable(folder.parent / "file", "--checkpoint")
     with at_rest(folder.parent):
@@ -162,8 +236,12 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     print(f"checkpoint {folder}\n{task.catalogue.name}: {len(rows):,} train and {labelled:,} val rows with labels")
     if not len(rows) or not labelled:
         raise UserError(f"{args.data} has {len(rows):,} train and {labelled:,} val rows with labels; both are needed")
-    before, after, fitted = refit(task, rows, args.batch_size)
+    look = args.neighbours or task.model.neighbours is not None
+    before, after, fitted = refit(task, rows, args.batch_size, look)
     print(comparison(before, after))
+    if look:
+        shares = zip(task.classes, task.model.neighbours.share.tolist(), strict=True)
+        print("neighbours count for", ", ".join(f"{share:.2f} of {name}" for name, share in shares))
     (was, accepted_was), (now, accepted) = (
         (scores["mean_accuracy"], scores["calibration"]["accepted"]) for scores in (before, after)
     )
@@ -172,7 +250,8 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         print(f"{change}: {folder} stays as it was")
         return
     data = task.config["data"] | {"heads_fingerprint": task.catalogue.fingerprint}
-    save_checkpoint(folder, task.model, task.config | {"calibration": fitted, "data": data})
+    kept = {FILE: task.model.neighbours.tensors()} if look else {}
+    save_checkpoint(folder, task.model, task.config | {"calibration": fitted, "data": data}, kept)
     print(
         f"{change}: kept, and calibrated anew. The heads of before are in {previous_of(folder)}; "
         "scores of before, such as metrics.json, are of those"

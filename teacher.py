@@ -35,9 +35,11 @@ def load_teacher(
     if config["backbone"]["fingerprint"] == pupil["backbone"]["fingerprint"]:
         weights = weights or pupils_weights
     try:
-        return load_checkpoint(folder, weights)
+        model, config = load_checkpoint(folder, weights)
     except UserError as error:  # the pupil's own file is not what it asks for
         raise UserError(str(error).replace("--weights", "--teacher-weights")) from None
+    model.neighbours = None  # they are the pupil's own pictures with their labels, which it is given anyway
+    return model, config
 
 
 class Teacher:

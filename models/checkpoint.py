@@ -1,4 +1,5 @@
-"""A checkpoint is a folder: `config.json` rebuilds the model, `adapter.safetensors` holds what was trained.
+"""A checkpoint is a folder: `config.json` rebuilds the model, `adapter.safetensors` holds what was trained, and
+`neighbours.safetensors`, if there is one, the train pictures that are looked at for an answer.
 
 The frozen base is not in it: `config.json` names the base by its fingerprint and loading onto another one is an error.
 No pickle is read or written, and no path of the machine is stored, so a checkpoint can be copied anywhere. The config
@@ -12,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from lora import apply_lora, get_adapter_params, load_params, set_trainable_para
 from models.backbone import VIT_TARGETS, create_backbone, read_tensors
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
+from models.neighbours import FILE, Neighbours, thumbnails
 from models.schema import contradiction, misfit
 from models.text import PAD, TextEncoder
 from models.text import WIDTH as TEXT_WIDTH
@@ -169,9 +172,9 @@ def amend_config(folder: Path, **facts) -> None:
     replace_file(folder / "config.json", sealed(config | facts, files))
 
 
-def adapter_tensors(folder: Path, config: dict) -> dict[str, Tensor]:
-    """`adapter.safetensors`, as long as it is what belongs to this config: a run that goes on may replace both."""
-    path = folder / "adapter.safetensors"
+def stored_tensors(folder: Path, config: dict, name: str = "adapter.safetensors") -> dict[str, Tensor]:
+    """Of a file of a checkpoint, as long as it is what belongs to this config: a run that goes on may replace both."""
+    path = folder / name
     state = read_tensors(path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != config["sha256"][path.name]:
         raise UserError(f"{folder} was replaced while it was read, as by a run that goes on; start again")
@@ -180,13 +183,31 @@ def adapter_tensors(folder: Path, config: dict) -> dict[str, Tensor]:
 
 def load_tensors(folder: Path, model: AttributeClassifier, config: dict) -> None:
     """Load a checkpoint's tensors strictly: every missing, unexpected, misshaped or non-finite one is named."""
-    path, state = folder / "adapter.safetensors", adapter_tensors(folder, config)
+    path, state = folder / "adapter.safetensors", stored_tensors(folder, config)
     try:
         load_params(trained_params(model), state)
     except ValueError as error:
         raise UserError(f"{path} does not fit its config.json: {error}") from None
     if bad := sorted(name for name, tensor in state.items() if not tensor.isfinite().all()):
         raise UserError(f"{path} holds numbers that are not finite, in {', '.join(bad)}")
+    model.neighbours = read_neighbours(folder, model, config) if FILE in config["sha256"] else None
+
+
+def read_neighbours(folder: Path, model: AttributeClassifier, config: dict) -> Neighbours:
+    """The train pictures that a checkpoint keeps for this model.
+
+    Raises:
+        UserError: they are not what the config describes.
+    """
+    classes = {a["name"]: len(a["labels"]) for a in config["attributes"] if a["kind"] == "class"}
+    try:
+        found = Neighbours(classes, stored_tensors(folder, config, FILE))
+    except ValueError as error:
+        raise UserError(f"{folder / FILE} does not fit its config.json: {error}") from None
+    seen = thumbnails(torch.zeros(1, 3, *config["preprocess"]["size"])).shape[1], model.heads.levels[0].in_features
+    if seen != (len(found.thumbnail_mean), len(found.embedding_mean)):
+        raise UserError(f"{folder / FILE} does not fit its config.json: it is of other pictures or another backbone")
+    return found
 
 
 def load_checkpoint(folder: Path, weights: Path | None = None) -> tuple[AttributeClassifier, dict]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.heads import HierarchicalHeads
+from models.neighbours import thumbnails
 from models.patches import forward_features
 
 TAUGHT = 0.5  # share of the loss that is the distance from what a teacher says
@@ -29,6 +30,7 @@ class AttributeClassifier(nn.Module):
 
     Attributes:
         drop_patches: share of those patches that training leaves out by chance; set by who trains.
+        neighbours: the train pictures, see `models.neighbours`, or None; set by who loads a checkpoint that has them.
     """
 
     def __init__(
@@ -46,12 +48,15 @@ class AttributeClassifier(nn.Module):
         self.drop_patches = 0.0
         self.text = text
         self.blind = blind
+        self.neighbours = None
 
     def forward(self, images: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
         parts = [] if self.blind else [*self.embed(images)]
         if self.text is not None:
             parts.append(self.text(tokens))
-        return self.heads(torch.cat(parts, dim=-1))
+        embedding = torch.cat(parts, dim=-1)
+        logits = self.heads(embedding)
+        return self.neighbours(thumbnails(images), embedding, logits) if self.neighbours else logits
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) -> the backbone's own embedding and the mean of its patches, (B, d) each."""

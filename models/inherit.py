@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from lora import get_adapter_params, load_params
-from models.checkpoint import adapter_tensors, make_heads, read_config
+from models.checkpoint import make_heads, read_config, stored_tensors
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
 from models.text import WIDTH as TEXT_WIDTH
@@ -57,7 +57,7 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
         UserError: as `predecessor`; both read titles alone, not alike; the checkpoint's tensors do not fit its config.
     """
     old = predecessor(config, folder)
-    seen, state = _both_see(old, config), adapter_tensors(folder, old)
+    seen, state = _both_see(old, config), stored_tensors(folder, old)
     read = bool(old["text"] and _tokens(old) == _tokens(config))
     if not seen and not read:
         raise UserError(f"--init-from {folder} reads titles in another vocabulary or length: none of it can be kept")

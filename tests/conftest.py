@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from data import fashion
-from models.checkpoint import sealed
+from models.checkpoint import load_checkpoint, save_checkpoint, sealed
+from models.neighbours import FILE, Neighbours, thumbnails
 
 OWN_PATCHES = {"img_size": None, "patch_size": None, "keep_patches": 1.0}  # of a checkpoint's config
 
@@ -124,6 +125,27 @@ def with_config(tmp_path):
         change(config)
         adapter = {"adapter.safetensors": (folder / "adapter.safetensors").read_bytes()}
         (folder / "config.json").write_bytes(sealed(config, adapter))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def with_neighbours(tmp_path):
+    """`with_neighbours(checkpoint)`: a copy of a checkpoint that keeps 40 pictures of noise, which count by half."""
+
+    def make(checkpoint: Path) -> Path:
+        model, config = load_checkpoint(checkpoint)
+        classes = {a["name"]: len(a["labels"]) for a in config["attributes"] if a["kind"] == "class"}
+        drawing = torch.Generator().manual_seed(0)
+        images = torch.randn(40, 3, *config["preprocess"]["size"], generator=drawing)
+        labels = torch.stack([torch.randint(count, (40,), generator=drawing) for count in classes.values()], dim=1)
+        with torch.no_grad():
+            seen = thumbnails(images), torch.cat(model.embed(images), dim=1)
+        neighbours = Neighbours.of(classes, *seen, labels)
+        neighbours.share.fill_(0.5)
+        folder = tmp_path / "looking" / "best"
+        save_checkpoint(folder, model, config, {FILE: neighbours.tensors()})
         return folder
 
     return make

@@ -10,15 +10,26 @@ import torch
 from safetensors.torch import load_file, save
 
 import refit
+from data import fashion
 from data.batches import Rows
 from durable import claim
 from models.checkpoint import amend_config, load_checkpoint, make_heads, read_config, sealed
 from models.heads import HierarchicalHeads
+from models.neighbours import FILE
+
+TEXT = {"vocab": ["[PAD]", "[UNK]", "[CLS]", "[SEP]"], "length": 3, "mask": True}
 
 
 @pytest.fixture
 def words(cache_dir):
     return ("--data", "demo", "--limit", 1000, "--cache-dir", cache_dir)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    _, image = fashion.draw(0, seed=7)
+    image.save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
 
 
 def bytes_in(folder):
@@ -31,10 +42,11 @@ def with_fresh_heads(checkpoint, folder):
     torch.manual_seed(0)
     fresh = make_heads(model.backbone.num_features, config).state_dict()
     tensors = load_file(checkpoint / "adapter.safetensors") | {f"heads.{name}": t for name, t in fresh.items()}
+    files = {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
+    files["adapter.safetensors"] = save(tensors)
     folder.mkdir(parents=True)
-    (folder / "adapter.safetensors").write_bytes(save(tensors))
-    config_bytes = sealed(config, {"adapter.safetensors": save(tensors)})
-    (folder / "config.json").write_bytes(config_bytes)
+    for name, data in (files | {"config.json": sealed(config, files)}).items():
+        (folder / name).write_bytes(data)
 
 
 def test_heads_learn_and_adapters_stay(command, demo_run, words, tmp_path):
@@ -82,6 +94,42 @@ def test_a_calibration_that_accepts_more_is_not_thrown_away(command, demo_run, w
     assert "accepted 1.000, " in done.stdout
     assert "stays as it was" in done.stdout
     assert bytes_in(best) == before
+
+
+def test_neighbours_come_and_are_renewed(command, demo_run, words, tmp_path, photo):
+    heads_of = demo_run / "best"
+    for run, more in (("one", ["--neighbours"]), ("two", [])):
+        folder = tmp_path / run / "best"
+        with_fresh_heads(heads_of, folder)
+        done = command("refit.py", "--checkpoint", folder, *words, *more)
+        assert done.returncode == 0, done.stderr
+        assert (folder / FILE).exists() and "neighbours count for" in done.stdout
+        now = float(re.search(r"(\S+) after; .*: kept", done.stdout)[1])
+        scores = folder.parent / "scores.json"
+        done = command("evaluate.py", "--checkpoint", folder, *words, "--split", "val", "--json", scores)
+        assert json.loads(scores.read_text())["mean_accuracy"] == pytest.approx(now, abs=5e-5), "as they were kept"
+        assert command("infer.py", photo, "--checkpoint", folder).returncode == 0
+        heads_of = folder
+
+
+def test_a_share_is_what_makes_the_labels_most_probable():
+    torch.manual_seed(0)
+    heads, votes = torch.rand(2000), torch.rand(2000)
+    share = refit.fit_share(heads, votes)
+
+    def likelihood(share):
+        return ((1 - share) * heads + share * votes).log().mean()
+
+    assert all(likelihood(share) >= likelihood(share + by) for by in (-0.01, 0.01))
+    assert refit.fit_share(heads, heads / 2) < 0.01 < 0.99 < refit.fit_share(heads, heads * 2)
+    assert refit.fit_share(heads[:0], votes[:0]) == 0.0
+
+
+def test_who_looks_at_no_picture_has_no_neighbours(command, with_config, demo_run, words):
+    folder = with_config(demo_run / "best", lambda config: config.update(inputs="title", title="x", text=TEXT))
+    done = command("refit.py", "--checkpoint", folder, *words, "--neighbours")
+    assert done.returncode == 2
+    assert f"--neighbours looks at pictures, which {folder} does not" in done.stderr.splitlines()[-1]
 
 
 def test_what_is_not_known_teaches_nothing(monkeypatch):

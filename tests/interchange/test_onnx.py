@@ -21,9 +21,9 @@ def run_on_half_the_patches(command, cache_dir, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("run", ["demo_run", "run_on_half_the_patches"])
-def test_logits_are_the_same_at_any_batch_size(command, request, tmp_path, run):
-    best = request.getfixturevalue(run) / "best"
+@pytest.mark.parametrize("run", ["demo_run", "run_on_half_the_patches", "with neighbours"])
+def test_logits_are_the_same_at_any_batch_size(command, request, demo_run, with_neighbours, tmp_path, run):
+    best = with_neighbours(demo_run / "best") if "neighbours" in run else request.getfixturevalue(run) / "best"
     done = command("export.py", "--checkpoint", best, "--to", "onnx", "--out", "m.onnx", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     model, config = load_checkpoint(best)

@@ -1,0 +1,141 @@
+"""What is known of the train pictures that are most alike, beside what the heads say.
+
+A catalogue shows an article again in another colour, and the next one of its line. A few million weights do not
+remember each of them; looking them up does. After kNN-LM (Khandelwal et al. 2020, arXiv:1911.00172), of each attribute
+
+    p = (1 - share) softmax(logits / T) + share * votes
+
+where the nearest train pictures vote for their labels. `refit.py` makes it, and fits share and T on validation rows.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FILE = "neighbours.safetensors"  # in a checkpoint's folder
+SIDE = 14  # pixels of a thumbnail, or a few more
+COMPONENTS = {"thumbnail": 192, "embedding": 256}  # at most
+FLOOR = 0.01  # of the largest component's deviation, added to that of each: the smallest are noise
+NEAREST = 8
+SHARPNESS = 20.0  # a neighbour that is 0.05 more alike has e times the vote
+SAME = 0.9995  # from here on it is the very picture, whose own label is no second opinion
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """images (B, 3, S, S) -> (B, n), whatever they are computed in."""
+    height, width = images.shape[2:]
+    return F.avg_pool2d(images.float(), (max(1, height // SIDE), max(1, width // SIDE))).flatten(1)
+
+
+class Neighbours(nn.Module):
+    """Train pictures and their labels. Two pictures are alike as thumbnails and embeddings are, each by half: the
+    cosine of their whitened principal components.
+
+    Args:
+        classes: attribute -> its number of classes, in the order of the columns of `labels`; numbers are left alone.
+        tensors: `{thumbnail,embedding}_{mean,basis}` (n,), (n, c), which whiten; `bank` (N, sum of c), the pictures;
+            `labels` (N, A), negative where missing; `temperature` and `share` (A,).
+
+    Raises:
+        ValueError: they are not these tensors, or do not fit together.
+    """
+
+    def __init__(self, classes: Mapping[str, int], tensors: Mapping[str, Tensor]):
+        super().__init__()
+        self.classes = dict(classes)
+        if what := _misfit(self.classes, tensors):
+            raise ValueError(what)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.float() if tensor.is_floating_point() else tensor.long())
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, classes: Mapping[str, int], thumbnail: Tensor, embedding: Tensor, labels: Tensor) -> "Neighbours":
+        """Of train pictures, thumbnails (N, n), embeddings (N, m) and labels (N, A); their votes do not count yet."""
+        tensors = {"labels": labels, "temperature": torch.ones(len(classes)), "share": torch.zeros(len(classes))}
+        for name, seen in (("thumbnail", thumbnail), ("embedding", embedding)):
+            tensors[f"{name}_mean"], tensors[f"{name}_basis"] = _whitening(seen, COMPONENTS[name])
+        width = sum(tensors[f"{name}_basis"].shape[1] for name in COMPONENTS)
+        made = cls(classes, tensors | {"bank": torch.zeros(len(labels), width)})
+        made.bank = made._described(thumbnail, embedding)
+        return made
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: pictures in fp16, which changes how alike they are by 1e-5."""
+        return self.state_dict() | {"bank": self.bank.half(), "labels": self.labels.int()}
+
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def forward(self, thumbnail: Tensor, embedding: Tensor, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Thumbnails (B, n), embeddings (B, m) and what the heads made of these -> logits in their place."""
+        heard = self.heard(thumbnail, embedding, logits)
+        shares = dict(zip(self.classes, self.share, strict=True))
+        return {
+            name: torch.lerp(*heard[name], shares[name]).clamp(min=1e-12).log() if name in heard else z
+            for name, z in logits.items()
+        }
+
+    def heard(
+        self, thumbnail: Tensor, embedding: Tensor, logits: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """{attribute: probabilities by the heads, and by the neighbours}, (B, classes) each. A neighbour whose label is
+        missing votes as the heads do."""
+        alike = self._described(thumbnail, embedding) @ self.bank.T  # (B, N)
+        near, rows = alike.masked_fill(alike > SAME, -1.0).topk(min(NEAREST, len(self.bank)))
+        weights, labels = (near * SHARPNESS).softmax(1), self.labels[rows]  # (B, K), (B, K, A)
+        found = {}
+        for name, T, label in zip(self.classes, self.temperature, labels.unbind(2), strict=True):
+            p, known = (logits[name].float() / T).softmax(1), weights * (label >= 0)
+            votes = torch.zeros_like(p).scatter_add(1, label.clamp(min=0), known)
+            found[name] = p, votes + (1 - known.sum(1, keepdim=True)) * p
+        return found
+
+    def _described(self, thumbnail: Tensor, embedding: Tensor) -> Tensor:
+        """(B, D) of length 1."""
+        parts = (
+            (thumbnail, self.thumbnail_mean, self.thumbnail_basis),
+            (embedding, self.embedding_mean, self.embedding_basis),
+        )
+        return torch.cat([F.normalize((x.float() - mean) @ basis) for x, mean, basis in parts], dim=1) * 0.5**0.5
+
+    def _apply(self, fn, recurse: bool = True):
+        # Moved with the model, but in fp32 whatever that computes in: who is nearest is a matter of small differences.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
+
+
+def _whitening(seen: Tensor, components: int) -> tuple[Tensor, Tensor]:
+    """Mean (n,) and basis (n, c) of rows (N, n): `(x - mean) @ basis` has the largest principal components, nearly of
+    variance 1."""
+    mean = seen.float().mean(0)
+    centred = seen.float() - mean
+    variance, axes = torch.linalg.eigh((centred.T @ centred / len(seen)).double())
+    axes, deviation = axes.flip(1)[:, :components], variance.flip(0).clamp(min=0).sqrt()
+    floor = (FLOOR * deviation[0]).clamp(min=1e-6)  # rows may be all alike
+    return mean, (axes / (deviation[:components] + floor)).float().contiguous()
+
+
+def _misfit(classes: Mapping[str, int], tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with tensors that a stranger may have written; None where nothing is."""
+    names = {"bank", "labels", "temperature", "share"} | {f"{x}_{y}" for x in COMPONENTS for y in ("mean", "basis")}
+    if tensors.keys() != names:
+        return f"it holds {', '.join(sorted(tensors.keys() ^ names))} too much or too little"
+    flat = {"temperature", "share"} | {f"{name}_mean" for name in COMPONENTS}
+    if wrong := sorted(name for name in names if tensors[name].ndim != (1 if name in flat else 2)):
+        return f"its {wrong[0]} is of shape {tuple(tensors[wrong[0]].shape)}"
+    widths = [tensors[f"{name}_basis"].shape[1] for name in COMPONENTS]
+    count, sizes = len(tensors["labels"]), torch.tensor(list(classes.values()))
+    shapes = {"bank": (count, sum(widths)), "labels": (count, len(sizes))}
+    shapes |= dict.fromkeys(("temperature", "share"), (len(sizes),))
+    shapes |= {f"{name}_basis": (len(tensors[f"{name}_mean"]), w) for name, w in zip(COMPONENTS, widths, strict=True)}
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)) or not len(tensor):
+            return f"its {name} is of shape {tuple(tensor.shape)}"
+        if tensor.is_floating_point() == (name == "labels") or not tensor.isfinite().all():
+            return f"its {name} are not the numbers they should be"
+    if (tensors["labels"] >= sizes).any():
+        return "its labels name a class that there is not"
+    if not ((tensors["share"] >= 0) & (tensors["share"] <= 1)).all() or not (tensors["temperature"] > 0).all():
+        return "its share or temperature is out of its range"
+    return None

@@ -1,0 +1,153 @@
+"""Train pictures whose labels count beside what the heads say."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+
+from errors import UserError
+from lora import merge_lora
+from models.checkpoint import load_checkpoint, read_config, sealed
+from models.neighbours import COMPONENTS, FILE, Neighbours, thumbnails
+from teacher import load_teacher
+
+
+def seen(count, kinds=2):
+    """Thumbnails and embeddings of pictures of several kinds, and of which kind each is."""
+    drawing = torch.Generator().manual_seed(0)
+    kind = torch.arange(count) % kinds
+    centres = torch.randn(kinds, 42, generator=drawing) * 3
+    x = centres[kind] + torch.randn(count, 42, generator=drawing)
+    return x[:, :12], x[:, 12:], kind
+
+
+def test_votes_by_hand():
+    eye = {f"{x}_{y}": t for x in COMPONENTS for y, t in (("mean", torch.zeros(2)), ("basis", torch.eye(2)))}
+    bank = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1]]) * 0.5**0.5
+    labels = torch.tensor([[0], [1], [-1]])
+    fitted = {"temperature": torch.tensor([2.0]), "share": torch.tensor([0.25])}
+    neighbours = Neighbours({"kind": 3}, eye | fitted | {"bank": bank, "labels": labels})
+    logits = torch.tensor([[0.0, 2.0, 4.0]])
+    said = neighbours(torch.tensor([[7.0, 0]]), torch.tensor([[3.0, 4.0]]), {"kind": logits, "width": logits})
+    p = (logits / 2).softmax(1)[0]
+    # Cosines of the halves: (1, 0.6), (0, 0.6), (0, 0.8); the third has no label, so the heads speak for it.
+    vote = (torch.tensor([1.6, 0.6, 0.8]) / 2 / 0.05).softmax(0)
+    votes = torch.stack([vote[0], vote[1], torch.tensor(0.0)]) + vote[2] * p
+    torch.testing.assert_close(said["kind"][0].exp(), 0.75 * p + 0.25 * votes)
+    assert said["width"] is logits, "numbers are left alone"
+
+
+def test_pictures_that_are_alike_vote():
+    *pictures, kind = seen(400, kinds=20)
+    neighbours = Neighbours.of({"kind": 20}, *(x[:300] for x in pictures), kind[:300, None])
+    nothing = {"kind": torch.zeros(100, 20)}
+    _, votes = neighbours.heard(*(x[300:] for x in pictures), nothing)["kind"]
+    torch.testing.assert_close(votes.sum(1), torch.ones(100))
+    assert (votes.argmax(1) == kind[300:]).float().mean() > 0.95
+    neighbours.share.fill_(0.0)
+    torch.testing.assert_close(neighbours(*(x[300:] for x in pictures), nothing)["kind"].exp(), nothing["kind"] + 0.05)
+
+
+def test_a_picture_is_no_neighbour_of_its_own():
+    thumbnail, embedding, _ = seen(60)
+    labels = torch.zeros(60, 1, dtype=torch.long)
+    labels[7] = 1
+    neighbours = Neighbours.of({"kind": 2}, thumbnail, embedding, labels)
+    _, votes = neighbours.heard(thumbnail[7:8], embedding[7:8], {"kind": torch.zeros(1, 2)})["kind"]
+    assert votes.tolist() == [[1.0, 0.0]], "the only one of that label is itself"
+    near = thumbnail[7:8] + 0.1 * torch.randn(1, 12), embedding[7:8] + 0.1 * torch.randn(1, 30)
+    _, votes = neighbours.heard(*near, {"kind": torch.zeros(1, 2)})["kind"]
+    assert votes[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("count", [1, 3, 500])
+def test_few_pictures_or_all_alike_give_numbers(count):
+    thumbnail, embedding, kind = seen(count)
+    neighbours = Neighbours.of({"kind": 2}, torch.ones(count, 12), embedding, kind[:, None])
+    neighbours.share.fill_(1.0)
+    assert neighbours(thumbnail, embedding, {"kind": torch.zeros(count, 2)})["kind"].isfinite().all()
+    assert len(neighbours.bank) == count
+
+
+def test_thumbnails_are_about_as_large_whatever_the_picture():
+    for side, cells in ((112, 14), (224, 14), (64, 16), (8, 8)):
+        images = torch.zeros(2, 3, side, side)
+        images[1, 2, :, side // 2 :] = 1.0
+        small = thumbnails(images.bfloat16()).view(2, 3, cells, cells)
+        assert small.dtype is torch.float32
+        assert small[1, 2, :, cells // 2 :].eq(1).all() and small.sum() == cells * cells / 2
+
+
+def test_it_stays_in_fp32_and_comes_with_every_copy(with_neighbours, demo_run):
+    folder = with_neighbours(demo_run / "best")
+    model, _ = load_checkpoint(folder)
+    images = torch.randn(5, 3, 64, 64)
+    with torch.inference_mode():
+        exact, merged = model(images), merge_lora(model).to(torch.bfloat16)
+        assert {b.dtype for b in merged.neighbours.buffers()} == {torch.float32, torch.int64}
+        for name, z in merged(images.bfloat16()).items():
+            assert (z.exp() - exact[name].exp()).abs().max() < 0.05, name
+        model.neighbours = None
+        alone = model(images)
+    assert any((exact[name].softmax(1) - z.softmax(1)).abs().max() > 0.05 for name, z in alone.items())
+    assert load_teacher(folder, None, {"backbone": {"fingerprint": None}}, None)[0].neighbours is None
+
+
+def without(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, change):
+    return lambda tensors: tensors.update({name: change(tensors[name])})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("share"), "it holds share too much or too little"),
+        (put("bank", lambda t: t[:-1]), "its bank is of shape"),
+        (put("bank", lambda t: t[0]), "its bank is of shape"),
+        (put("labels", lambda t: t[:0]), "is of shape"),
+        (put("labels", lambda t: t + 1000), "its labels name a class that there is not"),
+        (put("labels", lambda t: t.float()), "its labels are not the numbers they should be"),
+        (put("bank", lambda t: t * torch.nan), "its bank are not the numbers they should be"),
+        (put("share", lambda t: t + 1), "its share or temperature is out of its range"),
+        (put("temperature", lambda t: t * 0), "its share or temperature is out of its range"),
+        (put("thumbnail_basis", lambda t: t[:-1].clone()), "its thumbnail_basis is of shape"),
+    ],
+)
+def test_a_crafted_file_is_refused(with_neighbours, demo_run, tmp_path, change, message):
+    folder = with_neighbours(demo_run / "best")
+    tensors = load_file(folder / FILE)
+    change(tensors)
+    files = {FILE: save(tensors), "adapter.safetensors": (folder / "adapter.safetensors").read_bytes()}
+    (folder / FILE).write_bytes(files[FILE])
+    (folder / "config.json").write_bytes(sealed(read_config_text(folder), files))
+    with pytest.raises(UserError, match=f"{FILE} does not fit its config.json: .*{message}"):
+        load_checkpoint(folder)
+
+
+def read_config_text(folder):
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def test_neighbours_of_another_size_are_refused(with_neighbours, demo_run, tmp_path):
+    folder = with_neighbours(demo_run / "best")
+    tensors = load_file(folder / FILE)
+    for name in ("mean", "basis"):
+        tensors[f"embedding_{name}"] = tensors[f"embedding_{name}"][:-1].clone()
+    files = {FILE: save(tensors), "adapter.safetensors": (folder / "adapter.safetensors").read_bytes()}
+    (folder / FILE).write_bytes(files[FILE])
+    (folder / "config.json").write_bytes(sealed(read_config(demo_run / "best"), files))
+    with pytest.raises(UserError, match="it is of other pictures or another backbone"):
+        load_checkpoint(folder)
+
+
+def test_a_damaged_file_is_refused(with_neighbours, demo_run, tmp_path):
+    folder = with_neighbours(demo_run / "best")
+    data = bytearray((folder / FILE).read_bytes())
+    data[-1] ^= 1
+    (folder / FILE).write_bytes(data)
+    with pytest.raises(UserError, match=f"{FILE} is damaged: its checksum differs"):
+        load_checkpoint(folder)
