@@ -15,18 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FILE = "neighbours.safetensors"  # in a checkpoint's folder
-SIDE = 14  # pixels of a thumbnail, or a few more
-COMPONENTS = {"thumbnail": 192, "embedding": 256}  # at most
+SIDE = 28  # pixels of a thumbnail, or a few more
+COMPONENTS = {"thumbnail": 256, "embedding": 256}  # at most
 FLOOR = 0.01  # of the largest component's deviation, added to that of each: the smallest are noise
-NEAREST = 8
-SHARPNESS = 20.0  # a neighbour that is 0.05 more alike has e times the vote
+FAINT = 0.05  # a contrast that is hardly there, and is not made much of
+NEAREST = 16
+SHARPNESS = 25.0  # a neighbour that is 0.04 more alike has e times the vote
 SAME = 0.9995  # from here on it is the very picture, whose own label is no second opinion
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """images (B, 3, S, S) -> (B, n), whatever they are computed in."""
+    """images (B, 3, S, S), normalised -> (B, n), grey and of equal contrast: the same in another colour is alike."""
     height, width = images.shape[2:]
-    return F.avg_pool2d(images.float(), (max(1, height // SIDE), max(1, width // SIDE))).flatten(1)
+    grey = images.float().mean(1, keepdim=True)
+    grey = grey - grey.mean((2, 3), keepdim=True)
+    grey = grey / (grey.square().mean((2, 3), keepdim=True).sqrt() + FAINT)
+    return F.avg_pool2d(grey, (max(1, height // SIDE), max(1, width // SIDE))).flatten(1)
 
 
 class Neighbours(nn.Module):
