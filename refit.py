@@ -47,7 +47,7 @@ DROPOUT = 0.3  # of an embedding: without it the surest answers get worse, as he
 DRAWS = 4  # of the order and of what is dropped: one by itself is better or worse by luck
 MOST = 100_000  # train pictures: of a larger catalogue a choice, whose embeddings fit in memory
 AT_ONCE = 256  # pictures that are compared with all those that are kept
-ROUNDS = 100  # of looking for a share, from which it is right to three digits
+ROUNDS = 100  # of looking for a share: enough for two digits of it
 FEWER = 0.02  # of all labels may be accepted than before: more accuracy is not worth more looking
 
 

@@ -21,7 +21,8 @@ FLOOR = 0.01  # of the largest component's deviation, added to that of each: the
 FAINT = 0.05  # a contrast that is hardly there, and is not made much of
 NEAREST = 16
 SHARPNESS = 25.0  # a neighbour that is 0.04 more alike has e times the vote
-SAME = 0.9995  # from here on it is the very picture, whose own label is no second opinion
+# From here on it is the very picture, whose own label is no second opinion; in bf16 one in twenty is not recognised.
+SAME = 0.9995
 
 
 def thumbnails(images: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class Neighbours(nn.Module):
             tensors[f"{name}_mean"], tensors[f"{name}_basis"] = _whitening(seen, COMPONENTS[name])
         width = sum(tensors[f"{name}_basis"].shape[1] for name in COMPONENTS)
         made = cls(classes, tensors | {"bank": torch.zeros(len(labels), width)})
-        made.bank = made._described(thumbnail, embedding)
+        made.bank = made.describe(thumbnail, embedding)
         return made
 
     def tensors(self) -> dict[str, Tensor]:
@@ -86,7 +87,7 @@ class Neighbours(nn.Module):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """{attribute: probabilities by the heads, and by the neighbours}, (B, classes) each. A neighbour whose label is
         missing votes as the heads do."""
-        alike = self._described(thumbnail, embedding) @ self.bank.T  # (B, N)
+        alike = self.describe(thumbnail, embedding) @ self.bank.T  # (B, N)
         near, rows = alike.masked_fill(alike > SAME, -1.0).topk(min(NEAREST, len(self.bank)))
         weights, labels = (near * SHARPNESS).softmax(1), self.labels[rows]  # (B, K), (B, K, A)
         found = {}
@@ -96,7 +97,7 @@ class Neighbours(nn.Module):
             found[name] = p, votes + (1 - known.sum(1, keepdim=True)) * p
         return found
 
-    def _described(self, thumbnail: Tensor, embedding: Tensor) -> Tensor:
+    def describe(self, thumbnail: Tensor, embedding: Tensor) -> Tensor:
         """(B, D) of length 1."""
         parts = (
             (thumbnail, self.thumbnail_mean, self.thumbnail_basis),

@@ -36,6 +36,12 @@ def test_a_way_of_the_recipe(cache_dir, tmp_path):
     assert json.loads((tmp_path / "linear probe.json").read_text())["images_per_second"] > 0
 
 
+def test_what_neighbours_give(with_neighbours, demo_run, cache_dir):
+    folder = with_neighbours(demo_run / "best")
+    said = run("neighbours.py", "--checkpoint", folder, "--data", "demo", "--limit", 1000, "--cache-dir", cache_dir)
+    assert "| nearest | rows |" in said and "batch 64: " in said
+
+
 def test_a_large_catalogue_in_small(shared):
     said = run("large_catalogue.py", "--rows", 300, "--data", shared / "data" / "fashion-product-images-small")
     assert "| 300 |" in said

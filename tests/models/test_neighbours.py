@@ -55,7 +55,7 @@ def test_a_picture_is_no_neighbour_of_its_own():
     labels[7] = 1
     neighbours = Neighbours.of({"kind": 2}, thumbnail, embedding, labels)
     _, votes = neighbours.heard(thumbnail[7:8], embedding[7:8], {"kind": torch.zeros(1, 2)})["kind"]
-    assert votes[0, 1] == 0, "the only one of that label is itself"
+    assert votes[0, 1] < 1e-6, "the only one of that label is itself"
     near = thumbnail[7:8] + 0.1 * torch.randn(1, 12), embedding[7:8] + 0.1 * torch.randn(1, 30)
     _, votes = neighbours.heard(*near, {"kind": torch.zeros(1, 2)})["kind"]
     assert votes[0, 1] > 0.9

@@ -1,0 +1,84 @@
+"""What neighbours give, by how alike the nearest of them is, and how long looking them up takes.
+
+    python benchmarks/neighbours.py --checkpoint RUN/best --weights FILE --data FASHION
+
+Of a checkpoint that `refit.py --neighbours` made. Accuracy is of validation rows, decoded along the known paths, in
+quarters from those that no train picture is like to those that some are; the heads alone are the same without votes.
+Seconds are of images that are ready, in turn.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common import in_turn, machine, markdown, ratios, spread, trained
+
+from errors import UserError, exits_cleanly
+from evaluate import Evaluation, evaluate
+from lora import keep_base_in, merge_lora
+from models.neighbours import SAME
+from refit import embed
+from task import Task
+
+BATCHES = (1, 64)
+ROUNDS = 9
+
+
+def nearest(task: Task, rows: np.ndarray) -> Tensor:
+    """(N,) how alike the nearest train picture is that is not the very same."""
+    seen, looked_up = embed(task, rows, 64, "val"), task.model.neighbours
+    found = []
+    for thumbnail, embedding in zip(*(part.split(256) for part in seen), strict=True):
+        alike = looked_up.describe(thumbnail, embedding) @ looked_up.bank.T
+        found.append(alike.masked_fill(alike > SAME, -1.0).amax(1))
+    return torch.cat(found)
+
+
+def right(task: Task, found: Evaluation) -> np.ndarray:
+    """(N, A) whether each label is; NaN where it is missing."""
+    labels = task.labels[found.rows]
+    return np.where(labels == -1, np.nan, found.answers.labels.numpy() == labels)
+
+
+@exits_cleanly
+@torch.no_grad()
+def main() -> None:
+    task = trained("What neighbours give, and what they cost.")
+    model, device = task.model, next(task.model.parameters()).device
+    if model.neighbours is None:
+        raise UserError("the checkpoint has no neighbours; make some with refit.py --neighbours")
+    both = right(task, looking := evaluate(task, "val", device))
+    alike = nearest(task, looking.rows)
+    shares = model.neighbours.share.clone()
+    model.neighbours.share.zero_()
+    alone = right(task, evaluate(task, "val", device))
+    model.neighbours.share.copy_(shares)
+    names, lines = list(task.classes), []
+    for quarter in alike.argsort().tensor_split(4):
+        by = [(np.nanmean(alone[quarter, i]), np.nanmean(both[quarter, i])) for i in range(len(names))]
+        figures = [f"{a:.3f}, {b:.3f}" for a, b in [*by, np.mean(by, axis=0)]]
+        lines.append([f"{alike[quarter].min():.2f} to {alike[quarter].max():.2f}", f"{len(quarter):,}", *figures])
+    print(f"{len(model.neighbours.bank):,} train pictures; {machine(device)}\n")
+    print(markdown(["nearest", "rows", *names, "mean"], lines) + "\n")
+
+    with_them, without = merge_lora(model), merge_lora(model)
+    without.neighbours = None
+    for size in BATCHES:
+        pixels = torch.from_numpy(np.asarray(task.store.pixels[looking.rows[:size]]))
+        images = task.preprocess(pixels.to(device))
+        ways = {"heads alone": copy.deepcopy(without), "neighbours": with_them}
+        for way in ways.values():
+            keep_base_in(way.eval(), torch.float32)
+        seconds = in_turn({name: lambda way=way, x=images: way(x) for name, way in ways.items()}, ROUNDS, device)
+        times = spread(ratios(seconds["neighbours"], seconds["heads alone"]))
+        print(f"batch {size}: {1e3 * np.median(seconds['heads alone']):.1f} ms, with neighbours {times} times as long")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
