@@ -213,6 +213,19 @@ def test_resuming_a_run_that_has_ended_keeps_what_was_done_to_its_best(command, 
     assert metrics["calibration"]["target_precision"] == 0.7, "of best/ as it is"
 
 
+def test_a_run_that_has_ended_is_scored_with_its_neighbours(command, demo_run, with_neighbours, cache_dir, tmp_path):
+    run = shutil.copytree(demo_run, tmp_path / "run")
+    shutil.rmtree(run / "best")
+    best = shutil.copytree(with_neighbours(demo_run / "best"), run / "best")
+    done = command("train.py", "--resume", "--out", run)
+    assert done.returncode == 0, done.stderr
+    words = ("--data", "demo", "--limit", 1000, "--cache-dir", cache_dir, "--json", tmp_path / "scores.json")
+    assert command("evaluate.py", "--checkpoint", best, *words).returncode == 0
+    scores, before = (json.loads(file.read_text()) for file in (run / "metrics.json", demo_run / "metrics.json"))
+    assert scores == json.loads((tmp_path / "scores.json").read_text())
+    assert scores["mean_accuracy"] != before["mean_accuracy"]
+
+
 def test_resuming_takes_no_option_even_at_its_default(command, demo_run):
     done = command("train.py", "--resume", "--out", demo_run, "--epochs", 5)
     assert done.returncode == 2
