@@ -2,7 +2,7 @@
 
 python export.py --to timm --out backbone.safetensors    merged weights, for timm.create_model
 python export.py --to peft --out adapter/                LoRA alone, for PEFT on Hugging Face's ViT
-python export.py --to onnx --out model.onnx              merged backbone and heads, for onnxruntime
+python export.py --to onnx --out model.onnx              merged backbone, heads and neighbours, for onnxruntime
 """
 
 import startup  # noqa: F401
@@ -124,6 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     if config["inputs"] != "image":
         raise UserError(f"{folder} reads titles, which none of these formats has a place for")
     print(f"checkpoint {folder}")
+    if model.neighbours is not None:
+        place = "in the file too" if args.to == "onnx" else "left out, as the heads are"
+        print(f"the {len(model.neighbours.bank):,} train pictures that it looks at are {place}")
     if args.to == "timm":
         export_timm(model, config, args.out)
     elif args.to == "peft":

@@ -7,8 +7,8 @@ In training the heads see pictures that are moved about and of which patches may
 ones. Here the backbone, adapters merged, embeds each train picture once as it is, and the heads go on learning from
 those embeddings alone (after classifier re-training, Kang et al. 2020, arXiv:1910.09217), which takes seconds an epoch.
 With neighbours, the train pictures that are most alike are looked at for each answer (`models.neighbours`). Where mean
-accuracy on validation rows does not rise, or clearly fewer labels are accepted, nothing is changed. It is also what to
-run once labels were corrected; the classes, and the paths that they may form, stay those of training.
+accuracy on validation rows does not rise, or clearly fewer labels are accepted, nothing is changed, unless neighbours
+are to go. It is also what to run once labels were corrected; classes and known paths stay those of training.
 """
 
 import startup  # noqa: F401
@@ -72,13 +72,14 @@ class Looked(nn.Module):
         return {"thumbnail": thumbnail, "embedding": embedding}
 
 
-def embed(task: Task, rows: np.ndarray, batch_size: int, what: str) -> Seen:
-    """Of rows of the store, on the CPU."""
+def embed(task: Task, rows: np.ndarray, batch_size: int, what: str, look: bool) -> Seen:
+    """Of rows of the store, on the CPU; without thumbnails where nothing is to `look` at them."""
     model, device = merge_lora(task.model), next(task.model.parameters()).device
-    model.heads, model.neighbours = Unread(), Looked()
+    model.heads, model.neighbours = Unread(), Looked() if look else None
     loader = make_loader(task.store, task.known, epoch_batches(rows, batch_size), device)
     seen = predict(model, loader, task.preprocess, device, what)
-    return Seen(**{name: seen[name].clone() for name in Seen._fields})  # for autograd too
+    embedding = seen["embedding"].clone()  # for autograd too
+    return Seen(seen["thumbnail"].clone() if look else embedding[:, :0], embedding)
 
 
 def train_heads(heads: nn.Module, embeddings: Tensor, known: Rows) -> None:
@@ -163,7 +164,8 @@ def refit(task: Task, rows: np.ndarray, batch_size: int, look: bool) -> tuple[di
         the scores of validation rows before and after, and the calibration that belongs to the model as it is now.
     """
     val, model = choice(task, "val", SCORED), task.model
-    of_val, of_train = embed(task, val, batch_size, "val"), embed(task, rows, batch_size, "train")
+    looks = look or model.neighbours is not None
+    of_val, of_train = embed(task, val, batch_size, "val", looks), embed(task, rows, batch_size, "train", look)
     model.cpu()
     target = task.config.get("calibration", {}).get("target_precision", TARGET_PRECISION)
     uncalibrated = task.config | {"calibration": None}  # no threshold of the heads of before holds for these
@@ -211,8 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     add_catalogue_options(parser)
     parser.add_argument(
         "--neighbours",
-        action="store_true",
-        help="keep the train pictures and look at those most alike; renewed without this where a checkpoint has some",
+        action=argparse.BooleanOptionalAction,
+        help="keep the train pictures and look at those most alike, or none any more (default: if it has some already)",
     )
     args = parser.parse_args(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -236,7 +238,8 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     print(f"checkpoint {folder}\n{task.catalogue.name}: {len(rows):,} train and {labelled:,} val rows with labels")
     if not len(rows) or not labelled:
         raise UserError(f"{args.data} has {len(rows):,} train and {labelled:,} val rows with labels; both are needed")
-    look = args.neighbours or task.model.neighbours is not None
+    had = task.model.neighbours is not None
+    look = had if args.neighbours is None else args.neighbours
     before, after, fitted = refit(task, rows, args.batch_size, look)
     print(comparison(before, after))
     if look:
@@ -246,7 +249,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         (scores["mean_accuracy"], scores["calibration"]["accepted"]) for scores in (before, after)
     )
     change = f"mean accuracy {was:.4f} before, {now:.4f} after; accepted {accepted_was:.3f}, {accepted:.3f}"
-    if now <= was or accepted < accepted_was - FEWER:
+    if (now <= was or accepted < accepted_was - FEWER) and (look or not had):
         print(f"{change}: {folder} stays as it was")
         return
     data = task.config["data"] | {"heads_fingerprint": task.catalogue.fingerprint}

@@ -20,7 +20,7 @@ from models.classifier import AttributeClassifier
 def load_teacher(
     folder: Path, weights: Path | None, pupil: dict, pupils_weights: Path | None
 ) -> tuple[AttributeClassifier, dict]:
-    """A checkpoint that can teach: its model and its config.
+    """A checkpoint that can teach: its model, without neighbours, and its config.
 
     Args:
         weights: its base weights; None takes the pupil's where they are the same, else what its run used, or the hub's.
@@ -38,7 +38,7 @@ def load_teacher(
         model, config = load_checkpoint(folder, weights)
     except UserError as error:  # the pupil's own file is not what it asks for
         raise UserError(str(error).replace("--weights", "--teacher-weights")) from None
-    model.neighbours = None  # they are the pupil's own pictures with their labels, which it is given anyway
+    model.neighbours = None  # of a picture that was just moved they would give its own label, which is given anyway
     return model, config
 
 

@@ -28,7 +28,7 @@ from models.schema import contradiction, misfit
 from models.text import PAD, TextEncoder
 from models.text import WIDTH as TEXT_WIDTH
 
-FORMAT = 4  # raise it when older code could not read what is written
+FORMAT, LOOKING = 4, 5  # without and with neighbours; raise them when older code could not read what is written
 
 
 def adapt(backbone: nn.Module, config: dict) -> nn.Module:
@@ -81,7 +81,7 @@ def save_checkpoint(
     A crash at any moment leaves the new one, or the one before, whole and on the disk.
 
     Args:
-        extra: further safetensors files, by file name: the optimizer's state in `last/`.
+        extra: further safetensors files, by file name: the optimizer's state in `last/`, neighbours.
 
     Raises:
         OSError: no room, or no permission; the checkpoint that was there is still there.
@@ -113,7 +113,7 @@ def previous_of(folder: Path) -> Path:
 def sealed(config: dict, files: Mapping[str, bytes]) -> bytes:
     """The text of `config.json`, with the format and the SHA-256 of the files beside it and of the config itself."""
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    config = config | {"format": FORMAT, "sha256": sums}
+    config = config | {"format": LOOKING if FILE in files else FORMAT, "sha256": sums}
     sums["config.json"] = _own_sum(config)
     return (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -141,8 +141,8 @@ def read_config(folder: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     found = config.get("format") if isinstance(config, dict) else None
-    if found != FORMAT:
-        newer = "; it was written by a newer version: update" if isinstance(found, int) and found > FORMAT else ""
+    if found not in (FORMAT, LOOKING):
+        newer = "; it was written by a newer version: update" if isinstance(found, int) and found > LOOKING else ""
         raise UserError(f"{path} is of format {found!r}, not a format {FORMAT} checkpoint of this project{newer}")
     sums = config.get("sha256")
     if not isinstance(sums, dict) or not {"adapter.safetensors", "config.json"} <= sums.keys():
@@ -207,7 +207,7 @@ def read_neighbours(folder: Path, model: AttributeClassifier, config: dict) -> N
     seen = thumbnails(torch.zeros(1, 3, *config["preprocess"]["size"])).shape[1], model.heads.levels[0].in_features
     if seen != (len(found.thumbnail_mean), len(found.embedding_mean)):
         raise UserError(f"{folder / FILE} does not fit its config.json: it is of other pictures or another backbone")
-    return found
+    return found.to(next(model.parameters()).device)
 
 
 def load_checkpoint(folder: Path, weights: Path | None = None) -> tuple[AttributeClassifier, dict]:

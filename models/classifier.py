@@ -1,4 +1,4 @@
-"""The whole model, backbone -> embedding -> heads, and its loss over labels that are present."""
+"""The whole model, backbone -> embedding -> heads (and neighbours), and its loss over labels that are present."""
 
 from collections.abc import Sequence
 
@@ -31,6 +31,7 @@ class AttributeClassifier(nn.Module):
     Attributes:
         drop_patches: share of those patches that training leaves out by chance; set by who trains.
         neighbours: the train pictures, see `models.neighbours`, or None; set by who loads a checkpoint that has them.
+            With them the outputs for classes are log-probabilities of the mixture.
     """
 
     def __init__(

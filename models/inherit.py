@@ -20,6 +20,7 @@ from lora import get_adapter_params, load_params
 from models.checkpoint import make_heads, read_config, stored_tensors
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
+from models.neighbours import FILE
 from models.text import WIDTH as TEXT_WIDTH
 
 NUMBER = "a number"  # what the one output of a number means; a class's outputs mean its labels
@@ -85,6 +86,7 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
         "of another kind of level or other labels, so begun anew": [name for name in lost if name in before],
         "left out": [name for name in before if name not in kept],
     }
+    changes["left out"] += ["the neighbours"] if FILE in old["sha256"] else []
     changes = [f"{what}: {', '.join(names)}" for what, names in changes.items() if names]
     return f"from {folder}: " + "; ".join([", ".join(said), *changes])
 

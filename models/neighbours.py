@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FILE = "neighbours.safetensors"  # in a checkpoint's folder
-SIDE = 28  # pixels of a thumbnail, or a few more
+SIDE = 28  # pixels of a thumbnail at least, where the picture has them, and less than twice as many
 COMPONENTS = {"thumbnail": 256, "embedding": 256}  # at most
 FLOOR = 0.01  # of the largest component's deviation, added to that of each: the smallest are noise
 FAINT = 0.05  # a contrast that is hardly there, and is not made much of
@@ -23,6 +23,7 @@ NEAREST = 16
 SHARPNESS = 25.0  # a neighbour that is 0.04 more alike has e times the vote
 # From here on it is the very picture, whose own label is no second opinion; in bf16 one in twenty is not recognised.
 SAME = 0.9995
+LARGEST = 1e9  # number that such a file may hold: larger ones could end as no numbers in an answer
 
 
 def thumbnails(images: Tensor) -> Tensor:
@@ -137,10 +138,11 @@ def _misfit(classes: Mapping[str, int], tensors: Mapping[str, Tensor]) -> str | 
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)) or not len(tensor):
             return f"its {name} is of shape {tuple(tensor.shape)}"
-        if tensor.is_floating_point() == (name == "labels") or not tensor.isfinite().all():
+        kinds = (torch.int32, torch.int64) if name == "labels" else (torch.float16, torch.float32)
+        if tensor.dtype not in kinds or not (tensor.abs() < LARGEST).all():  # nor NaN
             return f"its {name} are not the numbers they should be"
     if (tensors["labels"] >= sizes).any():
         return "its labels name a class that there is not"
-    if not ((tensors["share"] >= 0) & (tensors["share"] <= 1)).all() or not (tensors["temperature"] > 0).all():
+    if not ((tensors["share"] >= 0) & (tensors["share"] <= 1)).all() or not (tensors["temperature"] > 1e-3).all():
         return "its share or temperature is out of its range"
     return None

@@ -13,7 +13,7 @@ import refit
 from data import fashion
 from data.batches import Rows
 from durable import claim
-from models.checkpoint import amend_config, load_checkpoint, make_heads, read_config, sealed
+from models.checkpoint import FORMAT, LOOKING, amend_config, load_checkpoint, make_heads, read_config, sealed
 from models.heads import HierarchicalHeads
 from models.neighbours import FILE
 
@@ -96,20 +96,26 @@ def test_a_calibration_that_accepts_more_is_not_thrown_away(command, demo_run, w
     assert bytes_in(best) == before
 
 
-def test_neighbours_come_and_are_renewed(command, demo_run, words, tmp_path, photo):
-    heads_of = demo_run / "best"
-    for run, more in (("one", ["--neighbours"]), ("two", [])):
+def test_neighbours_come_are_renewed_and_go(command, demo_run, cache_dir, tmp_path, photo):
+    heads_of, banks = demo_run / "best", {}
+    for run, limit, more in (("one", 500, ["--neighbours"]), ("two", 1000, []), ("three", 1000, ["--no-neighbours"])):
         folder = tmp_path / run / "best"
         with_fresh_heads(heads_of, folder)
-        done = command("refit.py", "--checkpoint", folder, *words, *more)
+        words = ("--checkpoint", folder, "--data", "demo", "--limit", limit, "--cache-dir", cache_dir)
+        done = command("refit.py", *words, *more)
         assert done.returncode == 0, done.stderr
-        assert (folder / FILE).exists() and "neighbours count for" in done.stdout
         now = float(re.search(r"(\S+) after; .*: kept", done.stdout)[1])
+        assert ("neighbours count for" in done.stdout) == (folder / FILE).exists() == (run != "three")
+        banks[run] = load_file(folder / FILE) if run != "three" else {}
         scores = folder.parent / "scores.json"
-        done = command("evaluate.py", "--checkpoint", folder, *words, "--split", "val", "--json", scores)
+        assert command("evaluate.py", *words, "--split", "val", "--json", scores).returncode == 0
         assert json.loads(scores.read_text())["mean_accuracy"] == pytest.approx(now, abs=5e-5), "as they were kept"
         assert command("infer.py", photo, "--checkpoint", folder).returncode == 0
         heads_of = folder
+    assert all(banks[run]["share"].max() > 0.05 for run in ("one", "two"))
+    assert len(banks["one"]["bank"]) < len(banks["two"]["bank"])
+    formats = [read_config(tmp_path / run / "best")["format"] for run in banks]
+    assert formats == [LOOKING, LOOKING, FORMAT], "who knows of no neighbours is not to read them"
 
 
 def test_a_share_is_what_makes_the_labels_most_probable():
