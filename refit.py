@@ -134,7 +134,7 @@ def parts(seen: Seen, logits: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tenso
 @torch.inference_mode()
 def look_up(task: Task, heads: nn.Module, of_train: Seen, labels: Tensor, of_val: Seen, truths: Tensor) -> Neighbours:
     """Train pictures with labels (N, A) as neighbours, heard as far as that makes labels (V, A) of others probable."""
-    classes = {name: len(labels) for name, labels in task.classes.items()}
+    classes = {name: len(known) for name, known in task.classes.items()}
     neighbours, logits = Neighbours.of(classes, *of_train, labels), heads(of_val.embedding)
     for i, name in enumerate(classes):
         neighbours.temperature[i] = fit_temperature(logits[name], truths[:, i])

@@ -22,8 +22,7 @@ from common import in_turn, machine, markdown, ratios, spread, trained
 from errors import UserError, exits_cleanly
 from evaluate import Evaluation, evaluate
 from lora import keep_base_in, merge_lora
-from models.neighbours import SAME
-from refit import embed
+from refit import AT_ONCE, embed
 from task import Task
 
 BATCHES = (1, 64)
@@ -33,11 +32,8 @@ ROUNDS = 9
 def nearest(task: Task, rows: np.ndarray) -> Tensor:
     """(N,) how alike the nearest train picture is that is not the very same."""
     seen, looked_up = embed(task, rows, 64, "val", True), copy.deepcopy(task.model.neighbours).cpu()
-    found = []
-    for thumbnail, embedding in zip(*(part.split(256) for part in seen), strict=True):
-        alike = looked_up.describe(thumbnail, embedding) @ looked_up.bank.T
-        found.append(alike.masked_fill(alike > SAME, -1.0).amax(1))
-    return torch.cat(found)
+    pieces = zip(*(part.split(AT_ONCE) for part in seen), strict=True)
+    return torch.cat([looked_up.alike(*piece).amax(1) for piece in pieces])
 
 
 def right(task: Task, found: Evaluation) -> np.ndarray:
@@ -67,14 +63,13 @@ def main() -> None:
     print(f"{len(model.neighbours.bank):,} train pictures; {machine(device)}\n")
     print(markdown(["nearest", "rows", *names, "mean"], lines) + "\n")
 
-    with_them, without = merge_lora(model), merge_lora(model)
-    without.neighbours = None
+    ways = {"heads alone": merge_lora(model).eval(), "neighbours": merge_lora(model).eval()}
+    ways["heads alone"].neighbours = None
+    for way in ways.values():
+        keep_base_in(way, torch.float32)
     for size in BATCHES:
         pixels = torch.from_numpy(np.asarray(task.store.pixels[looking.rows[:size]]))
         images = task.preprocess(pixels.to(device))
-        ways = {"heads alone": copy.deepcopy(without), "neighbours": with_them}
-        for way in ways.values():
-            keep_base_in(way.eval(), torch.float32)
         seconds = in_turn({name: lambda way=way, x=images: way(x) for name, way in ways.items()}, ROUNDS, device)
         times = spread(ratios(seconds["neighbours"], seconds["heads alone"]))
         print(f"batch {size}: {1e3 * np.median(seconds['heads alone']):.1f} ms, with neighbours {times} times as long")

@@ -88,8 +88,7 @@ class Neighbours(nn.Module):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """{attribute: probabilities by the heads, and by the neighbours}, (B, classes) each. A neighbour whose label is
         missing votes as the heads do."""
-        alike = self.describe(thumbnail, embedding) @ self.bank.T  # (B, N)
-        near, rows = alike.masked_fill(alike > SAME, -1.0).topk(min(NEAREST, len(self.bank)))
+        near, rows = self.alike(thumbnail, embedding).topk(min(NEAREST, len(self.bank)))
         weights, labels = (near * SHARPNESS).softmax(1), self.labels[rows]  # (B, K), (B, K, A)
         found = {}
         for name, T, label in zip(self.classes, self.temperature, labels.unbind(2), strict=True):
@@ -97,6 +96,11 @@ class Neighbours(nn.Module):
             votes = torch.zeros_like(p).scatter_add(1, label.clamp(min=0), known)
             found[name] = p, votes + (1 - known.sum(1, keepdim=True)) * p
         return found
+
+    def alike(self, thumbnail: Tensor, embedding: Tensor) -> Tensor:
+        """(B, N) how alike each train picture is, from -1 to 1; the very picture not at all."""
+        alike = self.describe(thumbnail, embedding) @ self.bank.T
+        return alike.masked_fill(alike > SAME, -1.0)
 
     def describe(self, thumbnail: Tensor, embedding: Tensor) -> Tensor:
         """(B, D) of length 1."""

@@ -39,7 +39,11 @@ def test_a_way_of_the_recipe(cache_dir, tmp_path):
 def test_what_neighbours_give(with_neighbours, demo_run, cache_dir):
     folder = with_neighbours(demo_run / "best")
     said = run("neighbours.py", "--checkpoint", folder, "--data", "demo", "--limit", 1000, "--cache-dir", cache_dir)
-    assert "| nearest | rows |" in said and "batch 64: " in said
+    rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| ") and " to " in line]
+    assert len(rows) == 4 and sum(int(row[1]) for row in rows) > 50
+    cells = [cell.removesuffix(" |").split(", ") for row in rows for cell in row[2:]]
+    assert any(alone != both for alone, both in cells), "noise that counts by half changes answers"
+    assert "batch 1: " in said and "batch 64: " in said
 
 
 def test_a_large_catalogue_in_small(shared):
