@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
@@ -23,7 +22,8 @@ from lora import apply_lora, get_adapter_params, load_params, set_trainable_para
 from models.backbone import VIT_TARGETS, create_backbone, read_tensors
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
-from models.neighbours import FILE, Neighbours, thumbnails
+from models.neighbours import FILE, Neighbours
+from models.outline import WIDTH
 from models.schema import contradiction, misfit
 from models.text import PAD, TextEncoder
 from models.text import WIDTH as TEXT_WIDTH
@@ -204,8 +204,7 @@ def read_neighbours(folder: Path, model: AttributeClassifier, config: dict) -> N
         found = Neighbours(classes, stored_tensors(folder, config, FILE))
     except ValueError as error:
         raise UserError(f"{folder / FILE} does not fit its config.json: {error}") from None
-    seen = thumbnails(torch.zeros(1, 3, *config["preprocess"]["size"])).shape[1], model.heads.levels[0].in_features
-    if seen != (len(found.thumbnail_mean), len(found.embedding_mean)):
+    if (len(found.outline_mean), len(found.embedding_mean)) != (WIDTH, model.heads.levels[0].in_features):
         raise UserError(f"{folder / FILE} does not fit its config.json: it is of other pictures or another backbone")
     return found.to(next(model.parameters()).device)
 

@@ -15,33 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FILE = "neighbours.safetensors"  # in a checkpoint's folder
-SIDE = 28  # pixels of a thumbnail at least, where the picture has them, and less than twice as many
-COMPONENTS = {"thumbnail": 256, "embedding": 256}  # at most
+COMPONENTS = {"outline": 512, "embedding": 256}  # at most
+COUNTS = {"outline": 2 / 3, "embedding": 1 / 3}  # of how alike two pictures are
 FLOOR = 0.01  # of the largest component's deviation, added to that of each: the smallest are noise
-FAINT = 0.05  # a contrast that is hardly there, and is not made much of
 NEAREST = 16
 SHARPNESS = 25.0  # a neighbour that is 0.04 more alike has e times the vote
-# From here on it is the very picture, whose own label is no second opinion; in bf16 one in twenty is not recognised.
-SAME = 0.9995
+SAME = 0.9995  # outlines that are more alike are of the very picture, whose own label is no second opinion
 LARGEST = 1e9  # number that such a file may hold: larger ones could end as no numbers in an answer
 
 
-def thumbnails(images: Tensor) -> Tensor:
-    """images (B, 3, S, S), normalised -> (B, n), grey and of equal contrast: the same in another colour is alike."""
-    height, width = images.shape[2:]
-    grey = images.float().mean(1, keepdim=True)
-    grey = grey - grey.mean((2, 3), keepdim=True)
-    grey = grey / (grey.square().mean((2, 3), keepdim=True).sqrt() + FAINT)
-    return F.avg_pool2d(grey, (max(1, height // SIDE), max(1, width // SIDE))).flatten(1)
-
-
 class Neighbours(nn.Module):
-    """Train pictures and their labels. Two pictures are alike as thumbnails and embeddings are, each by half: the
-    cosine of their whitened principal components.
+    """Train pictures and their labels. Two pictures are alike as their outlines (`models.outline`) and embeddings are,
+    two to one: the cosine of each one's whitened principal components.
 
     Args:
         classes: attribute -> its number of classes, in the order of the columns of `labels`; numbers are left alone.
-        tensors: `{thumbnail,embedding}_{mean,basis}` (n,), (n, c), which whiten; `bank` (N, sum of c), the pictures;
+        tensors: `{outline,embedding}_{mean,basis}` (n,), (n, c), which whiten; `bank` (N, sum of c), the pictures;
             `labels` (N, A), negative where missing; `temperature` and `share` (A,).
 
     Raises:
@@ -58,14 +47,14 @@ class Neighbours(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, classes: Mapping[str, int], thumbnail: Tensor, embedding: Tensor, labels: Tensor) -> "Neighbours":
-        """Of train pictures, thumbnails (N, n), embeddings (N, m) and labels (N, A); their votes do not count yet."""
+    def of(cls, classes: Mapping[str, int], outline: Tensor, embedding: Tensor, labels: Tensor) -> "Neighbours":
+        """Of train pictures, outlines (N, n), embeddings (N, m) and labels (N, A); their votes do not count yet."""
         tensors = {"labels": labels, "temperature": torch.ones(len(classes)), "share": torch.zeros(len(classes))}
-        for name, seen in (("thumbnail", thumbnail), ("embedding", embedding)):
+        for name, seen in (("outline", outline), ("embedding", embedding)):
             tensors[f"{name}_mean"], tensors[f"{name}_basis"] = _whitening(seen, COMPONENTS[name])
         width = sum(tensors[f"{name}_basis"].shape[1] for name in COMPONENTS)
         made = cls(classes, tensors | {"bank": torch.zeros(len(labels), width)})
-        made.bank = made.describe(thumbnail, embedding)
+        made.bank = made.describe(outline, embedding)
         return made
 
     def tensors(self) -> dict[str, Tensor]:
@@ -74,9 +63,9 @@ class Neighbours(nn.Module):
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
-    def forward(self, thumbnail: Tensor, embedding: Tensor, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Thumbnails (B, n), embeddings (B, m) and what the heads made of these -> logits in their place."""
-        heard = self.heard(thumbnail, embedding, logits)
+    def forward(self, outline: Tensor, embedding: Tensor, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outlines (B, n), embeddings (B, m) and what the heads made of these -> logits in their place."""
+        heard = self.heard(outline, embedding, logits)
         shares = dict(zip(self.classes, self.share, strict=True))
         return {
             name: torch.lerp(*heard[name], shares[name]).clamp(min=1e-12).log() if name in heard else z
@@ -84,11 +73,11 @@ class Neighbours(nn.Module):
         }
 
     def heard(
-        self, thumbnail: Tensor, embedding: Tensor, logits: Mapping[str, Tensor]
+        self, outline: Tensor, embedding: Tensor, logits: Mapping[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """{attribute: probabilities by the heads, and by the neighbours}, (B, classes) each. A neighbour whose label is
         missing votes as the heads do."""
-        near, rows = self.alike(thumbnail, embedding).topk(min(NEAREST, len(self.bank)))
+        near, rows = self.alike(outline, embedding).topk(min(NEAREST, len(self.bank)))
         weights, labels = (near * SHARPNESS).softmax(1), self.labels[rows]  # (B, K), (B, K, A)
         found = {}
         for name, T, label in zip(self.classes, self.temperature, labels.unbind(2), strict=True):
@@ -97,18 +86,22 @@ class Neighbours(nn.Module):
             found[name] = p, votes + (1 - known.sum(1, keepdim=True)) * p
         return found
 
-    def alike(self, thumbnail: Tensor, embedding: Tensor) -> Tensor:
+    def alike(self, outline: Tensor, embedding: Tensor) -> Tensor:
         """(B, N) how alike each train picture is, from -1 to 1; the very picture not at all."""
-        alike = self.describe(thumbnail, embedding) @ self.bank.T
-        return alike.masked_fill(alike > SAME, -1.0)
+        described, part = self.describe(outline, embedding), slice(self.outline_basis.shape[1])
+        by_outline = described[:, part] @ self.bank[:, part].T  # of pixels: what the model computes in changes nothing
+        alike = by_outline + described[:, part.stop :] @ self.bank[:, part.stop :].T
+        return alike.masked_fill(by_outline > SAME * COUNTS["outline"], -1.0)
 
-    def describe(self, thumbnail: Tensor, embedding: Tensor) -> Tensor:
+    def describe(self, outline: Tensor, embedding: Tensor) -> Tensor:
         """(B, D) of length 1."""
         parts = (
-            (thumbnail, self.thumbnail_mean, self.thumbnail_basis),
-            (embedding, self.embedding_mean, self.embedding_basis),
+            ("outline", outline, self.outline_mean, self.outline_basis),
+            ("embedding", embedding, self.embedding_mean, self.embedding_basis),
         )
-        return torch.cat([F.normalize((x.float() - mean) @ basis) for x, mean, basis in parts], dim=1) * 0.5**0.5
+        return torch.cat(
+            [COUNTS[name] ** 0.5 * F.normalize((x.float() - mean) @ basis) for name, x, mean, basis in parts], dim=1
+        )
 
     def _apply(self, fn, recurse: bool = True):
         # Moved with the model, but in fp32 whatever that computes in: who is nearest is a matter of small differences.

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save
 from errors import UserError
 from lora import merge_lora
 from models.checkpoint import load_checkpoint, read_config, sealed
-from models.neighbours import COMPONENTS, FILE, Neighbours, thumbnails
+from models.neighbours import COMPONENTS, FILE, Neighbours
 from teacher import load_teacher
 
 
 def seen(count, kinds=2):
-    """Thumbnails and embeddings of pictures of several kinds, and of which kind each is."""
+    """Outlines and embeddings of pictures of several kinds, and of which kind each is."""
     drawing = torch.Generator().manual_seed(0)
     kind = torch.arange(count) % kinds
     centres = torch.randn(kinds, 42, generator=drawing) * 3
@@ -24,15 +24,15 @@ def seen(count, kinds=2):
 
 def test_votes_by_hand():
     eye = {f"{x}_{y}": t for x in COMPONENTS for y, t in (("mean", torch.zeros(2)), ("basis", torch.eye(2)))}
-    bank = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1]]) * 0.5**0.5
+    bank = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1]]) * torch.tensor([2, 2, 1, 1]).div(3).sqrt()
     labels = torch.tensor([[0], [1], [-1]])
     fitted = {"temperature": torch.tensor([2.0]), "share": torch.tensor([0.25])}
     neighbours = Neighbours({"kind": 3}, eye | fitted | {"bank": bank, "labels": labels})
     logits = torch.tensor([[0.0, 2.0, 4.0]])
-    said = neighbours(torch.tensor([[7.0, 0]]), torch.tensor([[3.0, 4.0]]), {"kind": logits, "width": logits})
+    said = neighbours(torch.tensor([[4.0, 3.0]]), torch.tensor([[3.0, 4.0]]), {"kind": logits, "width": logits})
     p = (logits / 2).softmax(1)[0]
-    # Cosines of the halves: (1, 0.6), (0, 0.6), (0, 0.8); the third has no label, so the heads speak for it.
-    vote = (torch.tensor([1.6, 0.6, 0.8]) / 2 / 0.04).softmax(0)
+    # Cosines of outline and embedding: (0.8, 0.6), (0.6, 0.6), (0.6, 0.8); the third has no label, so the heads speak.
+    vote = (torch.tensor([2 * 0.8 + 0.6, 2 * 0.6 + 0.6, 2 * 0.6 + 0.8]) / 3 / 0.04).softmax(0)
     votes = torch.stack([vote[0], vote[1], torch.tensor(0.0)]) + vote[2] * p
     torch.testing.assert_close(said["kind"][0].exp(), 0.75 * p + 0.25 * votes)
     assert said["width"] is logits, "numbers are left alone"
@@ -50,36 +50,27 @@ def test_pictures_that_are_alike_vote():
 
 
 def test_a_picture_is_no_neighbour_of_its_own():
-    thumbnail, embedding, _ = seen(60)
+    outline, embedding, _ = seen(60)
     labels = torch.zeros(60, 1, dtype=torch.long)
     labels[7] = 1
-    neighbours = Neighbours.of({"kind": 2}, thumbnail, embedding, labels)
-    _, votes = neighbours.heard(thumbnail[7:8], embedding[7:8], {"kind": torch.zeros(1, 2)})["kind"]
+    neighbours = Neighbours.of({"kind": 2}, outline, embedding, labels)
+    _, votes = neighbours.heard(outline[7:8], embedding[7:8], {"kind": torch.zeros(1, 2)})["kind"]
     assert votes[0, 1] < 1e-6, "the only one of that label is itself"
-    near = thumbnail[7:8] + 0.1 * torch.randn(1, 12), embedding[7:8] + 0.1 * torch.randn(1, 30)
+    coarse = embedding[7:8].bfloat16()  # as a model that computes in bf16 embeds it
+    _, votes = neighbours.heard(outline[7:8], coarse, {"kind": torch.zeros(1, 2)})["kind"]
+    assert votes[0, 1] < 1e-6, "it is known by its pixels alone"
+    near = outline[7:8] + 0.1 * torch.randn(1, 12), embedding[7:8] + 0.1 * torch.randn(1, 30)
     _, votes = neighbours.heard(*near, {"kind": torch.zeros(1, 2)})["kind"]
     assert votes[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("count", [1, 3, 500])
 def test_few_pictures_or_all_alike_give_numbers(count):
-    thumbnail, embedding, kind = seen(count)
+    outline, embedding, kind = seen(count)
     neighbours = Neighbours.of({"kind": 2}, torch.ones(count, 12), embedding, kind[:, None])
     neighbours.share.fill_(1.0)
-    assert neighbours(thumbnail, embedding, {"kind": torch.zeros(count, 2)})["kind"].isfinite().all()
+    assert neighbours(outline, embedding, {"kind": torch.zeros(count, 2)})["kind"].isfinite().all()
     assert len(neighbours.bank) == count
-
-
-def test_thumbnails_are_about_as_large_whatever_the_picture():
-    for side, cells in ((112, 28), (224, 28), (64, 32), (8, 8)):
-        images = torch.zeros(3, 3, side, side)
-        images[1, :, :, side // 2 :] = 1.0
-        images[2, 0, :, side // 2 :] = 2.0  # as bright, in another colour
-        plain, one, other = thumbnails(images.bfloat16()).view(3, cells, cells)
-        assert one.dtype is torch.float32 and plain.eq(0).all()
-        torch.testing.assert_close(one[:, cells // 2 :], torch.full((cells, cells // 2), 0.5 / (0.5 + 0.05)))
-        torch.testing.assert_close(one[:, : cells // 2], -one[:, cells // 2 :])
-        assert (one - other).abs().max() < 0.1
 
 
 def test_it_stays_in_fp32_and_comes_with_every_copy(with_neighbours, demo_run):
@@ -120,7 +111,7 @@ def put(name, change):
         (put("bank", lambda t: t.double()), "its bank are not the numbers they should be"),
         (put("embedding_basis", lambda t: t + 1e30), "its embedding_basis are not the numbers they should be"),
         (put("temperature", lambda t: t * 0), "its share or temperature is out of its range"),
-        (put("thumbnail_basis", lambda t: t[:-1].clone()), "its thumbnail_basis is of shape"),
+        (put("outline_basis", lambda t: t[:-1].clone()), "its outline_basis is of shape"),
     ],
 )
 def test_a_crafted_file_is_refused(with_neighbours, demo_run, tmp_path, change, message):
