@@ -57,7 +57,8 @@ def edges(view: Tensor) -> Tensor:
     """(B, 1, SIDE, SIDE) -> (B, DIRECTIONS * cells): square roots of how much edge of each direction a cell has, so
     that no single one drowns the rest."""
     across, down = F.pad(view[..., 2:] - view[..., :-2], (1, 1)), F.pad(view[:, :, 2:] - view[:, :, :-2], (0, 0, 1, 1))
-    strength, turned = torch.hypot(across, down), torch.atan2(down, across).remainder(math.pi) * (DIRECTIONS / math.pi)
+    strength = (across.square() + down.square()).sqrt()  # ONNX has no hypot
+    turned = torch.atan2(down, across).remainder(math.pi) * (DIRECTIONS / math.pi)
     before, beyond = turned.long() % DIRECTIONS, turned.frac()  # (B, 1, SIDE, SIDE)
     by_direction = view.new_zeros(len(view), DIRECTIONS, SIDE, SIDE).scatter(1, before, (1 - beyond) * strength)
     by_direction = by_direction.scatter(1, (before + 1) % DIRECTIONS, beyond * strength)
