@@ -52,9 +52,9 @@ FEWER = 0.02  # of all labels may be accepted than before: more accuracy is not 
 
 
 class Seen(NamedTuple):
-    """What heads and neighbours are given of N pictures: outlines (N, n) and embeddings (N, D)."""
+    """What heads and neighbours are given of N pictures: edges (N, n) and embeddings (N, D)."""
 
-    outline: Tensor
+    hog: Tensor
     embedding: Tensor
 
 
@@ -68,18 +68,18 @@ class Unread(nn.Module):
 class Looked(nn.Module):
     """In the place of neighbours: what they are given."""
 
-    def forward(self, outline: Tensor, embedding: Tensor, logits: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"outline": outline, "embedding": embedding}
+    def forward(self, hog: Tensor, embedding: Tensor, logits: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"hog": hog, "embedding": embedding}
 
 
 def embed(task: Task, rows: np.ndarray, batch_size: int, what: str, look: bool) -> Seen:
-    """Of rows of the store, on the CPU; without outlines where nothing is to `look` at them."""
+    """Of rows of the store, on the CPU; without edges where nothing is to `look` at them."""
     model, device = merge_lora(task.model), next(task.model.parameters()).device
     model.heads, model.neighbours = Unread(), Looked() if look else None
     loader = make_loader(task.store, task.known, epoch_batches(rows, batch_size), device)
     seen = predict(model, loader, task.preprocess, device, what)
     embedding = seen["embedding"].clone()  # for autograd too
-    return Seen(seen["outline"].clone() if look else embedding[:, :0], embedding)
+    return Seen(seen["hog"].clone() if look else embedding[:, :0], embedding)
 
 
 def train_heads(heads: nn.Module, embeddings: Tensor, known: Rows) -> None:

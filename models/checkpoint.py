@@ -22,13 +22,13 @@ from lora import apply_lora, get_adapter_params, load_params, set_trainable_para
 from models.backbone import VIT_TARGETS, create_backbone, read_tensors
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
+from models.hog import WIDTH as HOG_WIDTH
 from models.neighbours import FILE, Neighbours
-from models.outline import WIDTH
 from models.schema import contradiction, misfit
 from models.text import PAD, TextEncoder
 from models.text import WIDTH as TEXT_WIDTH
 
-FORMAT, LOOKING = 4, 5  # without and with neighbours; raise them when older code could not read what is written
+FORMAT, LOOKING = 4, 6  # without and with neighbours; raise them when older code could not read what is written
 
 
 def adapt(backbone: nn.Module, config: dict) -> nn.Module:
@@ -143,7 +143,7 @@ def read_config(folder: Path) -> dict:
     found = config.get("format") if isinstance(config, dict) else None
     if found not in (FORMAT, LOOKING):
         newer = "; it was written by a newer version: update" if isinstance(found, int) and found > LOOKING else ""
-        raise UserError(f"{path} is of format {found!r}, not a format {FORMAT} checkpoint of this project{newer}")
+        raise UserError(f"{path} is of format {found!r}, not {FORMAT} or {LOOKING}, those of this project{newer}")
     sums = config.get("sha256")
     if not isinstance(sums, dict) or not {"adapter.safetensors", "config.json"} <= sums.keys():
         raise UserError(f"{path} is damaged: it lacks the checksums of its files")
@@ -204,8 +204,8 @@ def read_neighbours(folder: Path, model: AttributeClassifier, config: dict) -> N
         found = Neighbours(classes, stored_tensors(folder, config, FILE))
     except ValueError as error:
         raise UserError(f"{folder / FILE} does not fit its config.json: {error}") from None
-    if (len(found.outline_mean), len(found.embedding_mean)) != (WIDTH, model.heads.levels[0].in_features):
-        raise UserError(f"{folder / FILE} does not fit its config.json: it is of other pictures or another backbone")
+    if (len(found.hog_mean), len(found.embedding_mean)) != (HOG_WIDTH, model.heads.levels[0].in_features):
+        raise UserError(f"{folder / FILE} does not fit its config.json: it is of another version or another backbone")
     return found.to(next(model.parameters()).device)
 
 

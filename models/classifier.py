@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.heads import HierarchicalHeads
-from models.outline import outlines
+from models.hog import hog
 from models.patches import forward_features
 
 TAUGHT = 0.5  # share of the loss that is the distance from what a teacher says
@@ -57,7 +57,7 @@ class AttributeClassifier(nn.Module):
             parts.append(self.text(tokens))
         embedding = torch.cat(parts, dim=-1)
         logits = self.heads(embedding)
-        return self.neighbours(outlines(images), embedding, logits) if self.neighbours else logits
+        return self.neighbours(hog(images), embedding, logits) if self.neighbours else logits
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) -> the backbone's own embedding and the mean of its patches, (B, d) each."""

@@ -17,8 +17,8 @@ import torch
 
 from data import fashion
 from models.checkpoint import load_checkpoint, save_checkpoint, sealed
+from models.hog import hog
 from models.neighbours import FILE, Neighbours
-from models.outline import outlines
 
 OWN_PATCHES = {"img_size": None, "patch_size": None, "keep_patches": 1.0}  # of a checkpoint's config
 
@@ -142,7 +142,7 @@ def with_neighbours(tmp_path):
         images = torch.randn(40, 3, *config["preprocess"]["size"], generator=drawing)
         labels = torch.stack([torch.randint(count, (40,), generator=drawing) for count in classes.values()], dim=1)
         with torch.no_grad():
-            seen = outlines(images), torch.cat(model.embed(images), dim=1)
+            seen = hog(images), torch.cat(model.embed(images), dim=1)
         neighbours = Neighbours.of(classes, *seen, labels)
         neighbours.share.fill_(0.5)
         folder = tmp_path / "looking" / "best"

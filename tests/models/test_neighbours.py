@@ -14,7 +14,7 @@ from teacher import load_teacher
 
 
 def seen(count, kinds=2):
-    """Outlines and embeddings of pictures of several kinds, and of which kind each is."""
+    """Edges and embeddings of pictures of several kinds, and of which kind each is."""
     drawing = torch.Generator().manual_seed(0)
     kind = torch.arange(count) % kinds
     centres = torch.randn(kinds, 42, generator=drawing) * 3
@@ -31,7 +31,7 @@ def test_votes_by_hand():
     logits = torch.tensor([[0.0, 2.0, 4.0]])
     said = neighbours(torch.tensor([[4.0, 3.0]]), torch.tensor([[3.0, 4.0]]), {"kind": logits, "width": logits})
     p = (logits / 2).softmax(1)[0]
-    # Cosines of outline and embedding: (0.8, 0.6), (0.6, 0.6), (0.6, 0.8); the third has no label, so the heads speak.
+    # Cosines of edges and embeddings: (0.8, 0.6), (0.6, 0.6), (0.6, 0.8); the third has no label, so the heads speak.
     vote = (torch.tensor([2 * 0.8 + 0.6, 2 * 0.6 + 0.6, 2 * 0.6 + 0.8]) / 3 / 0.04).softmax(0)
     votes = torch.stack([vote[0], vote[1], torch.tensor(0.0)]) + vote[2] * p
     torch.testing.assert_close(said["kind"][0].exp(), 0.75 * p + 0.25 * votes)
@@ -50,26 +50,27 @@ def test_pictures_that_are_alike_vote():
 
 
 def test_a_picture_is_no_neighbour_of_its_own():
-    outline, embedding, _ = seen(60)
+    hog, embedding, _ = seen(60)
     labels = torch.zeros(60, 1, dtype=torch.long)
     labels[7] = 1
-    neighbours = Neighbours.of({"kind": 2}, outline, embedding, labels)
-    _, votes = neighbours.heard(outline[7:8], embedding[7:8], {"kind": torch.zeros(1, 2)})["kind"]
+    neighbours = Neighbours.of({"kind": 2}, hog, embedding, labels)
+    _, votes = neighbours.heard(hog[7:8], embedding[7:8], {"kind": torch.zeros(1, 2)})["kind"]
     assert votes[0, 1] < 1e-6, "the only one of that label is itself"
-    coarse = embedding[7:8].bfloat16()  # as a model that computes in bf16 embeds it
-    _, votes = neighbours.heard(outline[7:8], coarse, {"kind": torch.zeros(1, 2)})["kind"]
+    drawing = torch.Generator().manual_seed(1)
+    other = embedding[7:8] + 0.3 * torch.randn(1, 30, generator=drawing)  # as a model that computes otherwise embeds it
+    _, votes = neighbours.heard(hog[7:8], other, {"kind": torch.zeros(1, 2)})["kind"]
     assert votes[0, 1] < 1e-6, "it is known by its pixels alone"
-    near = outline[7:8] + 0.1 * torch.randn(1, 12), embedding[7:8] + 0.1 * torch.randn(1, 30)
-    _, votes = neighbours.heard(*near, {"kind": torch.zeros(1, 2)})["kind"]
+    near = hog[7:8] + 0.1 * torch.randn(1, 12, generator=drawing)
+    _, votes = neighbours.heard(near, other, {"kind": torch.zeros(1, 2)})["kind"]
     assert votes[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("count", [1, 3, 500])
 def test_few_pictures_or_all_alike_give_numbers(count):
-    outline, embedding, kind = seen(count)
+    hog, embedding, kind = seen(count)
     neighbours = Neighbours.of({"kind": 2}, torch.ones(count, 12), embedding, kind[:, None])
     neighbours.share.fill_(1.0)
-    assert neighbours(outline, embedding, {"kind": torch.zeros(count, 2)})["kind"].isfinite().all()
+    assert neighbours(hog, embedding, {"kind": torch.zeros(count, 2)})["kind"].isfinite().all()
     assert len(neighbours.bank) == count
 
 
@@ -111,7 +112,7 @@ def put(name, change):
         (put("bank", lambda t: t.double()), "its bank are not the numbers they should be"),
         (put("embedding_basis", lambda t: t + 1e30), "its embedding_basis are not the numbers they should be"),
         (put("temperature", lambda t: t * 0), "its share or temperature is out of its range"),
-        (put("outline_basis", lambda t: t[:-1].clone()), "its outline_basis is of shape"),
+        (put("hog_basis", lambda t: t[:-1].clone()), "its hog_basis is of shape"),
     ],
 )
 def test_a_crafted_file_is_refused(with_neighbours, demo_run, tmp_path, change, message):
@@ -129,15 +130,16 @@ def read_config_text(folder):
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
-def test_neighbours_of_another_size_are_refused(with_neighbours, demo_run, tmp_path):
+@pytest.mark.parametrize("part", ["hog", "embedding"])
+def test_neighbours_of_another_width_are_refused(with_neighbours, demo_run, tmp_path, part):
     folder = with_neighbours(demo_run / "best")
     tensors = load_file(folder / FILE)
     for name in ("mean", "basis"):
-        tensors[f"embedding_{name}"] = tensors[f"embedding_{name}"][:-1].clone()
+        tensors[f"{part}_{name}"] = tensors[f"{part}_{name}"][:-1].clone()
     files = {FILE: save(tensors), "adapter.safetensors": (folder / "adapter.safetensors").read_bytes()}
     (folder / FILE).write_bytes(files[FILE])
     (folder / "config.json").write_bytes(sealed(read_config(demo_run / "best"), files))
-    with pytest.raises(UserError, match="it is of other pictures or another backbone"):
+    with pytest.raises(UserError, match="it is of another version or another backbone"):
         load_checkpoint(folder)
 
 

@@ -1,4 +1,4 @@
-"""What is drawn in a picture, whatever its colours: where its edges lie and which way they run.
+"""Where the edges of a picture lie and which way they run, whatever its colours.
 
 Histograms of oriented gradients (Dalal and Triggs 2005, https://inria.hal.science/inria-00548512), first of the whole
 picture, then of its article alone, which is cut out and stretched to the same size: margins do not matter there.
@@ -12,17 +12,20 @@ from torch import Tensor
 
 SIDE = 56  # pixels of a view, across and down
 CELL = 8  # pixels, across and down, whose edges are counted together
-DIRECTIONS = 8  # an edge lies between two and counts for both
-PLAIN = 0.15  # of normalised pixels: what differs by less from the background is background
+DIRECTIONS = 8  # over half a turn; an edge counts for the two nearest, by how near
+PLAIN = 0.15  # of normalised pixels (19 of 255 where their deviation is 0.5): what differs less is background
 FAINT = 0.01  # edges that are hardly there, and are not made much of
-WIDTH = 2 * DIRECTIONS * (SIDE // CELL) ** 2  # numbers of an outline
+WIDTH = 2 * DIRECTIONS * (SIDE // CELL) ** 2
 
 
-def outlines(images: Tensor) -> Tensor:
-    """images (B, 3, H, W), normalised -> (B, WIDTH), fp32, of equal contrast."""
+def hog(images: Tensor) -> Tensor:
+    """images (B, 3, H, W), normalised -> (B, WIDTH), fp32; each half is scaled to a mean square of 1, so contrast does
+    not count. Sizes of 112 pixels and its multiples lose nothing."""
     grey = images.float().mean(1, keepdim=True)
-    grey = F.avg_pool2d(grey, [max(1, side // (2 * SIDE)) for side in grey.shape[2:]])
-    return torch.cat([edges(sample(grey, box)) for box in (torch.tensor([[0.0, 1.0]] * 2), article(grey))], dim=1)
+    grey = F.avg_pool2d(grey, [max(1, round(side / (2 * SIDE))) for side in grey.shape[2:]])
+    box = article(grey)
+    whole = torch.stack([torch.zeros_like(box[..., 0]), torch.ones_like(box[..., 1])], dim=-1)
+    return torch.cat([histograms(sample(grey, boxes)) for boxes in (whole, box)], dim=1)
 
 
 def article(grey: Tensor) -> Tensor:
@@ -30,13 +33,13 @@ def article(grey: Tensor) -> Tensor:
     The background is as bright as the median of the picture's border."""
     x = grey[:, 0]
     border = torch.cat([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], dim=1).sort(1).values
-    median = border[:, border.shape[1] // 2]
+    median = border[:, border.shape[1] // 2]  # ONNX has no median
     differs = (x - median[:, None, None]).abs() > PLAIN
     return torch.stack([extent(differs.any(2)), extent(differs.any(1))], dim=1)
 
 
 def extent(there: Tensor) -> Tensor:
-    """(B, n) whether something is there -> (B, 2), where it begins and ends; where nothing is, all."""
+    """(B, n) whether something is there -> (B, 2), where it begins and ends, as shares; of nothing, all."""
     n = there.shape[1]
     at = torch.arange(n, device=there.device)
     begin, end = at.where(there, n).amin(1), at.where(there, -1).amax(1) + 1
@@ -45,22 +48,23 @@ def extent(there: Tensor) -> Tensor:
 
 
 def sample(grey: Tensor, boxes: Tensor) -> Tensor:
-    """What is in boxes (B or 1, 2, 2) of pictures (B, 1, H, W), as (B, 1, SIDE, SIDE)."""
-    boxes = boxes.to(grey.device).expand(len(grey), 2, 2)
+    """What is in boxes (B, 2, 2) of pictures (B, 1, H, W), as (B, 1, SIDE, SIDE)."""
     middles = (torch.arange(SIDE, device=grey.device) + 0.5) / SIDE
     y, x = torch.lerp(boxes[..., :1], boxes[..., 1:], middles).mul(2).sub(1).unbind(1)  # (B, SIDE), from -1 to 1
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
     return F.grid_sample(grey, grid, padding_mode="border", align_corners=False)
 
 
-def edges(view: Tensor) -> Tensor:
+def histograms(view: Tensor) -> Tensor:
     """(B, 1, SIDE, SIDE) -> (B, DIRECTIONS * cells): square roots of how much edge of each direction a cell has, so
     that no single one drowns the rest."""
+    # In the outermost pixels only the change along the border counts.
     across, down = F.pad(view[..., 2:] - view[..., :-2], (1, 1)), F.pad(view[:, :, 2:] - view[:, :, :-2], (0, 0, 1, 1))
     strength = (across.square() + down.square()).sqrt()  # ONNX has no hypot
-    turned = torch.atan2(down, across).remainder(math.pi) * (DIRECTIONS / math.pi)
+    turned = torch.atan2(down, across).remainder(math.pi) * (DIRECTIONS / math.pi)  # up to DIRECTIONS itself, rounded
     before, beyond = turned.long() % DIRECTIONS, turned.frac()  # (B, 1, SIDE, SIDE)
-    by_direction = view.new_zeros(len(view), DIRECTIONS, SIDE, SIDE).scatter(1, before, (1 - beyond) * strength)
+    none = torch.zeros_like(view).repeat(1, DIRECTIONS, 1, 1)
+    by_direction = none.scatter(1, before, (1 - beyond) * strength)
     by_direction = by_direction.scatter(1, (before + 1) % DIRECTIONS, beyond * strength)
     found = F.avg_pool2d(by_direction, CELL).flatten(1).sqrt()
     return found / (found.square().mean(1, keepdim=True).sqrt() + FAINT)
