@@ -77,7 +77,7 @@ class Neighbours(nn.Module):
     def heard(self, hog: Tensor, embedding: Tensor, logits: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """{attribute: probabilities by the heads, and by the neighbours}, (B, classes) each. A neighbour whose label is
         missing votes as the heads do."""
-        near, rows = self.alike(hog, embedding).topk(min(NEAREST, len(self.bank)))
+        near, rows = self.nearest(hog, embedding)
         weights, labels = (near * SHARPNESS).softmax(1), self.labels[rows]  # (B, K), (B, K, A)
         found = {}
         for name, T, label in zip(self.classes, self.temperature, labels.unbind(2), strict=True):
@@ -86,12 +86,12 @@ class Neighbours(nn.Module):
             found[name] = p, votes + (1 - known.sum(1, keepdim=True)) * p
         return found
 
-    def alike(self, hog: Tensor, embedding: Tensor) -> Tensor:
-        """(B, N) how alike each train picture is, from -1 to 1; -1 for the very picture."""
+    def nearest(self, hog: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K) each: how alike the nearest train pictures are, from -1 to 1 (-1 the very picture), and their rows."""
         described, n = self.describe(hog, embedding), self.hog_basis.shape[1]
-        by_edges = described[:, :n] @ self.bank[:, :n].T
-        same = by_edges > SAME * WEIGHTS["hog"]  # which autocast does not touch, as it does an embedding
-        return by_edges.addmm(described[:, n:], self.bank[:, n:].T).masked_fill(same, -1.0)
+        near, rows = (described @ self.bank.T).topk(min(NEAREST, len(self.bank)))
+        by_edges = (self.bank[rows][..., :n] @ described[:, :n, None])[..., 0]  # which autocast does not touch
+        return near.masked_fill(by_edges > SAME * WEIGHTS["hog"], -1.0), rows
 
     def describe(self, hog: Tensor, embedding: Tensor) -> Tensor:
         """(B, D) of length 1."""
