@@ -63,9 +63,10 @@ def test_neither_margins_nor_colours_nor_contrast_nor_sizes_make_a_difference():
     assert F.cosine_similarity(whole[0], whole[2], dim=0) > 0.999
     assert F.cosine_similarity(cut_out[0], cut_out[3], dim=0) < 0.9
     torch.testing.assert_close(hog(pictures / 2), found, atol=0.01, rtol=0.05)
-    for size, least in ((224, 0.99), (168, 0.95)):
+    assert F.cosine_similarity(hog(F.interpolate(pictures, scale_factor=2)), found).min() > 0.999
+    for size in (224, 168):  # blurred at the article's rim, where its box ends
         larger = F.interpolate(pictures, size=(size, size), mode="bilinear")
-        assert F.cosine_similarity(hog(larger), found).min() > least
+        assert F.cosine_similarity(hog(larger).view(4, 2, -1)[:, 0], whole).min() > 0.9
 
 
 @pytest.mark.parametrize("size", [(112, 112), (224, 224), (64, 48), (8, 8), (500, 3)])
