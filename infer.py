@@ -64,7 +64,11 @@ def parse_args(argv: list[str] | None, crew: Crew):
     )
     add_checkpoint_options(parser)
     parser.add_argument(
-        "--top-k", type=positive_int, default=3, help="guesses for each attribute (default: %(default)s)"
+        "--top-k",
+        type=positive_int,
+        default=3,
+        help="guesses for each attribute, and train pictures that look like it, in JSON and on the screen "
+        "(default: %(default)s)",
     )
     parser.add_argument("--batch-size", type=positive_int, default=64, help="pictures at a time (default: %(default)s)")
     parser.add_argument("--independent", action="store_true", help="each attribute's most probable class, paths or not")

@@ -23,7 +23,8 @@ from models.decode import Decoder
 
 class Labeller:
     """Rows whose pictures are on the canvas, from `batches` -> {"image", "attributes": {name: {"label", "confidence",
-    "decision", "top"}}}, of a number {name: {"value"}}; or {"image", "error"}.
+    "decision", "top"}}}, of a number {name: {"value"}}; or {"image", "error"}. Of a checkpoint with neighbours also
+    "like": [[id, cosine]], the train pictures that are most alike.
 
     `top` begins with the label; the next guesses follow, most probable first. One of them may be more probable than the
     label: then the label is what fits the other attributes of the path.
@@ -32,7 +33,7 @@ class Labeller:
         folder: the checkpoint's.
         weights: the backbone's base weights, as `load_checkpoint` takes them.
         joint: let the attributes of a path fit together.
-        top_k: guesses for each attribute.
+        top_k: guesses for each attribute, and train pictures.
         batch_size: pictures at a time; halved as often as memory runs out.
         dtype: to compute in, as a whole: under autocast the tokens would be in fp32 between layers, which in bf16 takes
             a few per cent longer (`benchmarks/inference.py`).
@@ -104,12 +105,13 @@ class Labeller:
         if all(bad):
             return answers
         readable = [row for row, unread in zip(batch, bad, strict=True) if not unread]
-        said = [answer["attributes"] for answer in answers if "attributes" in answer]  # of each readable one
+        answered = [answer for answer in answers if "attributes" in answer]  # each readable one
+        said = [answer["attributes"] for answer in answered]
         pixels = torch.from_numpy(np.stack([row.picture for row in readable]))
         tokens = None
         if self.read_titles:
             tokens = torch.from_numpy(self.read_titles([row.title for row in readable])[0]).to(self.device)
-        outputs = self.model(self.preprocess(pixels.to(self.device)).to(self.dtype), tokens)
+        outputs, alike = self.model.explained(self.preprocess(pixels.to(self.device)).to(self.dtype), tokens)
         outputs = {name: output.float().cpu() for name, output in outputs.items()}  # a GPU is slow at many small things
         self._say_classes(said, outputs)
         for a in (a for a in self.attributes if a["kind"] == "number"):
@@ -117,6 +119,9 @@ class Labeller:
             places = 4 - math.floor(math.log10(a["std"]))  # five digits of a deviation, whatever is its unit
             for one, value in zip(said, values.tolist(), strict=True):
                 one[a["name"]] = {"value": round(value, places)}
+        if alike is not None:
+            for answer, voters in zip(answered, self.model.neighbours.voters(alike, self.top_k), strict=True):
+                answer["like"] = [[voter.id, round(voter.cosine, 4)] for voter in voters]
         return answers
 
     def _say_classes(self, said: list[dict], outputs: dict[str, torch.Tensor]) -> None:

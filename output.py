@@ -22,7 +22,7 @@ class Output:
     """A file of answers, written as they come; it takes its name only when all is done.
 
     Use as a context manager. CSV and Parquet have a column for each class's label, confidence and decision, for each
-    number, and `error`; JSONL has the objects of `--json`.
+    number, and `error`; JSONL has the objects of `--json`, where the train pictures that are like it are named too.
 
     Args:
         attributes: a checkpoint's.
@@ -117,7 +117,8 @@ def _labelled_in(file: Path) -> list[str]:
 
 
 def table(answer: dict) -> str:
-    """What is said of one image, an attribute a line: a number, or label, confidence, decision and the next guesses."""
+    """What is said of one image, an attribute a line: a number, or label, confidence, decision and the next guesses;
+    then the train pictures that are like it."""
     if "error" in answer:
         return f"{answer['image']}: {answer['error']}\n"
     lines = [answer["image"]]
@@ -127,6 +128,8 @@ def table(answer: dict) -> str:
             continue
         rest = ", ".join(f"{label} {p:.2f}" for label, p in said["top"][1:])
         lines.append(f"  {name:<16}{said['label']:<24}{said['confidence']:>5.2f}  {said['decision']}  {rest}".rstrip())
+    if like := answer.get("like"):
+        lines.append(f"  {'like':<16}{', '.join(f'{name} {near:.2f}' for name, near in like)}")
     return "\n".join(lines) + "\n"
 
 

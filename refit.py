@@ -68,8 +68,11 @@ class Unread(nn.Module):
 class Looked(nn.Module):
     """In the place of neighbours: what they are given."""
 
-    def forward(self, hog: Tensor, embedding: Tensor, logits: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"hog": hog, "embedding": embedding}
+    def nearest(self, hog: Tensor, embedding: Tensor) -> Seen:
+        return Seen(hog, embedding)
+
+    def forward(self, seen: Seen, logits: dict[str, Tensor]) -> dict[str, Tensor]:
+        return seen._asdict()
 
 
 def embed(task: Task, rows: np.ndarray, batch_size: int, what: str, look: bool) -> Seen:
@@ -120,27 +123,30 @@ def answers(model: AttributeClassifier, seen: Seen) -> dict[str, Tensor]:
     logits = model.heads(seen.embedding)
     if model.neighbours is None:
         return logits
-    said = [model.neighbours(*part) for part in parts(seen, logits)]
+    said = [model.neighbours(model.neighbours.nearest(*part), z) for part, z in parts(seen, logits)]
     return {name: torch.cat([one[name] for one in said]) for name in logits}
 
 
-def parts(seen: Seen, logits: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+def parts(seen: Seen, logits: dict[str, Tensor]) -> Iterator[tuple[Seen, dict[str, Tensor]]]:
     """Of so many pictures that what they are compared with fits in memory."""
     for start in range(0, len(seen.embedding), AT_ONCE):
         some = slice(start, start + AT_ONCE)
-        yield *(tensor[some] for tensor in seen), {name: z[some] for name, z in logits.items()}
+        yield Seen(*(tensor[some] for tensor in seen)), {name: z[some] for name, z in logits.items()}
 
 
 @torch.inference_mode()
-def look_up(task: Task, heads: nn.Module, of_train: Seen, labels: Tensor, of_val: Seen, truths: Tensor) -> Neighbours:
-    """Train pictures with labels (N, A) as neighbours, heard as far as that makes labels (V, A) of others probable."""
-    classes = {name: len(known) for name, known in task.classes.items()}
-    neighbours, logits = Neighbours.of(classes, *of_train, labels), heads(of_val.embedding)
+def look_up(task: Task, rows: np.ndarray, of_train: Seen, val: np.ndarray, of_val: Seen) -> Neighbours:
+    """Train pictures, rows of the store, as neighbours, heard as far as that makes the labels of others probable."""
+    classes, ids = {name: len(known) for name, known in task.classes.items()}, [task.catalogue.ids[row] for row in rows]
+    labels, truths = (torch.from_numpy(task.labels[some].astype(np.int64)) for some in (rows, val))
+    hashes = torch.from_numpy(task.store.hashes[rows].view(np.int64))
+    neighbours, logits = Neighbours.of(classes, *of_train, labels, ids, hashes), task.model.heads(of_val.embedding)
     for i, name in enumerate(classes):
         neighbours.temperature[i] = fit_temperature(logits[name], truths[:, i])
     given = [[] for _ in classes]
-    for part, true in zip(parts(of_val, logits), truths.split(AT_ONCE), strict=True):
-        for found, heard, label in zip(given, neighbours.heard(*part).values(), true.unbind(1), strict=True):
+    for (part, z), true in zip(parts(of_val, logits), truths.split(AT_ONCE), strict=True):
+        heard_of = neighbours.heard(neighbours.nearest(*part), z)
+        for found, heard, label in zip(given, heard_of.values(), true.unbind(1), strict=True):
             found.append(torch.stack([p.gather(1, label.clamp(min=0)[:, None])[:, 0] for p in heard])[:, label >= 0])
     for i, found in enumerate(given):
         neighbours.share[i] = fit_share(*torch.cat(found, dim=1))
@@ -178,8 +184,7 @@ def refit(task: Task, rows: np.ndarray, batch_size: int, look: bool) -> tuple[di
 
     before, _ = judged(task.config.get("calibration"))  # as it is in use, perhaps fitted on many more rows than these
     train_heads(model.heads, of_train.embedding, Rows(*(array[rows] for array in task.known)))
-    labels = [torch.from_numpy(task.labels[some].astype(np.int64)) for some in (rows, val)]
-    model.neighbours = look_up(task, model.heads, of_train, labels[0], of_val, labels[1]) if look else None
+    model.neighbours = look_up(task, rows, of_train, val, of_val) if look else None
     return before, *judged()
 
 
@@ -214,7 +219,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--neighbours",
         action=argparse.BooleanOptionalAction,
-        help="keep the train pictures and look at those most alike, or none any more (default: if it has some already)",
+        help="keep the train pictures, with labels and ids, and look at those most alike, or none any more "
+        "(default: if it has some already)",
     )
     args = parser.parse_args(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:

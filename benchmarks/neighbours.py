@@ -33,7 +33,7 @@ def nearest(task: Task, rows: np.ndarray) -> Tensor:
     """(N,) how alike the nearest train picture is that is not the very same."""
     seen, looked_up = embed(task, rows, 64, "val", True), copy.deepcopy(task.model.neighbours).cpu()
     pieces = zip(*(part.split(AT_ONCE) for part in seen), strict=True)
-    return torch.cat([looked_up.nearest(*piece)[0].amax(1) for piece in pieces])
+    return torch.cat([looked_up.nearest(*piece).cosines.amax(1) for piece in pieces])
 
 
 def right(task: Task, found: Evaluation) -> np.ndarray:

@@ -1,5 +1,5 @@
 """A checkpoint is a folder: `config.json` rebuilds the model, `adapter.safetensors` holds what was trained, and
-`neighbours.safetensors`, if there is one, the train pictures that are looked at for an answer.
+`neighbours.safetensors`, if there is one, the train pictures that are looked at for an answer, with labels and ids.
 
 The frozen base is not in it: `config.json` names the base by its fingerprint and loading onto another one is an error.
 No pickle is read or written, and no path of the machine is stored, so a checkpoint can be copied anywhere. The config
@@ -28,7 +28,7 @@ from models.schema import contradiction, misfit
 from models.text import PAD, TextEncoder
 from models.text import WIDTH as TEXT_WIDTH
 
-FORMAT, LOOKING = 4, 6  # without and with neighbours; raise them when older code could not read what is written
+FORMAT, LOOKING = 4, 7  # without and with neighbours; raise them when older code could not read what is written
 
 
 def adapt(backbone: nn.Module, config: dict) -> nn.Module:

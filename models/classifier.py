@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.heads import HierarchicalHeads
 from models.hog import hog
+from models.neighbours import Alike
 from models.patches import forward_features
 
 TAUGHT = 0.5  # share of the loss that is the distance from what a teacher says
@@ -52,12 +53,19 @@ class AttributeClassifier(nn.Module):
         self.neighbours = None
 
     def forward(self, images: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        return self.explained(images, tokens)[0]
+
+    def explained(self, images: Tensor, tokens: Tensor | None = None) -> tuple[dict[str, Tensor], Alike | None]:
+        """The outputs, and the neighbours that they follow from, if there are any."""
         parts = [] if self.blind else [*self.embed(images)]
         if self.text is not None:
             parts.append(self.text(tokens))
         embedding = torch.cat(parts, dim=-1)
         logits = self.heads(embedding)
-        return self.neighbours(hog(images), embedding, logits) if self.neighbours else logits
+        if self.neighbours is None:
+            return logits, None
+        alike = self.neighbours.nearest(hog(images), embedding)
+        return self.neighbours(alike, logits), alike
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) -> the backbone's own embedding and the mean of its patches, (B, d) each."""

@@ -8,7 +8,8 @@ remember each of them; looking them up does. After kNN-LM (Khandelwal et al. 202
 where the nearest train pictures vote for their labels. `refit.py` makes it, and fits share and T on validation rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,31 @@ SHARPNESS = 25.0  # a neighbour that is 0.04 more alike has e times the vote
 # Edges that are more alike are taken for those of the very picture, whose own label is no second opinion. By mistake
 # that befalls 4 of 4,005 validation rows: the like of these in another colour does not vote.
 SAME = 0.9995
+ID_BYTES = 255  # of an id that are kept: as many as a file's name may have
 LARGEST = 1e9  # number that such a file may hold: larger ones could end as no numbers in an answer
+FLOATS = (torch.float16, torch.float32)  # kinds that a file may hold, the last of them to compute with; and of these:
+KINDS = {"labels": (torch.int32, torch.int64), "ids": (torch.uint8,), "hashes": (torch.int64,)}
+
+
+class Alike(NamedTuple):
+    """The train pictures that are most like each of B, the most alike first.
+
+    Attributes:
+        cosines: (B, K) from -1 to 1; -1 the very picture.
+        rows: (B, K), which they are.
+    """
+
+    cosines: Tensor
+    rows: Tensor
+
+
+class Voter(NamedTuple):
+    """A train picture: its id, the hash of its pixels, how alike it is, and its labels, negative where missing."""
+
+    id: str
+    hash: int
+    cosine: float
+    labels: list[int]
 
 
 class Neighbours(nn.Module):
@@ -33,7 +58,8 @@ class Neighbours(nn.Module):
     Args:
         classes: attribute -> its number of classes, in the order of the columns of `labels`; numbers are left alone.
         tensors: `{hog,embedding}_{mean,basis}` (n,), (n, c), which whiten; `bank` (N, sum of c), the pictures;
-            `labels` (N, A), negative where missing; `temperature` and `share` (A,).
+            `labels` (N, A), negative where missing; `ids` (N, W), UTF-8 filled up with zeros; `hashes` (N,)
+            of their pixels; `temperature` and `share` (A,).
 
     Raises:
         ValueError: they are not these tensors, or do not fit together.
@@ -45,13 +71,23 @@ class Neighbours(nn.Module):
         if what := _misfit(self.classes, tensors):
             raise ValueError(what)
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor.float() if tensor.is_floating_point() else tensor.long())
+            self.register_buffer(name, tensor.to(KINDS.get(name, FLOATS)[-1]))
 
     @classmethod
     @torch.no_grad()
-    def of(cls, classes: Mapping[str, int], hog: Tensor, embedding: Tensor, labels: Tensor) -> "Neighbours":
-        """Of train pictures, edges (N, n), embeddings (N, m) and labels (N, A); their votes do not count yet."""
-        tensors = {"labels": labels, "temperature": torch.ones(len(classes)), "share": torch.zeros(len(classes))}
+    def of(
+        cls,
+        classes: Mapping[str, int],
+        hog: Tensor,
+        embedding: Tensor,
+        labels: Tensor,
+        ids: Sequence[str],
+        hashes: Tensor,
+    ) -> "Neighbours":
+        """Of N train pictures, edges (N, n), embeddings (N, m), labels (N, A), ids and hashes (N,) of their pixels;
+        their votes do not count yet."""
+        tensors = {"labels": labels, "ids": _as_bytes(ids), "hashes": hashes}
+        tensors |= {"temperature": torch.ones(len(classes)), "share": torch.zeros(len(classes))}
         for name, seen in (("hog", hog), ("embedding", embedding)):
             tensors[f"{name}_mean"], tensors[f"{name}_basis"] = _whitening(seen, COMPONENTS[name])
         width = sum(tensors[f"{name}_basis"].shape[1] for name in COMPONENTS)
@@ -63,22 +99,19 @@ class Neighbours(nn.Module):
         """What a checkpoint keeps: pictures in fp16, which changes how alike they are by 1e-5."""
         return self.state_dict() | {"bank": self.bank.half(), "labels": self.labels.int()}
 
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
-    def forward(self, hog: Tensor, embedding: Tensor, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Edges (B, n), embeddings (B, m) and what the heads made of these -> logits in their place."""
-        heard = self.heard(hog, embedding, logits)
+    def forward(self, alike: Alike, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is alike, and what the heads say (B, classes) -> logits in their place."""
+        heard = self.heard(alike, logits)
         shares = dict(zip(self.classes, self.share, strict=True))
         return {
             name: torch.lerp(*heard[name], shares[name]).clamp(min=1e-12).log() if name in heard else z
             for name, z in logits.items()
         }
 
-    def heard(self, hog: Tensor, embedding: Tensor, logits: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    def heard(self, alike: Alike, logits: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """{attribute: probabilities by the heads, and by the neighbours}, (B, classes) each. A neighbour whose label is
         missing votes as the heads do."""
-        near, rows = self.nearest(hog, embedding)
-        weights, labels = (near * SHARPNESS).softmax(1), self.labels[rows]  # (B, K), (B, K, A)
+        weights, labels = (alike.cosines * SHARPNESS).softmax(1), self.labels[alike.rows]  # (B, K), (B, K, A)
         found = {}
         for name, T, label in zip(self.classes, self.temperature, labels.unbind(2), strict=True):
             p, known = (logits[name].float() / T).softmax(1), weights * (label >= 0)
@@ -86,12 +119,23 @@ class Neighbours(nn.Module):
             found[name] = p, votes + (1 - known.sum(1, keepdim=True)) * p
         return found
 
-    def nearest(self, hog: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, K) each: how alike the nearest train pictures are, from -1 to 1 (-1 the very picture), and their rows."""
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def nearest(self, hog: Tensor, embedding: Tensor) -> Alike:
+        """Of edges (B, n) and embeddings (B, m)."""
         described, n = self.describe(hog, embedding), self.hog_basis.shape[1]
         near, rows = (described @ self.bank.T).topk(min(NEAREST, len(self.bank)))
-        by_edges = (self.bank[rows][..., :n] @ described[:, :n, None])[..., 0]  # which autocast does not touch
-        return near.masked_fill(by_edges > SAME * WEIGHTS["hog"], -1.0), rows
+        by_edges = (self.bank[rows][..., :n] @ described[:, :n, None])[..., 0]
+        return Alike(near.masked_fill(by_edges > SAME * WEIGHTS["hog"], -1.0), rows)
+
+    def voters(self, alike: Alike, most: int) -> list[list[Voter]]:
+        """Of each of B those that are most alike, the first of them first."""
+        cosines, order = alike.cosines.topk(min(most, alike.cosines.shape[1]))
+        rows = alike.rows.gather(1, order)
+        told = (self.ids[rows], self.hashes[rows], cosines, self.labels[rows])
+        of_each = zip(*(tensor.tolist() for tensor in told), strict=True)
+        found = [[Voter(_as_text(id), *rest) for id, *rest in zip(*one, strict=True)] for one in of_each]
+        return [[voter for voter in some if voter.cosine > -1] for some in found]
 
     def describe(self, hog: Tensor, embedding: Tensor) -> Tensor:
         """(B, D) of length 1."""
@@ -119,24 +163,37 @@ def _whitening(seen: Tensor, components: int) -> tuple[Tensor, Tensor]:
     return mean, (axes / (deviation[:components] + floor)).float().contiguous()
 
 
+def _as_bytes(ids: Sequence[str]) -> Tensor:
+    """(N, W), UTF-8 filled up with zeros."""
+    cut = [id.encode(errors="replace")[:ID_BYTES] for id in ids]
+    width = max(1, *map(len, cut))
+    filled = bytearray(b"".join(id.ljust(width, b"\0") for id in cut))
+    return torch.frombuffer(filled, dtype=torch.uint8).view(-1, width)
+
+
+def _as_text(id: list[int]) -> str:
+    return bytes(id).rstrip(b"\0").decode(errors="ignore")
+
+
 def _misfit(classes: Mapping[str, int], tensors: Mapping[str, Tensor]) -> str | None:
     """What is wrong with tensors that a stranger may have written; None where nothing is."""
-    names = {"bank", "labels", "temperature", "share"} | {f"{x}_{y}" for x in COMPONENTS for y in ("mean", "basis")}
+    names = {"bank", *KINDS, "temperature", "share"} | {f"{x}_{y}" for x in COMPONENTS for y in ("mean", "basis")}
     if tensors.keys() != names:
         return f"it holds {', '.join(sorted(tensors.keys() ^ names))} too much or too little"
-    flat = {"temperature", "share"} | {f"{name}_mean" for name in COMPONENTS}
+    flat = {"temperature", "share", "hashes"} | {f"{name}_mean" for name in COMPONENTS}
     if wrong := sorted(name for name in names if tensors[name].ndim != (1 if name in flat else 2)):
         return f"its {wrong[0]} is of shape {tuple(tensors[wrong[0]].shape)}"
     widths = [tensors[f"{name}_basis"].shape[1] for name in COMPONENTS]
     count, sizes = len(tensors["labels"]), torch.tensor(list(classes.values()))
     shapes = {"bank": (count, sum(widths)), "labels": (count, len(sizes))}
+    shapes |= {"ids": (count, tensors["ids"].shape[1]), "hashes": (count,)}
     shapes |= dict.fromkeys(("temperature", "share"), (len(sizes),))
     shapes |= {f"{name}_basis": (len(tensors[f"{name}_mean"]), w) for name, w in zip(COMPONENTS, widths, strict=True)}
     for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)) or not len(tensor):
+        if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)) or not tensor.numel():
             return f"its {name} is of shape {tuple(tensor.shape)}"
-        kinds = (torch.int32, torch.int64) if name == "labels" else (torch.float16, torch.float32)
-        if tensor.dtype not in kinds or not (tensor.abs() < LARGEST).all():  # nor NaN
+        in_range = not tensor.is_floating_point() or (tensor.abs() < LARGEST).all()  # nor NaN
+        if tensor.dtype not in KINDS.get(name, FLOATS) or not in_range:
             return f"its {name} are not the numbers they should be"
     if (tensors["labels"] >= sizes).any():
         return "its labels name a class that there is not"

@@ -4,6 +4,7 @@ Everything is computed in Python; `page.html.j2` only lays it out. Charts are in
 """
 
 import base64
+import functools
 import io
 from collections import defaultdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from durable import replace_file
 from metrics import path_distance, rounded
 from models.decode import Decoder
 from report import charts
+from report.alike import most_alike
 from report.suspects import EXCLUDED, LIKELY, conflicting, contradicted, write_csv
 
 MISTAKES, SUSPECTS, PICTURES = 12, 60, 30  # shown: mistakes of an attribute, suspect rows, pictures of many rows
@@ -51,6 +53,7 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
         by_row[suspect.row].append(suspect)
     for group in groups:
         by_picture[store.hashes[group[0].row]].append(group)
+    suspects = list(by_row.values())[:SUSPECTS]
     text = TEMPLATES.get_template("page.html.j2").render(
         checkpoint=checkpoint,
         backbone=task.config["backbone"],
@@ -66,7 +69,8 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
         ),
         starts=charts.OFTEN,
         figures=figures(task, found),
-        suspects=list(by_row.values())[:SUSPECTS],
+        suspects=suspects,
+        like=most_alike(task, [row[0].row for row in suspects]),
         suspect_rows=len(by_row),
         suspect_labels=len(single),
         excluded=EXCLUDED,
@@ -77,7 +81,7 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
         rounded=rounded,
         ids=task.catalogue.ids,
         title=lambda row: titles[row] or "",
-        picture=lambda row: picture_uri(store.pixels[[row]][0]),
+        picture=functools.cache(lambda row: picture_uri(store.pixels[[row]][0])),
     )
     replace_file(folder / "report.html", text.encode(errors="replace"))
 

@@ -11,6 +11,8 @@ from errors import UserError
 from lora import merge_lora, parameter_summary
 from models.backbone import DEMO, bare_backbone, create_backbone
 from models.checkpoint import (
+    FORMAT,
+    LOOKING,
     adapt,
     amend_config,
     attach,
@@ -156,7 +158,7 @@ def test_damaged_checkpoints(trained, tmp_path):
         load_checkpoint(text)
     newer = copy("newer")
     (newer / "config.json").write_text('{"format": 99}')
-    with pytest.raises(UserError, match=r"is of format 99, not 4 or 6, .* newer version"):
+    with pytest.raises(UserError, match=rf"is of format 99, not {FORMAT} or {LOOKING}, .* newer version"):
         load_checkpoint(newer)
     cut = copy("cut")
     (cut / "adapter.safetensors").write_bytes((folder / "adapter.safetensors").read_bytes()[:1000])

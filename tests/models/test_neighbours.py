@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save
 from errors import UserError
 from lora import merge_lora
 from models.checkpoint import load_checkpoint, read_config, sealed
-from models.neighbours import COMPONENTS, FILE, Neighbours
+from models.neighbours import COMPONENTS, FILE, ID_BYTES, NEAREST, Neighbours
 from teacher import load_teacher
 
 
@@ -22,55 +22,87 @@ def seen(count, kinds=2):
     return x[:, :12], x[:, 12:], kind
 
 
+def made(*pictures, labels, kinds=2):
+    ids = [f"id {i}" for i in range(len(labels))]
+    return Neighbours.of({"kind": kinds}, *pictures, labels, ids, torch.arange(len(labels)))
+
+
+def votes_of(neighbours, *pictures, kinds=2):
+    """Where the heads say nothing."""
+    return neighbours.heard(neighbours.nearest(*pictures), {"kind": torch.zeros(len(pictures[0]), kinds)})["kind"][1]
+
+
 def test_votes_by_hand():
     eye = {f"{x}_{y}": t for x in COMPONENTS for y, t in (("mean", torch.zeros(2)), ("basis", torch.eye(2)))}
     bank = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1]]) * torch.tensor([2, 2, 1, 1]).div(3).sqrt()
     labels = torch.tensor([[0], [1], [-1]])
+    ids = torch.tensor([[97, 0, 0], [195, 164, 0], [98, 98, 98]], dtype=torch.uint8)
     fitted = {"temperature": torch.tensor([2.0]), "share": torch.tensor([0.25])}
-    neighbours = Neighbours({"kind": 3}, eye | fitted | {"bank": bank, "labels": labels})
+    known = {"labels": labels, "ids": ids, "hashes": torch.tensor([7, 8, 9])}
+    neighbours = Neighbours({"kind": 3}, eye | fitted | known | {"bank": bank})
     logits = torch.tensor([[0.0, 2.0, 4.0]])
-    said = neighbours(torch.tensor([[4.0, 3.0]]), torch.tensor([[3.0, 4.0]]), {"kind": logits, "width": logits})
+    alike = neighbours.nearest(torch.tensor([[4.0, 3.0]]), torch.tensor([[3.0, 4.0]]))
+    said = neighbours(alike, {"kind": logits, "width": logits})
     p = (logits / 2).softmax(1)[0]
     # Cosines of edges and embeddings: (0.8, 0.6), (0.6, 0.6), (0.6, 0.8); the third has no label, so the heads speak.
     vote = (torch.tensor([2 * 0.8 + 0.6, 2 * 0.6 + 0.6, 2 * 0.6 + 0.8]) / 3 / 0.04).softmax(0)
     votes = torch.stack([vote[0], vote[1], torch.tensor(0.0)]) + vote[2] * p
     torch.testing.assert_close(said["kind"][0].exp(), 0.75 * p + 0.25 * votes)
     assert said["width"] is logits, "numbers are left alone"
+    expected = [("a", 7, pytest.approx(2.2 / 3), [0]), ("bbb", 9, pytest.approx(2 / 3), [-1])]
+    assert [tuple(voter) for voter in neighbours.voters(alike, 2)[0]] == expected
+    assert [voter.id for voter in neighbours.voters(alike, 50)[0]] == ["a", "bbb", "ä"]
+
+
+def test_ids_come_back_as_they_were():
+    hog, embedding, kind = seen(40)
+    ids = ["", "1", "ä" * ID_BYTES, *(f"shop/{i}.jpg" for i in range(37))]
+    neighbours = Neighbours.of({"kind": 2}, hog, embedding, kind[:, None], ids, torch.arange(40) - 20)
+    drawing = torch.Generator().manual_seed(1)
+    near = hog + 0.1 * torch.randn(40, 12, generator=drawing)
+    first = [some[0] for some in neighbours.voters(neighbours.nearest(near, embedding), 1)]
+    assert [voter.id for voter in first] == ["", "1", "ä" * (ID_BYTES // 2), *ids[3:]], "as much as is kept"
+    assert [(voter.hash, voter.labels) for voter in first] == [(i - 20, [i % 2]) for i in range(40)]
+    others = neighbours.voters(neighbours.nearest(hog, embedding), 50)
+    assert all(i - 20 not in [voter.hash for voter in some] for i, some in enumerate(others)), "no vote of its own"
+    assert {len(some) for some in others} == {NEAREST - 1}
 
 
 def test_pictures_that_are_alike_vote():
     *pictures, kind = seen(400, kinds=20)
-    neighbours = Neighbours.of({"kind": 20}, *(x[:300] for x in pictures), kind[:300, None])
-    nothing = {"kind": torch.zeros(100, 20)}
-    _, votes = neighbours.heard(*(x[300:] for x in pictures), nothing)["kind"]
+    neighbours = made(*(x[:300] for x in pictures), labels=kind[:300, None], kinds=20)
+    others = [x[300:] for x in pictures]
+    votes = votes_of(neighbours, *others, kinds=20)
     torch.testing.assert_close(votes.sum(1), torch.ones(100))
     assert (votes.argmax(1) == kind[300:]).float().mean() > 0.95
     neighbours.share.fill_(0.0)
-    torch.testing.assert_close(neighbours(*(x[300:] for x in pictures), nothing)["kind"].exp(), nothing["kind"] + 0.05)
+    said = neighbours(neighbours.nearest(*others), {"kind": torch.zeros(100, 20)})["kind"]
+    torch.testing.assert_close(said.exp(), torch.full((100, 20), 0.05))
 
 
 def test_a_picture_is_no_neighbour_of_its_own():
     hog, embedding, _ = seen(60)
     labels = torch.zeros(60, 1, dtype=torch.long)
     labels[7] = 1
-    neighbours = Neighbours.of({"kind": 2}, hog, embedding, labels)
-    _, votes = neighbours.heard(hog[7:8], embedding[7:8], {"kind": torch.zeros(1, 2)})["kind"]
+    neighbours = made(hog, embedding, labels=labels)
+    votes = votes_of(neighbours, hog[7:8], embedding[7:8])
     assert votes[0, 1] < 1e-6, "the only one of that label is itself"
     drawing = torch.Generator().manual_seed(1)
     other = embedding[7:8] + 0.3 * torch.randn(1, 30, generator=drawing)  # as a model that computes otherwise embeds it
-    _, votes = neighbours.heard(hog[7:8], other, {"kind": torch.zeros(1, 2)})["kind"]
+    votes = votes_of(neighbours, hog[7:8], other)
     assert votes[0, 1] < 1e-6, "it is known by its pixels alone"
     near = hog[7:8] + 0.1 * torch.randn(1, 12, generator=drawing)
-    _, votes = neighbours.heard(near, other, {"kind": torch.zeros(1, 2)})["kind"]
+    votes = votes_of(neighbours, near, other)
     assert votes[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("count", [1, 3, 500])
 def test_few_pictures_or_all_alike_give_numbers(count):
     hog, embedding, kind = seen(count)
-    neighbours = Neighbours.of({"kind": 2}, torch.ones(count, 12), embedding, kind[:, None])
+    neighbours = made(torch.ones(count, 12), embedding, labels=kind[:, None])
     neighbours.share.fill_(1.0)
-    assert neighbours(hog, embedding, {"kind": torch.zeros(count, 2)})["kind"].isfinite().all()
+    said = neighbours(neighbours.nearest(hog, embedding), {"kind": torch.zeros(count, 2)})["kind"]
+    assert said.isfinite().all()
     assert len(neighbours.bank) == count
 
 
@@ -80,7 +112,7 @@ def test_it_stays_in_fp32_and_comes_with_every_copy(with_neighbours, demo_run):
     images = torch.randn(5, 3, 64, 64)
     with torch.inference_mode():
         exact, merged = model(images), merge_lora(model).to(torch.bfloat16)
-        assert {b.dtype for b in merged.neighbours.buffers()} == {torch.float32, torch.int64}
+        assert {b.dtype for b in merged.neighbours.buffers()} == {torch.float32, torch.int64, torch.uint8}
         for name, z in merged(images.bfloat16()).items():
             assert (z.exp() - exact[name].exp()).abs().max() < 0.05, name
         model.neighbours = None
@@ -111,6 +143,11 @@ def put(name, change):
         (put("labels", lambda t: t.to(torch.uint64)), "its labels are not the numbers they should be"),
         (put("bank", lambda t: t.double()), "its bank are not the numbers they should be"),
         (put("embedding_basis", lambda t: t + 1e30), "its embedding_basis are not the numbers they should be"),
+        (put("ids", lambda t: t[:, :0]), "its ids is of shape"),
+        (put("ids", lambda t: t[:-1]), "its ids is of shape"),
+        (put("ids", lambda t: t.int()), "its ids are not the numbers they should be"),
+        (put("hashes", lambda t: t[:-1]), "its hashes is of shape"),
+        (put("hashes", lambda t: t.float()), "its hashes are not the numbers they should be"),
         (put("temperature", lambda t: t * 0), "its share or temperature is out of its range"),
         (put("hog_basis", lambda t: t[:-1].clone()), "its hog_basis is of shape"),
     ],

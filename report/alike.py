@@ -1,0 +1,49 @@
+"""The train pictures that are most like another, where a checkpoint has neighbours: what its answers follow from."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data.batches import epoch_batches, make_loader
+
+SHOWN = 3  # train pictures beside another
+BATCH_SIZE = 64
+
+
+class Like(NamedTuple):
+    """A train picture.
+
+    Attributes:
+        id: in the catalogue that it is of.
+        labels: {attribute: its label, or None where it is missing}.
+        row: a row of the store with the same picture; None where there is none.
+    """
+
+    id: str
+    labels: dict[str, str | None]
+    row: int | None
+
+
+@torch.inference_mode()
+def most_alike(task, rows: Sequence[int]) -> dict[int, list[Like]]:
+    """{row of the store: the train pictures that are most like it}, of a `task.Task`; {} without neighbours."""
+    neighbours, device = task.model.neighbours, next(task.model.parameters()).device
+    if neighbours is None:
+        return {}
+    voters, rows = [], np.unique(np.array(rows, int))
+    for batch in make_loader(task.store, task.known, epoch_batches(rows, BATCH_SIZE), device):
+        batch = batch.to(device)
+        _, alike = task.model.explained(task.preprocess(batch.pixels), batch.tokens)
+        voters += neighbours.voters(alike, SHOWN)
+    hashes = task.store.hashes.view(np.int64)
+    there = np.flatnonzero(np.isin(hashes, [voter.hash for some in voters for voter in some]))
+    place = dict(zip(hashes[there].tolist(), there.tolist(), strict=True))
+
+    def like(voter) -> Like:
+        labels = zip(task.classes.items(), voter.labels, strict=True)
+        said = {name: texts[label] if label >= 0 else None for (name, texts), label in labels}
+        return Like(voter.id, said, place.get(voter.hash))
+
+    return {row: list(map(like, some)) for row, some in zip(rows.tolist(), voters, strict=True)}
