@@ -136,21 +136,36 @@ def parts(seen: Seen, logits: dict[str, Tensor]) -> Iterator[tuple[Seen, dict[st
 
 @torch.inference_mode()
 def look_up(task: Task, rows: np.ndarray, of_train: Seen, val: np.ndarray, of_val: Seen) -> Neighbours:
-    """Train pictures, rows of the store, as neighbours, heard as far as that makes the labels of others probable."""
-    classes, ids = {name: len(known) for name, known in task.classes.items()}, [task.catalogue.ids[row] for row in rows]
-    labels, truths = (torch.from_numpy(task.labels[some].astype(np.int64)) for some in (rows, val))
-    hashes = torch.from_numpy(task.store.hashes[rows].view(np.int64))
-    neighbours, logits = Neighbours.of(classes, *of_train, labels, ids, hashes), task.model.heads(of_val.embedding)
+    """Train pictures, rows of the store, as neighbours, heard as far as that brings answers nearer to what is true."""
+
+    def known(some: np.ndarray) -> dict[str, Tensor]:
+        labels, hashes = task.labels[some].astype(np.int64), task.store.hashes[some].view(np.int64)
+        arrays = {"labels": labels, "values": task.known.numbers[some], "hashes": hashes}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    classes, ids = {name: len(texts) for name, texts in task.classes.items()}, [task.catalogue.ids[row] for row in rows]
+    neighbours = Neighbours.of(classes, task.names[len(classes) :], *of_train, ids, known(rows))
+    logits, true = task.model.heads(of_val.embedding), known(val)
     for i, name in enumerate(classes):
-        neighbours.temperature[i] = fit_temperature(logits[name], truths[:, i])
-    given = [[] for _ in classes]
-    for (part, z), true in zip(parts(of_val, logits), truths.split(AT_ONCE), strict=True):
-        heard_of = neighbours.heard(neighbours.nearest(*part), z)
-        for found, heard, label in zip(given, heard_of.values(), true.unbind(1), strict=True):
-            found.append(torch.stack([p.gather(1, label.clamp(min=0)[:, None])[:, 0] for p in heard])[:, label >= 0])
-    for i, found in enumerate(given):
-        neighbours.share[i] = fit_share(*torch.cat(found, dim=1))
+        neighbours.temperature[i] = fit_temperature(logits[name], true["labels"][:, i])
+    truths = [*true["labels"].unbind(1), *true["values"].unbind(1)]
+    found = [[] for _ in truths]
+    for (part, z), *these in zip(parts(of_val, logits), *(truth.split(AT_ONCE) for truth in truths), strict=True):
+        heard = neighbours.heard(neighbours.nearest(*part), z).values()
+        for pairs, pair, truth in zip(found, heard, these, strict=True):
+            pairs.append(held_against(truth, pair))
+    for i, pairs in enumerate(found):
+        fit = fit_share if i < len(classes) else fit_share_of_number
+        neighbours.share[i] = fit(*torch.cat(pairs, dim=1))
     return neighbours
+
+
+def held_against(truth: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
+    """What heads and neighbours make of truths (V,), where they are known: of labels the probabilities, of numbers the
+    errors, (2, ·)."""
+    if truth.is_floating_point():
+        return torch.stack([said[:, 0] - truth for said in pair])[:, truth.isfinite()]
+    return torch.stack([p.gather(1, truth.clamp(min=0)[:, None])[:, 0] for p in pair])[:, truth >= 0]
 
 
 def fit_share(heads: Tensor, votes: Tensor) -> float:
@@ -160,6 +175,12 @@ def fit_share(heads: Tensor, votes: Tensor) -> float:
     for _ in range(ROUNDS if len(heads) else 0):
         share = (share * votes / ((1 - share) * heads + share * votes).clamp(min=1e-12)).mean().item()
     return share
+
+
+def fit_share_of_number(heads: Tensor, votes: Tensor) -> float:
+    """The share of votes that makes the squares of errors least, which are (V,) by the heads and by the votes."""
+    apart = votes - heads
+    return -(heads * apart).sum().div(apart.square().sum().clamp(min=1e-12)).clamp(-1, 0).item()
 
 
 def refit(task: Task, rows: np.ndarray, batch_size: int, look: bool) -> tuple[dict, dict, dict]:
@@ -249,7 +270,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     before, after, fitted = refit(task, rows, args.batch_size, look)
     print(comparison(before, after))
     if look:
-        shares = zip(task.classes, task.model.neighbours.share.tolist(), strict=True)
+        shares = zip(task.names, task.model.neighbours.share.tolist(), strict=True)
         print("neighbours count for", ", ".join(f"{share:.2f} of {name}" for name, share in shares))
     (was, accepted_was), (now, accepted) = (
         (scores["mean_accuracy"], scores["calibration"]["accepted"]) for scores in (before, after)

@@ -200,8 +200,9 @@ def read_neighbours(folder: Path, model: AttributeClassifier, config: dict) -> N
         UserError: they are not what the config describes.
     """
     classes = {a["name"]: len(a["labels"]) for a in config["attributes"] if a["kind"] == "class"}
+    numbers = [a["name"] for a in config["attributes"] if a["kind"] == "number"]
     try:
-        found = Neighbours(classes, stored_tensors(folder, config, FILE))
+        found = Neighbours(classes, numbers, stored_tensors(folder, config, FILE))
     except ValueError as error:
         raise UserError(f"{folder / FILE} does not fit its config.json: {error}") from None
     if (len(found.hog_mean), len(found.embedding_mean)) != (HOG_WIDTH, model.heads.levels[0].in_features):

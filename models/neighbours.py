@@ -5,7 +5,8 @@ remember each of them; looking them up does. After kNN-LM (Khandelwal et al. 202
 
     p = (1 - share) softmax(logits / T) + share * votes
 
-where the nearest train pictures vote for their labels. `refit.py` makes it, and fits share and T on validation rows.
+where the nearest train pictures vote for their labels; a number is mixed with the mean of theirs. `refit.py` makes it,
+and fits share and T on validation rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,12 @@ SAME = 0.9995
 ID_BYTES = 255  # of an id that are kept: as many as a file's name may have
 LARGEST = 1e9  # number that such a file may hold: larger ones could end as no numbers in an answer
 FLOATS = (torch.float16, torch.float32)  # kinds that a file may hold, the last of them to compute with; and of these:
-KINDS = {"labels": (torch.int32, torch.int64), "ids": (torch.uint8,), "hashes": (torch.int64,)}
+KINDS = {
+    "labels": (torch.int32, torch.int64),
+    "values": (torch.float32,),
+    "ids": (torch.uint8,),
+    "hashes": (torch.int64,),
+}
 
 
 class Alike(NamedTuple):
@@ -56,19 +62,20 @@ class Neighbours(nn.Module):
     (`models.hog`) and by one their embeddings: of each the cosine of whitened principal components.
 
     Args:
-        classes: attribute -> its number of classes, in the order of the columns of `labels`; numbers are left alone.
-        tensors: `{hog,embedding}_{mean,basis}` (n,), (n, c), which whiten; `bank` (N, sum of c), the pictures;
-            `labels` (N, A), negative where missing; `ids` (N, W), UTF-8 filled up with zeros; `hashes` (N,)
-            of their pixels; `temperature` and `share` (A,).
+        classes: attribute -> its number of classes, in the order of the columns of `labels`.
+        numbers: attributes that are numbers, in the order of the columns of `values`.
+        tensors: `{hog,embedding}_{mean,basis}` (n,), (n, c), which whiten; `bank` (N, sum of c), the pictures; `labels`
+            (N, A), negative where missing; `values` (N, M) of numbers, scaled, NaN where missing; `ids` (N, W), UTF-8
+            filled up with zeros; `hashes` (N,) of their pixels; `temperature` (A,); `share` (A + M,).
 
     Raises:
         ValueError: they are not these tensors, or do not fit together.
     """
 
-    def __init__(self, classes: Mapping[str, int], tensors: Mapping[str, Tensor]):
+    def __init__(self, classes: Mapping[str, int], numbers: Sequence[str], tensors: Mapping[str, Tensor]):
         super().__init__()
-        self.classes = dict(classes)
-        if what := _misfit(self.classes, tensors):
+        self.classes, self.numbers = dict(classes), list(numbers)
+        if what := _misfit(self.classes, self.numbers, tensors):
             raise ValueError(what)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.to(KINDS.get(name, FLOATS)[-1]))
@@ -78,20 +85,20 @@ class Neighbours(nn.Module):
     def of(
         cls,
         classes: Mapping[str, int],
+        numbers: Sequence[str],
         hog: Tensor,
         embedding: Tensor,
-        labels: Tensor,
         ids: Sequence[str],
-        hashes: Tensor,
+        known: Mapping[str, Tensor],
     ) -> "Neighbours":
-        """Of N train pictures, edges (N, n), embeddings (N, m), labels (N, A), ids and hashes (N,) of their pixels;
-        their votes do not count yet."""
-        tensors = {"labels": labels, "ids": _as_bytes(ids), "hashes": hashes}
-        tensors |= {"temperature": torch.ones(len(classes)), "share": torch.zeros(len(classes))}
+        """Of N train pictures, edges (N, n), embeddings (N, m), ids, and as above what is `known` of each: `labels`,
+        `values` and `hashes`. Their votes do not count yet."""
+        shares = torch.zeros(len(classes) + len(numbers))
+        tensors = {"ids": _as_bytes(ids), "temperature": torch.ones(len(classes)), "share": shares} | dict(known)
         for name, seen in (("hog", hog), ("embedding", embedding)):
             tensors[f"{name}_mean"], tensors[f"{name}_basis"] = _whitening(seen, COMPONENTS[name])
         width = sum(tensors[f"{name}_basis"].shape[1] for name in COMPONENTS)
-        made = cls(classes, tensors | {"bank": torch.zeros(len(labels), width)})
+        made = cls(classes, numbers, tensors | {"bank": torch.zeros(len(ids), width)})
         made.bank = made.describe(hog, embedding)
         return made
 
@@ -100,23 +107,24 @@ class Neighbours(nn.Module):
         return self.state_dict() | {"bank": self.bank.half(), "labels": self.labels.int()}
 
     def forward(self, alike: Alike, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is alike, and what the heads say (B, classes) -> logits in their place."""
-        heard = self.heard(alike, logits)
-        shares = dict(zip(self.classes, self.share, strict=True))
-        return {
-            name: torch.lerp(*heard[name], shares[name]).clamp(min=1e-12).log() if name in heard else z
-            for name, z in logits.items()
-        }
+        """What is alike, and what the heads say, (B, classes), or (B, 1) of a number -> the same in its place."""
+        heard = zip(self.heard(alike, logits).items(), self.share, strict=True)
+        mixed = {name: torch.lerp(*pair, share) for (name, pair), share in heard}
+        return {name: mixed[name].clamp(min=1e-12).log() if name in self.classes else mixed[name] for name in logits}
 
     def heard(self, alike: Alike, logits: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """{attribute: probabilities by the heads, and by the neighbours}, (B, classes) each. A neighbour whose label is
-        missing votes as the heads do."""
+        """{attribute: probabilities (B, classes), or a number (B, 1), by the heads, and by the neighbours}. A neighbour
+        whose label is missing votes as the heads do."""
         weights, labels = (alike.cosines * SHARPNESS).softmax(1), self.labels[alike.rows]  # (B, K), (B, K, A)
         found = {}
         for name, T, label in zip(self.classes, self.temperature, labels.unbind(2), strict=True):
             p, known = (logits[name].float() / T).softmax(1), weights * (label >= 0)
             votes = torch.zeros_like(p).scatter_add(1, label.clamp(min=0), known)
             found[name] = p, votes + (1 - known.sum(1, keepdim=True)) * p
+        for name, value in zip(self.numbers, self.values[alike.rows].unbind(2), strict=True):
+            said, known = logits[name].float(), weights * value.isfinite()
+            mean = (known * value.nan_to_num()).sum(1, keepdim=True)
+            found[name] = said, mean + (1 - known.sum(1, keepdim=True)) * said
         return found
 
     @torch.autocast("cpu", enabled=False)
@@ -175,7 +183,7 @@ def _as_text(id: list[int]) -> str:
     return bytes(id).rstrip(b"\0").decode(errors="ignore")
 
 
-def _misfit(classes: Mapping[str, int], tensors: Mapping[str, Tensor]) -> str | None:
+def _misfit(classes: Mapping[str, int], numbers: Sequence[str], tensors: Mapping[str, Tensor]) -> str | None:
     """What is wrong with tensors that a stranger may have written; None where nothing is."""
     names = {"bank", *KINDS, "temperature", "share"} | {f"{x}_{y}" for x in COMPONENTS for y in ("mean", "basis")}
     if tensors.keys() != names:
@@ -186,12 +194,13 @@ def _misfit(classes: Mapping[str, int], tensors: Mapping[str, Tensor]) -> str | 
     widths = [tensors[f"{name}_basis"].shape[1] for name in COMPONENTS]
     count, sizes = len(tensors["labels"]), torch.tensor(list(classes.values()))
     shapes = {"bank": (count, sum(widths)), "labels": (count, len(sizes))}
-    shapes |= {"ids": (count, tensors["ids"].shape[1]), "hashes": (count,)}
-    shapes |= dict.fromkeys(("temperature", "share"), (len(sizes),))
+    shapes |= {"ids": (count, tensors["ids"].shape[1]), "hashes": (count,), "values": (count, len(numbers))}
+    shapes |= {"temperature": (len(sizes),), "share": (len(sizes) + len(numbers),)}
     shapes |= {f"{name}_basis": (len(tensors[f"{name}_mean"]), w) for name, w in zip(COMPONENTS, widths, strict=True)}
     for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)) or not tensor.numel():
+        if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)) or not (tensor.numel() or name == "values"):
             return f"its {name} is of shape {tuple(tensor.shape)}"
+        tensor = tensor.nan_to_num() if name == "values" else tensor
         in_range = not tensor.is_floating_point() or (tensor.abs() < LARGEST).all()  # nor NaN
         if tensor.dtype not in KINDS.get(name, FLOATS) or not in_range:
             return f"its {name} are not the numbers they should be"

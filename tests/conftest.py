@@ -143,7 +143,9 @@ def with_neighbours(tmp_path):
         labels = torch.stack([torch.randint(count, (40,), generator=drawing) for count in classes.values()], dim=1)
         with torch.no_grad():
             seen = hog(images), torch.cat(model.embed(images), dim=1)
-        neighbours = Neighbours.of(classes, *seen, labels, [f"noise {i}" for i in range(40)], torch.arange(40))
+        numbers = [a["name"] for a in config["attributes"] if a["kind"] == "number"]
+        known = {"labels": labels, "values": torch.randn(40, len(numbers)), "hashes": torch.arange(40)}
+        neighbours = Neighbours.of(classes, numbers, *seen, [f"noise {i}" for i in range(40)], known)
         neighbours.share.fill_(0.5)
         folder = tmp_path / "looking" / "best"
         save_checkpoint(folder, model, config, {FILE: neighbours.tensors()})

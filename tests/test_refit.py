@@ -128,6 +128,15 @@ def test_a_share_is_what_makes_the_labels_most_probable():
 
     assert all(likelihood(share) >= likelihood(share + by) for by in (-0.01, 0.01))
     assert refit.fit_share(heads, heads / 2) < 0.01 < 0.99 < refit.fit_share(heads, heads * 2)
+
+
+def test_a_share_of_numbers_is_what_makes_errors_least():
+    torch.manual_seed(0)
+    heads, votes = torch.randn(2000), 0.5 * torch.randn(2000)
+    share = refit.fit_share_of_number(heads, votes)
+    assert share == pytest.approx(0.8, abs=0.03), "of independent errors, as the inverse of their squares"
+    assert refit.fit_share_of_number(heads, heads * 2) == 0 and refit.fit_share_of_number(heads, heads / 2) == 1
+    assert refit.fit_share_of_number(heads[:0], votes[:0]) == 0, "where nothing is known"
     assert refit.fit_share(heads[:0], votes[:0]) == 0.0
 
 

@@ -23,8 +23,9 @@ def seen(count, kinds=2):
 
 
 def made(*pictures, labels, kinds=2):
-    ids = [f"id {i}" for i in range(len(labels))]
-    return Neighbours.of({"kind": kinds}, *pictures, labels, ids, torch.arange(len(labels)))
+    count = len(labels)
+    known = {"labels": labels, "values": torch.zeros(count, 0), "hashes": torch.arange(count)}
+    return Neighbours.of({"kind": kinds}, [], *pictures, [f"id {i}" for i in range(count)], known)
 
 
 def votes_of(neighbours, *pictures, kinds=2):
@@ -37,18 +38,20 @@ def test_votes_by_hand():
     bank = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1]]) * torch.tensor([2, 2, 1, 1]).div(3).sqrt()
     labels = torch.tensor([[0], [1], [-1]])
     ids = torch.tensor([[97, 0, 0], [195, 164, 0], [98, 98, 98]], dtype=torch.uint8)
-    fitted = {"temperature": torch.tensor([2.0]), "share": torch.tensor([0.25])}
-    known = {"labels": labels, "ids": ids, "hashes": torch.tensor([7, 8, 9])}
-    neighbours = Neighbours({"kind": 3}, eye | fitted | known | {"bank": bank})
+    fitted = {"temperature": torch.tensor([2.0]), "share": torch.tensor([0.25, 0.5])}
+    values = torch.tensor([[10.0], [torch.nan], [20.0]])
+    known = {"labels": labels, "values": values, "ids": ids, "hashes": torch.tensor([7, 8, 9])}
+    neighbours = Neighbours({"kind": 3}, ["width"], eye | fitted | known | {"bank": bank})
     logits = torch.tensor([[0.0, 2.0, 4.0]])
     alike = neighbours.nearest(torch.tensor([[4.0, 3.0]]), torch.tensor([[3.0, 4.0]]))
-    said = neighbours(alike, {"kind": logits, "width": logits})
+    said = neighbours(alike, {"kind": logits, "width": torch.tensor([[4.0]])})
     p = (logits / 2).softmax(1)[0]
     # Cosines of edges and embeddings: (0.8, 0.6), (0.6, 0.6), (0.6, 0.8); the third has no label, so the heads speak.
     vote = (torch.tensor([2 * 0.8 + 0.6, 2 * 0.6 + 0.6, 2 * 0.6 + 0.8]) / 3 / 0.04).softmax(0)
     votes = torch.stack([vote[0], vote[1], torch.tensor(0.0)]) + vote[2] * p
     torch.testing.assert_close(said["kind"][0].exp(), 0.75 * p + 0.25 * votes)
-    assert said["width"] is logits, "numbers are left alone"
+    mean = 10 * vote[0] + 4 * vote[1] + 20 * vote[2]  # the second has none
+    torch.testing.assert_close(said["width"], (0.5 * 4 + 0.5 * mean)[None, None])
     expected = [("a", 7, pytest.approx(2.2 / 3), [0]), ("bbb", 9, pytest.approx(2 / 3), [-1])]
     assert [tuple(voter) for voter in neighbours.voters(alike, 2)[0]] == expected
     assert [voter.id for voter in neighbours.voters(alike, 50)[0]] == ["a", "bbb", "ä"]
@@ -57,7 +60,8 @@ def test_votes_by_hand():
 def test_ids_come_back_as_they_were():
     hog, embedding, kind = seen(40)
     ids = ["", "1", "ä" * ID_BYTES, *(f"shop/{i}.jpg" for i in range(37))]
-    neighbours = Neighbours.of({"kind": 2}, hog, embedding, kind[:, None], ids, torch.arange(40) - 20)
+    known = {"labels": kind[:, None], "values": torch.zeros(40, 0), "hashes": torch.arange(40) - 20}
+    neighbours = Neighbours.of({"kind": 2}, [], hog, embedding, ids, known)
     drawing = torch.Generator().manual_seed(1)
     near = hog + 0.1 * torch.randn(40, 12, generator=drawing)
     first = [some[0] for some in neighbours.voters(neighbours.nearest(near, embedding), 1)]
@@ -146,6 +150,7 @@ def put(name, change):
         (put("ids", lambda t: t[:, :0]), "its ids is of shape"),
         (put("ids", lambda t: t[:-1]), "its ids is of shape"),
         (put("ids", lambda t: t.int()), "its ids are not the numbers they should be"),
+        (put("values", lambda t: torch.zeros(len(t), 1)), "its values is of shape"),
         (put("hashes", lambda t: t[:-1]), "its hashes is of shape"),
         (put("hashes", lambda t: t.float()), "its hashes are not the numbers they should be"),
         (put("temperature", lambda t: t * 0), "its share or temperature is out of its range"),
