@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from data.sources import load_source
 from data.store import open_store
 from models.checkpoint import read_config
+from models.neighbours import FILE
 
 ROOT = Path(__file__).parents[1]
 FURNITURE = ROOT / "data" / "furniture.toml"
@@ -95,6 +97,21 @@ def test_it_answers_for_pictures(command, furniture_run, shop, tmp_path):
         "attributes"
     ]["width"].values()
     assert shown[-2].split() == ["width", f"{said:g}"]
+
+
+def test_neighbours_tell_numbers_too(command, furniture_run, shop, cache_dir, tmp_path):
+    best = shutil.copytree(furniture_run / "best", tmp_path / "run" / "best")
+    words = ("--data", shop, "--checkpoint", best, "--cache-dir", cache_dir)
+    done = command("refit.py", *words, "--neighbours")
+    assert ": kept, " in done.stdout, done.stderr
+    assert float(re.search(r"(\S+) of width", done.stdout)[1]) > 0.05
+    was, now = map(float, re.search(r"width +MAE (\S+), after (\S+)", done.stdout).groups())
+    assert now < was
+    done = command("evaluate.py", *words, "--split", "val", "--json", tmp_path / "scores.json")
+    assert done.returncode == 0, done.stderr
+    width = json.loads((tmp_path / "scores.json").read_text())["attributes"]["width"]
+    assert width["mae"] == pytest.approx(now, rel=1e-3), "as it was kept"
+    assert load_file(best / FILE)["values"].shape == (len(load_file(best / FILE)["labels"]), 1)
 
 
 @pytest.mark.parametrize(
