@@ -22,7 +22,7 @@ class Output:
     """A file of answers, written as they come; it takes its name only when all is done.
 
     Use as a context manager. CSV and Parquet have a column for each class's label, confidence and decision, for each
-    number, and `error`; JSONL has the objects of `--json`, where the train pictures that are like it are named too.
+    number, and `error`; JSONL has the objects of `--json`, where with neighbours train pictures are named too.
 
     Args:
         attributes: a checkpoint's.

@@ -7,8 +7,9 @@ In training the heads see pictures that are moved about and of which patches may
 ones. Here the backbone, adapters merged, embeds each train picture once as it is, and the heads go on learning from
 those embeddings alone (after classifier re-training, Kang et al. 2020, arXiv:1910.09217), which takes seconds an epoch.
 With neighbours, the train pictures that are most alike are looked at for each answer (`models.neighbours`). Where mean
-accuracy on validation rows does not rise, or clearly fewer labels are accepted, nothing is changed, unless neighbours
-are to go. It is also what to run once labels were corrected; classes and known paths stay those of training.
+accuracy on validation rows does not rise (numbers do not count), or clearly fewer labels are accepted, nothing is
+changed, unless neighbours are to go. It is also what to run once labels were corrected; classes and known paths stay
+those of training.
 """
 
 import startup  # noqa: F401
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from arguments import add_catalogue_options, add_checkpoint_options
 from calibration import TARGET_PRECISION, calibrate, fit_temperature
+from data.attributes import HARDLY_MEANT
 from data.batches import Rows, epoch_batches, make_loader
 from data.split import some
 from durable import at_rest
@@ -138,13 +140,14 @@ def parts(seen: Seen, logits: dict[str, Tensor]) -> Iterator[tuple[Seen, dict[st
 def look_up(task: Task, rows: np.ndarray, of_train: Seen, val: np.ndarray, of_val: Seen) -> Neighbours:
     """Train pictures, rows of the store, as neighbours, heard as far as that brings answers nearer to what is true."""
 
-    def known(some: np.ndarray) -> dict[str, Tensor]:
-        labels, hashes = task.labels[some].astype(np.int64), task.store.hashes[some].view(np.int64)
-        arrays = {"labels": labels, "values": task.known.numbers[some], "hashes": hashes}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    def known(which: np.ndarray) -> dict[str, Tensor]:
+        labels, numbers = task.labels[which].astype(np.int64), task.known.numbers[which]
+        numbers = np.where(abs(numbers) < HARDLY_MEANT, numbers, np.nan)  # one would outweigh all others, in any mean
+        return {"labels": torch.from_numpy(labels), "values": torch.from_numpy(numbers)}
 
     classes, ids = {name: len(texts) for name, texts in task.classes.items()}, [task.catalogue.ids[row] for row in rows]
-    neighbours = Neighbours.of(classes, task.names[len(classes) :], *of_train, ids, known(rows))
+    hashes = torch.from_numpy(task.store.hashes[rows].view(np.int64))
+    neighbours = Neighbours.of(classes, task.names[len(classes) :], *of_train, ids, known(rows) | {"hashes": hashes})
     logits, true = task.model.heads(of_val.embedding), known(val)
     for i, name in enumerate(classes):
         neighbours.temperature[i] = fit_temperature(logits[name], true["labels"][:, i])
@@ -179,8 +182,8 @@ def fit_share(heads: Tensor, votes: Tensor) -> float:
 
 def fit_share_of_number(heads: Tensor, votes: Tensor) -> float:
     """The share of votes that makes the squares of errors least, which are (V,) by the heads and by the votes."""
-    apart = votes - heads
-    return -(heads * apart).sum().div(apart.square().sum().clamp(min=1e-12)).clamp(-1, 0).item()
+    apart = heads - votes
+    return (heads * apart).sum().div(apart.square().sum().clamp(min=1e-12)).clamp(0, 1).item()
 
 
 def refit(task: Task, rows: np.ndarray, batch_size: int, look: bool) -> tuple[dict, dict, dict]:
@@ -240,8 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--neighbours",
         action=argparse.BooleanOptionalAction,
-        help="keep the train pictures, with labels and ids, and look at those most alike, or none any more "
-        "(default: if it has some already)",
+        help="keep descriptions, ids, labels and numbers of the train pictures, and look at those most alike, or none "
+        "any more (default: if it has some already)",
     )
     args = parser.parse_args(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -19,6 +19,7 @@ from errors import UserError
 AT_ONCE = 1 << 16  # rows whose paths are sorted together
 MISSING = -1  # the catalogue has no value here
 UNSEEN = -2  # it has one that no train row had
+HARDLY_MEANT = 100  # standard deviations from the mean, and more: a typing mistake rather than a number
 FARTHEST = 1e6  # standard deviations, beyond which it is all the same how far a number is off
 
 Columns = dict[str, Sequence[str | None]]
@@ -152,9 +153,9 @@ def encode_numbers(numbers: dict[str, np.ndarray], scales: dict[str, Scale], row
 
 
 def far_off(values: np.ndarray, scale: Scale) -> np.ndarray:
-    """Where a number's values (N,) are hardly meant so: a hundred deviations from the mean and more."""
+    """Where a number's values (N,) are hardly meant so."""
     with np.errstate(over="ignore"):
-        return np.flatnonzero(abs(values - scale.mean) >= 100 * scale.std)
+        return np.flatnonzero(abs(values - scale.mean) >= HARDLY_MEANT * scale.std)
 
 
 def families(attributes: Sequence[Attribute]) -> list[list[str]]:

@@ -1,5 +1,5 @@
 """A checkpoint is a folder: `config.json` rebuilds the model, `adapter.safetensors` holds what was trained, and
-`neighbours.safetensors`, if there is one, the train pictures that are looked at for an answer, with labels and ids.
+`neighbours.safetensors`, if there is one, of the train pictures what is looked at for an answer, and their ids.
 
 The frozen base is not in it: `config.json` names the base by its fingerprint and loading onto another one is an error.
 No pickle is read or written, and no path of the machine is stored, so a checkpoint can be copied anywhere. The config

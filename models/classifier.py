@@ -32,7 +32,7 @@ class AttributeClassifier(nn.Module):
     Attributes:
         drop_patches: share of those patches that training leaves out by chance; set by who trains.
         neighbours: the train pictures, see `models.neighbours`, or None; set by who loads a checkpoint that has them.
-            With them the outputs for classes are log-probabilities of the mixture.
+            With them the outputs for classes are log-probabilities of the mixture, and numbers are mixed too.
     """
 
     def __init__(

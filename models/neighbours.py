@@ -27,7 +27,8 @@ SHARPNESS = 25.0  # a neighbour that is 0.04 more alike has e times the vote
 SAME = 0.9995
 ID_BYTES = 255  # of an id that are kept: as many as a file's name may have
 LARGEST = 1e9  # number that such a file may hold: larger ones could end as no numbers in an answer
-FLOATS = (torch.float16, torch.float32)  # kinds that a file may hold, the last of them to compute with; and of these:
+FLOATS = (torch.float16, torch.float32)  # the kinds that a file may hold, the last of them to compute with
+# The same of those tensors that are something else.
 KINDS = {
     "labels": (torch.int32, torch.int64),
     "values": (torch.float32,),
@@ -37,10 +38,10 @@ KINDS = {
 
 
 class Alike(NamedTuple):
-    """The train pictures that are most like each of B, the most alike first.
+    """The train pictures that are most like each of B, the most alike first, wherever the very picture stands.
 
     Attributes:
-        cosines: (B, K) from -1 to 1; -1 the very picture.
+        cosines: (B, K) from -1 to 1; of the very picture -1.
         rows: (B, K), which they are.
     """
 
@@ -58,8 +59,8 @@ class Voter(NamedTuple):
 
 
 class Neighbours(nn.Module):
-    """Train pictures and their labels. How alike two pictures are is by two thirds how alike their edges are
-    (`models.hog`) and by one their embeddings: of each the cosine of whitened principal components.
+    """Train pictures, their labels, numbers and names. How alike two pictures are is by two thirds how alike their
+    edges are (`models.hog`) and by one their embeddings: of each the cosine of whitened principal components.
 
     Args:
         classes: attribute -> its number of classes, in the order of the columns of `labels`.
@@ -183,6 +184,11 @@ def _as_text(id: list[int]) -> str:
     return bytes(id).rstrip(b"\0").decode(errors="ignore")
 
 
+def _in_range(tensor: Tensor, gaps: bool) -> bool:
+    """Whether no number is too large nor, where there may be no gaps, missing."""
+    return not tensor.is_floating_point() or bool(((tensor.abs() < LARGEST) | (tensor.isnan() & gaps)).all())
+
+
 def _misfit(classes: Mapping[str, int], numbers: Sequence[str], tensors: Mapping[str, Tensor]) -> str | None:
     """What is wrong with tensors that a stranger may have written; None where nothing is."""
     names = {"bank", *KINDS, "temperature", "share"} | {f"{x}_{y}" for x in COMPONENTS for y in ("mean", "basis")}
@@ -200,9 +206,7 @@ def _misfit(classes: Mapping[str, int], numbers: Sequence[str], tensors: Mapping
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != shapes.get(name, tuple(tensor.shape)) or not (tensor.numel() or name == "values"):
             return f"its {name} is of shape {tuple(tensor.shape)}"
-        tensor = tensor.nan_to_num() if name == "values" else tensor
-        in_range = not tensor.is_floating_point() or (tensor.abs() < LARGEST).all()  # nor NaN
-        if tensor.dtype not in KINDS.get(name, FLOATS) or not in_range:
+        if tensor.dtype not in KINDS.get(name, FLOATS) or not _in_range(tensor, gaps=name == "values"):
             return f"its {name} are not the numbers they should be"
     if (tensors["labels"] >= sizes).any():
         return "its labels name a class that there is not"

@@ -14,9 +14,10 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from data import fashion
-from models.checkpoint import load_checkpoint, save_checkpoint, sealed
+from models.checkpoint import load_checkpoint, make_heads, save_checkpoint, sealed
 from models.hog import hog
 from models.neighbours import FILE, Neighbours
 
@@ -131,6 +132,19 @@ def with_config(tmp_path):
     return make
 
 
+def with_fresh_heads(checkpoint, folder):
+    """A checkpoint with the adapters of another and heads that have learnt nothing."""
+    model, config = load_checkpoint(checkpoint)
+    torch.manual_seed(0)
+    fresh = make_heads(model.backbone.num_features, config).state_dict()
+    tensors = load_file(checkpoint / "adapter.safetensors") | {f"heads.{name}": t for name, t in fresh.items()}
+    files = {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
+    files["adapter.safetensors"] = save(tensors)
+    folder.mkdir(parents=True)
+    for name, data in (files | {"config.json": sealed(config, files)}).items():
+        (folder / name).write_bytes(data)
+
+
 @pytest.fixture
 def with_neighbours(tmp_path):
     """`with_neighbours(checkpoint)`: a copy of a checkpoint that keeps 40 pictures of noise, which count by half."""
@@ -144,7 +158,8 @@ def with_neighbours(tmp_path):
         with torch.no_grad():
             seen = hog(images), torch.cat(model.embed(images), dim=1)
         numbers = [a["name"] for a in config["attributes"] if a["kind"] == "number"]
-        known = {"labels": labels, "values": torch.randn(40, len(numbers)), "hashes": torch.arange(40)}
+        values = torch.randn(40, len(numbers), generator=drawing)
+        known = {"labels": labels, "values": values, "hashes": torch.arange(40)}
         neighbours = Neighbours.of(classes, numbers, *seen, [f"noise {i}" for i in range(40)], known)
         neighbours.share.fill_(0.5)
         folder = tmp_path / "looking" / "best"

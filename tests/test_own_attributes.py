@@ -18,6 +18,7 @@ from data.sources import load_source
 from data.store import open_store
 from models.checkpoint import read_config
 from models.neighbours import FILE
+from tests.conftest import with_fresh_heads
 
 ROOT = Path(__file__).parents[1]
 FURNITURE = ROOT / "data" / "furniture.toml"
@@ -100,18 +101,28 @@ def test_it_answers_for_pictures(command, furniture_run, shop, tmp_path):
 
 
 def test_neighbours_tell_numbers_too(command, furniture_run, shop, cache_dir, tmp_path):
-    best = shutil.copytree(furniture_run / "best", tmp_path / "run" / "best")
-    words = ("--data", shop, "--checkpoint", best, "--cache-dir", cache_dir)
+    """One typing mistake among the train rows and one among those of validation spoil nothing."""
+    with_fresh_heads(furniture_run / "best", best := tmp_path / "run" / "best")
+    with open(shop / "items.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    store = open_store(load_source(str(shop), cache_dir), (80, 60), cache_dir)
+    for split in ("train", "val"):
+        rows[store.rows(split)[0]]["width_cm"] = "8901234567894"
+    mistaken = shutil.copytree(shop, tmp_path / "shop")
+    with open(mistaken / "items.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    words = ("--data", mistaken, "--checkpoint", best, "--cache-dir", cache_dir)
     done = command("refit.py", *words, "--neighbours")
     assert ": kept, " in done.stdout, done.stderr
     assert float(re.search(r"(\S+) of width", done.stdout)[1]) > 0.05
-    was, now = map(float, re.search(r"width +MAE (\S+), after (\S+)", done.stdout).groups())
-    assert now < was
-    done = command("evaluate.py", *words, "--split", "val", "--json", tmp_path / "scores.json")
-    assert done.returncode == 0, done.stderr
+    values = load_file(best / FILE)["values"]
+    assert values[0].isnan() and 1 < values.nan_to_num().abs().max() < 5
+    words = ("--data", shop, *words[2:], "--split", "val", "--json", tmp_path / "scores.json")
+    assert command("evaluate.py", *words).returncode == 0
     width = json.loads((tmp_path / "scores.json").read_text())["attributes"]["width"]
-    assert width["mae"] == pytest.approx(now, rel=1e-3), "as it was kept"
-    assert load_file(best / FILE)["values"].shape == (len(load_file(best / FILE)["labels"]), 1)
+    assert width["mae"] < width["constant_mae"] / 2
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,9 @@ def labels_of(task, row):
 def test_the_very_picture_is_not_among_them(task):
     train = task.store.rows("train")[:40].tolist()
     alone = [row for row in train if (task.store.hashes == task.store.hashes[row]).sum() == 1]
-    assert all(row not in [like.row for like in likes] for row, likes in most_alike(task, alone).items())
+    found = most_alike(task, alone)
+    assert list(found) == alone != []
+    assert all(row not in [like.row for like in likes] for row, likes in found.items())
 
 
 def test_where_the_catalogue_has_no_such_picture_none_is_named(task):
