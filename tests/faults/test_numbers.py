@@ -101,10 +101,10 @@ def test_an_fp16_overflow_is_skipped_and_counted():
 
 def no_memory(most: int) -> None:
     """torch's own error, raised where a GPU would: at a batch of more than so many images."""
-    from models.classifier import AttributeClassifier
+    from models.heads import HierarchicalHeads
 
-    def hook(module, images):
-        if isinstance(module, AttributeClassifier) and len(images[0]) > most:
+    def hook(module, embeddings):
+        if isinstance(module, HierarchicalHeads) and len(embeddings[0]) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     torch.nn.modules.module.register_module_forward_pre_hook(hook)
