@@ -39,6 +39,8 @@ def test_logits_are_the_same_at_any_batch_size(command, request, with_neighbours
         for name, logits in zip(names, session.run(None, {"images": images.numpy()}), strict=True):
             torch.testing.assert_close(torch.from_numpy(logits), expected[name], rtol=1e-4, atol=1e-4)
     about = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
-    assert about["labels"] == {attribute["name"]: attribute["labels"] for attribute in config["attributes"]}
+    classes, numbers = ([a for a in config["attributes"] if a["kind"] == kind] for kind in ("class", "number"))
+    assert about["labels"] == {a["name"]: a["labels"] for a in classes}
+    assert about.get("numbers", {}) == {a["name"]: {"mean": a["mean"], "std": a["std"]} for a in numbers}
     assert (about["paths"], about["calibration"]) == (config["paths"], config["calibration"])
     assert about["preprocess"]["size"] == list(config["preprocess"]["size"])
