@@ -38,7 +38,7 @@ KINDS = {
 
 
 class Alike(NamedTuple):
-    """The train pictures that are most like each of B, the most alike first, wherever the very picture stands.
+    """The train pictures that are most like each of B, the most alike first; the very picture keeps its place.
 
     Attributes:
         cosines: (B, K) from -1 to 1; of the very picture -1.

@@ -55,6 +55,9 @@ def test_votes_by_hand():
     expected = [("a", 7, pytest.approx(2.2 / 3), [0]), ("bbb", 9, pytest.approx(2 / 3), [-1])]
     assert [tuple(voter) for voter in neighbours.voters(alike, 2)[0]] == expected
     assert [voter.id for voter in neighbours.voters(alike, 50)[0]] == ["a", "bbb", "ä"]
+    for wrong in (values * torch.inf, values * 1e9, values.double()):  # a gap in them is none
+        with pytest.raises(ValueError, match="its values are not the numbers they should be"):
+            Neighbours({"kind": 3}, ["width"], eye | fitted | known | {"bank": bank, "values": wrong})
 
 
 def test_ids_come_back_as_they_were():
@@ -145,6 +148,7 @@ def put(name, change):
         (put("bank", lambda t: t * torch.nan), "its bank are not the numbers they should be"),
         (put("share", lambda t: t + 1), "its share or temperature is out of its range"),
         (put("labels", lambda t: t.to(torch.uint64)), "its labels are not the numbers they should be"),
+        (put("bank", lambda t: t.to(torch.float8_e4m3fn)), "its bank are not the numbers they should be"),
         (put("bank", lambda t: t.double()), "its bank are not the numbers they should be"),
         (put("embedding_basis", lambda t: t + 1e30), "its embedding_basis are not the numbers they should be"),
         (put("ids", lambda t: t[:, :0]), "its ids is of shape"),
