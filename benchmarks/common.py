@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -156,7 +156,12 @@ def in_processes(commands: Mapping[Path, list], jobs: int, what: str) -> None:
             raise SystemExit(f"{file} was to be made, but:\n{done.stderr.decode()[-2000:]}")
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(tqdm(pool.map(make, commands), total=len(commands), desc=what))
+        made = [pool.submit(make, file) for file in commands]
+        try:
+            for done in tqdm(as_completed(made), total=len(made), desc=what):
+                done.result()
+        finally:  # after a failure none is begun any more
+            pool.shutdown(cancel_futures=True)
 
 
 def ratios(above: list[float], below: list[float]) -> list[float]:
