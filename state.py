@@ -76,10 +76,8 @@ class TrainingState:
         load_tensors(folder, self.model, saved)
         self.restore_optimizer(read_tensors(folder / "optimizer.safetensors"))
         self.scaler.load_state_dict(saved["resume"]["scaler"])
-        self.progress, self.config = (
-            saved["progress"],
-            {k: v for k, v in saved.items() if k not in ("progress", "resume")},
-        )
+        own = ("progress", "resume", "calibration")  # of this folder: how sure another epoch is, is measured anew
+        self.progress, self.config = saved["progress"], {k: v for k, v in saved.items() if k not in own}
         return saved["resume"]["events"]
 
     def optimizer_tensors(self) -> dict[str, Tensor]:

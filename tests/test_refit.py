@@ -191,6 +191,7 @@ def test_errors(command, demo_run, words, tmp_path):
     (tmp_path / "best" / "README.md").touch()
     for options, message in (
         (("--checkpoint", tmp_path / "gone", *words), f"no checkpoint at {tmp_path / 'gone'}"),
+        (("--checkpoint", demo_run / "last", *words), f"is where a run goes on from; name {demo_run / 'best'}"),
         (("--checkpoint", tmp_path / "best", *words), "also holds README.md: copy its checkpoint into a folder"),
         (
             ("--checkpoint", demo_run / "best", *words, "--limit", 1),

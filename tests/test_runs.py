@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from data.schema import FASHION_FILE
 from models.backbone import DEMO_WEIGHTS
-from models.checkpoint import load_checkpoint
+from models.checkpoint import amend_config, load_checkpoint, read_config
 
 ROOT = Path(__file__).parents[1]
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
@@ -28,10 +28,12 @@ def test_ctrl_c_leaves_a_usable_checkpoint_and_resuming_ends_as_if_never_stopped
     assert len(taken) == 5, "the step is finished, in the middle of an epoch, and no other begun"
     assert f"go on with: python train.py --resume --out {tmp_path / 'cut'}" in done.stdout
     load_checkpoint(tmp_path / "cut" / "last")
+    amend_config(tmp_path / "cut" / "last", calibration=read_config(tmp_path / "whole" / "best")["calibration"])
 
     done = command("train.py", "--resume", "--out", tmp_path / "cut", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "at step 5 of" in done.stdout
+    assert "calibration" not in read_config(tmp_path / "cut" / "last"), "it was of other weights"
     for name in ("best", "last"):
         whole, cut = (load_file(tmp_path / run / name / "adapter.safetensors") for run in ("whole", "cut"))
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
