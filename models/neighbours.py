@@ -115,8 +115,9 @@ class Neighbours(nn.Module):
 
     def heard(self, alike: Alike, logits: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """{attribute: probabilities (B, classes), or a number (B, 1), by the heads, and by the neighbours}. A neighbour
-        whose label is missing votes as the heads do."""
-        weights, labels = (alike.cosines * SHARPNESS).softmax(1), self.labels[alike.rows]  # (B, K), (B, K, A)
+        whose label is missing votes as the heads do, and so does the very picture."""
+        weights = (alike.cosines * SHARPNESS).softmax(1) * (alike.cosines > -1)  # (B, K)
+        labels = self.labels[alike.rows]  # (B, K, A)
         found = {}
         for name, T, label in zip(self.classes, self.temperature, labels.unbind(2), strict=True):
             p, known = (logits[name].float() / T).softmax(1), weights * (label >= 0)

@@ -101,6 +101,9 @@ def test_a_picture_is_no_neighbour_of_its_own():
     near = hog[7:8] + 0.1 * torch.randn(1, 12, generator=drawing)
     votes = votes_of(neighbours, near, other)
     assert votes[0, 1] > 0.9
+    copies = [torch.cat([x, x[7:8].expand(NEAREST, -1)]) for x in (hog, embedding)]  # such as of "no photo yet"
+    neighbours = made(*copies, labels=torch.ones(len(copies[0]), 1, dtype=torch.long))
+    torch.testing.assert_close(votes_of(neighbours, hog[7:8], embedding[7:8]), torch.full((1, 2), 0.5))
 
 
 @pytest.mark.parametrize("count", [1, 3, 500])
