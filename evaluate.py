@@ -14,6 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from data.split import SPLITS, some
 from durable import at_rest, replace_file
 from errors import Parser, UserError, check_writable, exits_cleanly, make_folder, share
 from lora import merge_lora
+from memory import in_parts
 from metrics import score, score_number, scores_table, trust_table
 from models.checkpoint import amend_config, find_checkpoint, read_config
 from models.decode import Answers, Decoder
@@ -132,14 +134,17 @@ def predict(
 ) -> dict[str, Tensor]:
     """The model's outputs {attribute: (N, ·)} of a loader's rows, in order, fp32 on the CPU."""
     model.eval()
-    batches = []
+
+    def said(batch: Batch, part: slice) -> dict[str, Tensor]:
+        outputs = model(preprocess(batch.pixels[part]), batch.tokens[part])
+        together = torch.cat([*outputs.values()], dim=1).float().cpu()  # at once: a GPU is waited for each time
+        return dict(zip(outputs, together.split([output.shape[1] for output in outputs.values()], dim=1), strict=True))
+
+    found, most = [], None
     for batch in tqdm(loader, desc=what, unit="batch", leave=False, disable=not distributed.first()):
-        batch = batch.to(device)
-        outputs = model(preprocess(batch.pixels), batch.tokens)
-        said = torch.cat([*outputs.values()], dim=1).float().cpu()  # at once: a GPU is waited for each time
-        widths = [output.shape[1] for output in outputs.values()]
-        batches.append(dict(zip(outputs, said.split(widths, dim=1), strict=True)))
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        parts, most = in_parts(partial(said, batch.to(device)), len(batch.pixels), most)
+        found += parts
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
 def same_catalogue(task: Task, limit: int | None) -> bool:

@@ -1,7 +1,6 @@
 """A checkpoint ready to answer: pictures and titles in, an object for each out, as `infer.py --json` prints it."""
 
 import math
-import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -10,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.images import ImageError, decode
+from data.images import ImageError, decode, raise_if_failing
 from data.preprocess import Preprocess
 from data.shards import Row
 from data.titles import TitleReader
 from errors import UserError
 from lora import keep_base_in, merge_lora
-from memory import ran_out
+from memory import in_parts, ran_out
 from models.checkpoint import load_checkpoint
 from models.decode import Decoder
 
@@ -69,6 +68,7 @@ class Labeller:
             try:
                 return row._replace(picture=self.preprocess.to_canvas(decode(row.picture)))
             except (ImageError, OSError) as error:
+                raise_if_failing(error, row.name)
                 return row._replace(picture=str(error))
 
         rows, ahead = iter(rows), []
@@ -81,19 +81,14 @@ class Labeller:
                     return
 
     def __call__(self, batch: list[Row]) -> list[dict]:
-        answers: list[dict] = []
-        while len(answers) < len(batch):
-            try:
-                answers += self._answer(batch[len(answers) : len(answers) + self.most])
-            except RuntimeError as error:
-                if not ran_out(error):
-                    raise
-                if self.most == 1:
-                    hint = "; free the GPU or hide it: CUDA_VISIBLE_DEVICES=" if self.device.type == "cuda" else ""
-                    raise UserError(f"out of memory at a single image{hint}") from None
-                self.most //= 2
-                print(f"out of memory: going on with batches of {self.most}", file=sys.stderr)
-        return answers
+        try:
+            parts, self.most = in_parts(lambda part: self._answer(batch[part]), len(batch), self.most)
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            hint = "; free the GPU or hide it: CUDA_VISIBLE_DEVICES=" if self.device.type == "cuda" else ""
+            raise UserError(f"out of memory at a single image{hint}") from None
+        return [answer for part in parts for answer in part]
 
     @torch.inference_mode()
     def _answer(self, batch: list[Row]) -> list[dict]:

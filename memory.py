@@ -1,7 +1,9 @@
-"""How glibc keeps the memory that a process frees (elsewhere nothing is done); how torch says that there is no more."""
+"""How glibc keeps the memory that a process frees (elsewhere nothing is done); what to do where there is no more."""
 
 import ctypes
 import sys
+from collections.abc import Callable
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 OLD_MOST = 32 << 20  # what older glibc allows
@@ -24,6 +26,22 @@ def keep_freed_memory() -> None:
     """
     _set(M_TRIM_THRESHOLD, 2**31 - 1)
     _set(M_MMAP_THRESHOLD, 1 << 30) or _set(M_MMAP_THRESHOLD, OLD_MOST)
+
+
+def in_parts(answer: Callable[[slice], Any], count: int, most: int | None) -> tuple[list, int]:
+    """Answers for `count` inputs, at most `most` of them at a time and half as many each time that memory runs out; and
+    how many it was in the end. Where there is not enough for a single one, it raises what torch raised."""
+    most, done, answers = most or count, 0, []
+    while done < count:
+        try:
+            answers.append(answer(slice(done, done + most)))
+            done += most
+        except RuntimeError as error:
+            if not ran_out(error) or most == 1:
+                raise
+            most //= 2
+            print(f"out of memory: going on with batches of {most}", file=sys.stderr)
+    return answers, most
 
 
 def ran_out(error: Exception) -> bool:

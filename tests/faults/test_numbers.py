@@ -128,6 +128,16 @@ def test_out_of_memory_in_training_says_what_helps_and_keeps_the_checkpoint(opti
     assert finish(again) == -9
 
 
+def test_scoring_halves_its_batch_and_goes_on(options, whole, tmp_path):
+    """It takes more pictures at a time than training, which fits."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert finish(start("train", *options, "--out", run, log=log, fault=functools.partial(no_memory, 20))) == 0
+    assert "going on with batches of 18\n" in log.read_text()
+    found, wanted = (json.loads((folder / "metrics.json").read_text()) for folder in (run, whole))
+    assert found["rows"] == wanted["rows"]
+    assert found["mean_accuracy"] == pytest.approx(wanted["mean_accuracy"], abs=0.02)
+
+
 def test_infer_halves_its_batch_and_goes_on(whole, tmp_path):
     from data import fashion
 
