@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -167,7 +166,8 @@ class StopRequest:
         if distributed.first():
             alone = distributed.world() == 1
             when = "micro-batch; a second signal stops at once" if alone else "step, all processes together"
-            print(f"\nstopping after this {when}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # `print` raises where a bar is being written just now
+                os.write(2, f"\nstopping after this {when}\n".encode())
         if self.may_raise:
             raise Stopped
 

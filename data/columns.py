@@ -1,6 +1,5 @@
 """Text columns that stay on disk: read in order, so that the number of rows does not show in memory."""
 
-import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import compress
 from pathlib import Path
@@ -11,7 +10,7 @@ import pyarrow as pa
 
 from data.cells import text
 from data.schema import nearest
-from durable import give_name
+from durable import claim, give_name
 from errors import UserError
 
 READ = 8192  # rows at a time
@@ -79,18 +78,24 @@ def kept(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-        try:
-            with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
-            give_name(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with claim(path.with_name(f".{path.name}.lock"), wait=True):  # of several at once one writes
+            if not path.exists():
+                _write(path, schema, batches)
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except pa.ArrowException as error:
         raise UserError(f"{path} is damaged ({error}); delete it") from None
+
+
+def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    part = path.with_name(f".{path.name}.part")  # over what a killed process may have left
+    try:
+        with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        give_name(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class Chosen(Iterable):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from data.catalogue import Catalogue, Skipped, stat_fingerprint
-from data.images import ImageError
+from data.images import MACS_OWN, ImageError
 from data.table import composed, read_rows
 from data.tars import IMAGES
 from errors import UserError
@@ -18,6 +18,7 @@ def find_csv(path: Path) -> Path | None:
     if (styles := path / "styles.csv").is_file():
         return styles
     tables = sorted(path.glob("*.csv")) if (path / "images").is_dir() else []
+    tables = [table for table in tables if not table.name.startswith(MACS_OWN)]
     if len(tables) > 1:
         tables = [table for table in tables if not _written_by_us(table)]
     if len(tables) > 1:

@@ -1,6 +1,7 @@
 """Image bytes in, one kind of picture out: upright RGB, alpha composited on white."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import warnings
@@ -10,15 +11,30 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from errors import UserError
+
 MAX_PIXELS = 64_000_000  # a 64-megapixel photo decodes to 192 MB; whatever claims more is refused before it is decoded
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow reads more; EPS would start Ghostscript
+MACS_OWN = "._"  # how a file begins that macOS puts beside another, of the same suffix but other content
 ORIENTATION = 0x0112  # the EXIF tag; its values 5 to 8 turn the picture by 90 degrees
 WIDTH, HEIGHT = 0x0100, 0x0101  # the tags of a TIFF
+FAILING = {  # of a disk, a network or this process, not of a file: it may be over soon
+    *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+}
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is above our own bound
 
 
 class ImageError(ValueError):
     """The bytes are no picture we can read. The message is the reason, short enough for a list of skipped files."""
+
+
+def raise_if_failing(error: Exception, path: Path | str) -> None:
+    """Raise a `UserError` where a disk or a network failed: that is no property of the picture."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(cause, OSError) and cause.errno in FAILING:
+        raise UserError(f"{path}: {cause.strerror}; start again") from error
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from data.images import MACS_OWN
 from data.tars import IMAGES, UNREAD
 from errors import UserError
 
@@ -51,7 +52,7 @@ def find_inputs(word: str, without: Iterable[Path], notes: list[str]) -> list[st
     if results := {real(folder / name) for folder in without for name in JOB}:
         matches = [p for p in matches if real(p.parent) not in results]
     matches = [p for p in matches if os.path.isfile(p) or not os.path.exists(p)]
-    matches = [p for p in matches if not p.name.startswith("._")]  # of macOS, which holds no picture
+    matches = [p for p in matches if not p.name.startswith(MACS_OWN)]
     tables = sorted(path.glob(f"*{CSV}")) if is_folder and os.path.isdir(path / "images") else []
     _note_others(word, len(path.parts) if is_folder else -1, matches, tables, notes)
     by_kind = {kind: sorted(p for p in matches if p.suffix.lower() in KINDS[kind]) for kind in KINDS}

@@ -150,8 +150,8 @@ class Pictures:
                     yield cells["image"] and cells["image"]["bytes"]
             except file.failures as error:
                 if file.filesystem or getattr(error, "errno", None):  # a network or disk that fails is not the rows'
-                    reason = f"{error}".splitlines()[:1]
-                    raise UserError(f"{file.path} broke off {reason}; start again, a run with --resume") from error
+                    reason = f"{error}".partition("\n")[0]
+                    raise UserError(f"{file.path} broke off: {reason}; start again, a run with --resume") from error
                 yield from [f"damaged parquet: {error}".splitlines()[0]] * (file.rows - row)
 
 

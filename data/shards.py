@@ -31,7 +31,7 @@ import hub
 from data.catalogue import Catalogue
 from data.cells import clean, text
 from data.csv_folder import open_csv
-from data.images import ImageError, no_image
+from data.images import ImageError, no_image, raise_if_failing
 from data.inputs import find_inputs, kind_of
 from data.parquet import File, open_file
 from data.parquet import rows as parquet_rows
@@ -192,6 +192,7 @@ def _csv_rows(catalogue: Catalogue, some: list[int], title: str | None) -> Itera
         try:
             picture = catalogue.read(i)
         except ImageError as error:
+            raise_if_failing(error, f"{catalogue.name}, id {catalogue.ids[i]}")
             picture = str(error)
         yield Row(catalogue.ids[i], picture, titles[i] if titles else None)
 
@@ -244,7 +245,7 @@ def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
                 yield Row(unread, "of a format that is not read; convert it to JPEG", titles.get(name))
     except (tarfile.TarError, OSError) as error:
         _raise_if_broken(error, path)
-        yield Row(_file_name(path), f"damaged or cut short after {count:,} pictures: {error}")
+        yield Row(_file_name(path), clean(f"damaged or cut short after {count:,} pictures: {error}"))
 
 
 def _raise_if_broken(error: Exception, path: Path | str) -> None:

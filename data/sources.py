@@ -21,7 +21,7 @@ from data.catalogue import Catalogue, skipped_why, stat_fingerprint
 from data.cells import clean
 from data.columns import VERSION, Column, check_columns
 from data.csv_folder import find_csv, open_csv
-from data.images import ImageError, no_image
+from data.images import MACS_OWN, ImageError, no_image
 from data.parquet import BUFFER, open_parquet
 from data.tars import open_tars
 from errors import UserError
@@ -100,6 +100,7 @@ def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     """Parquet or tar files, one or a folder of them; their text columns are copied to the cache."""
     opens = {".parquet": open_parquet, ".tar": open_tars}
     there = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    there = [p for p in there if not p.name.startswith(MACS_OWN)]
     if path.is_dir():  # answers of a job of infer.py are parquet too
         folders = {p.parent for p in there if p.parent.name == "labels"}
         answers = {folder for folder in folders if (folder.parent / "job.json").is_file()}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.cells import clean, text
 from data.columns import Opened, check_columns, columns_of, kept
-from data.images import ImageError
+from data.images import MACS_OWN, ImageError
 from errors import UserError
 
 TEXT_BYTES = 1 << 20  # of a .txt or .json, at most
@@ -155,7 +155,7 @@ def members(path: Path, suffixes: Iterable[str]) -> Iterator[tuple[tarfile.TarFi
             if member.offset_data + member.size > size and member.isreg():
                 raise tarfile.ReadError(f"{member.name} is not whole")
             name = PurePosixPath(member.name)
-            if not member.isdir() and name.suffix.lower() in suffixes and not name.name.startswith("._"):
+            if not member.isdir() and name.suffix.lower() in suffixes and not name.name.startswith(MACS_OWN):
                 yield tar, member
         tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header, or none, for the end
         if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:

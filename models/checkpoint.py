@@ -8,6 +8,7 @@ ends with the SHA-256 of every file, itself included: what a disk or a network d
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -253,8 +254,15 @@ def find_checkpoint(given: Path | None, runs: Path = Path("runs")) -> Path:
 
 def newest_checkpoint(runs: Path, which: str) -> Path:
     """The most recently written `best` or `last` folder of any run."""
-    # By what was trained: calibrating writes config.json anew.
-    found = sorted(runs.glob(f"*/{which}/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
+    found = [path.parent for path in runs.glob(f"*/{which}/adapter.safetensors")]
     if not found:
         raise UserError(f"no run under {runs}/ has a {which}/ checkpoint; train one with train.py, or name its folder")
-    return found[-1].parent
+    return max(found, key=_trained_at)
+
+
+def _trained_at(folder: Path) -> float:
+    """Calibrating writes config.json anew, but not the adapter. A folder that a run replaces just now is the newest."""
+    try:
+        return (folder / "adapter.safetensors").stat().st_mtime
+    except FileNotFoundError:
+        return math.inf

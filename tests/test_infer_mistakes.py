@@ -31,6 +31,18 @@ def test_a_full_memory_is_one_line_and_no_damaged_picture(command, demo_run, pho
     assert (done.returncode, done.stderr.splitlines()[-1][:20]) == (2, "error: out of memory")
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="it is a file that cannot be read, on Linux")
+def test_a_disk_that_fails_is_no_answer(command, demo_run, photos, tmp_path):
+    """Of a job the rows would count as done."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "0.png").symlink_to(photos / "0.png")
+    (failing := tmp_path / "photos" / "1.png").symlink_to("/proc/self/mem")
+    done = command("infer.py", tmp_path / "photos", "--checkpoint", demo_run / "best", "--out", tmp_path / "labels")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"error: {failing}: Input/output error; start again"
+    assert not list((tmp_path / "labels" / "labels").glob("*.parquet"))
+
+
 def test_a_checkpoint_that_is_replaced_meanwhile_answers_nothing(command, demo_run, photos, tmp_path, monkeypatch):
     """As by a run that goes on: the job would say that other weights had answered."""
     best, open_source = shutil.copytree(demo_run / "best", tmp_path / "best"), infer.open_source

@@ -182,11 +182,28 @@ def test_a_disk_that_fails_is_no_reason_of_the_rows(tmp_path, kind):
         rows_of(source)
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="it is a file that cannot be read, on Linux")
+def test_nor_is_one_that_fails_at_a_picture_of_a_table(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").symlink_to("/proc/self/mem")
+    (tmp_path / "shop.csv").write_text("id\n1\n")
+    with pytest.raises(UserError, match=f"{tmp_path.name}, id 1: Input/output error; start again"):
+        rows_of(open_source([str(tmp_path / "shop.csv")]))
+
+
 def test_a_damaged_tar_whose_name_is_no_utf8_has_a_name_that_can_be_written(tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.tar")
     path.write_bytes(b"<html>" * 1000)
     (row,) = rows_of(open_source([str(path)]))
     assert row.name.endswith("caf\ufffd.tar")
+
+
+def test_nor_has_the_reason_of_a_tar_cut_within_such_a_name(tmp_path):
+    write_tar(tmp_path / "a.tar", {os.fsdecode(b"caf\xe9.png"): picture(0)})
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: whole.index(picture(0)) + 10])
+    (row,) = rows_of(open_source([str(tmp_path / "a.tar")]))
+    assert row.picture.encode().endswith(b"is not whole")
 
 
 def test_an_empty_tar_has_no_rows_and_a_hostile_one_no_surprise(tmp_path):

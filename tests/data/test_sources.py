@@ -311,6 +311,8 @@ def test_answers_beside_a_catalogue_are_no_part_of_it(tmp_path):
     (shop / "labels.csv").write_text("image,gender,gender_confidence,gender_decision,error\n1,Men,0.9,accept,\n")
     (shop / "suspects.csv").write_text(",".join(suspects.COLUMNS) + "\n")
     assert list(load_source(str(shop), tmp_path / "cache").columns) == ["id", "colour"]
+    (shop / "._items.csv").write_bytes(b"\0\5\x16\7")  # as macOS leaves on a stick
+    assert list(load_source(str(shop), tmp_path / "cache").columns) == ["id", "colour"]
     (shop / "more.csv").write_text("id,colour\n2,red\n")
     with pytest.raises(UserError, match=r"holds several CSV files; name one: --data .*items.csv"):
         load_source(str(shop), tmp_path / "cache")
@@ -318,6 +320,7 @@ def test_answers_beside_a_catalogue_are_no_part_of_it(tmp_path):
     rows = tmp_path / "rows"
     write_parquet(rows / "a.parquet", [1, 2])
     first = load_source(str(rows), tmp_path / "cache")
+    (rows / "._a.parquet").write_bytes(b"\0\5\x16\7")
     (rows / "done" / "labels").mkdir(parents=True)
     (rows / "done" / "job.json").write_text("{}")
     pq.write_table(pa.table({"image": ["1", "2"], "error": [None, "x"]}), rows / "done" / "labels" / "00000.parquet")
