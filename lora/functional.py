@@ -216,16 +216,18 @@ def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
     """Which of `numel` elements dropout drops, each on its own with probability `p`, from the default generator.
 
     Off the CPU a boolean mask (numel,). On the CPU, where drawing a number per element would take a fifth of a training
-    step, the positions of the dropped elements: the gap from one to the next is geometric, `1 + floor(log(1 - u) /
+    step, the positions of the dropped elements: the gap from one to the next is geometric, `1 + floor(log(u) /
     log(1 - p))` for uniform u, so only about `p * numel` numbers are drawn, and about `4 p` bytes per element are kept.
     """
     if device.type != "cpu":  # how many are dropped would be a number to wait for
         return torch.empty(numel, dtype=torch.bool, device=device).bernoulli_(p)
     # Six standard deviations over the expected count: too few about once in 10⁹ draws, and then only a tail is kept.
     count = min(numel, math.ceil(numel * p + 6 * math.sqrt(numel * p)) + 8)
-    u = torch.rand(count, dtype=torch.float64)  # in [0, 1), so log(1 - u) is finite
-    gaps = u.neg_().log1p_().div_(math.log1p(-p)).floor_().add_(1)
-    positions = gaps.cumsum(0).sub_(1)
+    # A word of 64 bits is two numbers of 31, which takes a third of the time of `torch.rand`.
+    words = torch.empty((count + 1) // 2, dtype=torch.int64).random_(-(2**63), None)
+    u = words.view(torch.int32).bitwise_and_(2**31 - 1).float().add_(0.5).mul_(2**-31)  # above 0, so log(u) is finite
+    gaps = u.log_().div_(math.log1p(-p)).add_(1)
+    positions = gaps.cumsum(0, dtype=torch.int64).sub_(1)  # of whole numbers: the cast comes first
     positions = positions[: int(torch.searchsorted(positions, numel))]
     return positions.to(torch.int32 if numel < 2**31 else torch.int64)
 
