@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import Frozen, linear, pack
+from .functional import Frozen, linear, needs_gradient, pack
 
 SMALL = 2**25  # multiplications of a product in fp32 up to which oneDNN costs more than it saves, on a machine with AMX
 
@@ -41,7 +41,7 @@ class FrozenLinear(Prepared, nn.Linear):
         wide = kept and kept.weight.dtype is self.weight.dtype is torch.float32
         if wide and x.numel() * self.out_features <= SMALL:
             return F.linear(x, self.weight, self.bias)
-        if kept and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
+        if kept and not needs_gradient(x, self.weight, self.bias):
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
             if serves(kept, dtype):

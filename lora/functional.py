@@ -85,7 +85,7 @@ class _LoRALinearFunction(torch.autograd.Function):
         h = linear(_zeroed(cast, dropped, own=cast is not x), lora_A)  # (n, rank)
         y.addmm_(h, lora_B.T)  # into y: the update never exists as a tensor of its own
         ctx.base, ctx.x_dtype = base, x.dtype
-        ctx.make, kept = source or (torch.clone, (cast,))
+        ctx.make, kept = source or (None, (cast,))
         ctx.save_for_backward(h, dropped, lora_A, lora_B, *kept)
         return y
 
@@ -100,8 +100,10 @@ class _LoRALinearFunction(torch.autograd.Function):
         if needs_x or needs_A:
             dh = linear(dy, lora_B.T)
         if needs_A:
-            x = ctx.make(*kept).to(dh.dtype).reshape(-1, lora_A.shape[1]).contiguous()
-            dA = dh.T @ _zeroed(x, dropped)
+            x = ctx.make(*kept).to(dh.dtype).reshape(-1, lora_A.shape[1]).contiguous() if ctx.make else kept[0]
+            if ctx.make or ctx.x_dtype == dh.dtype:  # in a cast of its own they are hidden already
+                x = _zeroed(x, dropped, own=ctx.make is not None)
+            dA = dh.T @ x
         if needs_x:
             dx = _zeroed(linear(dh, lora_A.T), dropped)
             dx = add_frozen_gradient(dx, dy, ctx.base).to(ctx.x_dtype)
@@ -173,7 +175,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor |
     what some AMD processors can do. In bf16 it would take oneDNN too, but have the bias written into every row first
     and the product added to that.
     """
-    if weight.is_mkldnn or _fits_onednn(x, weight):
+    if weight.is_mkldnn or _fits_onednn(x, weight, bias):
         if onto is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         if weight.is_mkldnn or x.dtype is torch.float32:  # in bf16 `addmm_` is oneDNN's as well
@@ -196,17 +198,22 @@ def pack(base: Frozen, for_gradients: bool = False) -> Frozen:
     return base._replace(weight=reorder(weight), transposed=reorder(weight.T.contiguous()) if for_gradients else None)
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to know of what is computed from these, which it does not of oneDNN called by name."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _has_onednn(x: Tensor) -> bool:
     narrow = ONEDNN_BF16 and x.dtype is torch.bfloat16
     return (ONEDNN if x.dtype is torch.float32 else narrow) and x.device.type == "cpu"
 
 
-def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
+def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     # The cheapest questions first: at batch 1 a microsecond shows.
     return (
         x.dtype is weight.dtype
         and _has_onednn(x)
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not needs_gradient(x, weight, bias)
         and (not torch.is_autocast_enabled("cpu") or x.dtype is torch.get_autocast_dtype("cpu"))  # else it casts first
         and not torch.compiler.is_compiling()  # the compiler chooses by itself
     )

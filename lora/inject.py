@@ -100,7 +100,7 @@ def _resolve(model: nn.Module, target_modules: Iterable[str], table: Table) -> d
             for path in paths:
                 if isinstance(layers[path], LoRALayer):
                     raise ValueError(f"target {name!r} matches {path}, which has LoRA already")
-                if not _is_plain(layers[path]):
+                if not is_plain(layers[path]):
                     raise ValueError(f"target {name!r} matches {path}, which has a forward or hooks of its own")
                 if plan.setdefault(path, {}).setdefault(name, target) != target:
                     raise ValueError(f"target {name!r} means several parts of {path}; give each a name of its own")
@@ -112,7 +112,7 @@ def _resolve(model: nn.Module, target_modules: Iterable[str], table: Table) -> d
     return plan
 
 
-def _is_plain(layer: nn.Linear) -> bool:
+def is_plain(layer: nn.Linear) -> bool:
     """LoRA computes W x + b by itself: it would leave out a subclass's own forward, and hooks."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return not hooked and type(layer).forward in (nn.Linear.forward, FrozenLinear.forward)

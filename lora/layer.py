@@ -94,7 +94,7 @@ class LoRALayer(Prepared):
             *self.joint_pair(),
             self.dropout if self.training else 0.0,
         )
-        return y if scale is None else _rescale(y, scale.to(y.dtype), base.bias)
+        return y if scale is None else _rescale(y, scale, base.bias).to(y.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -163,7 +163,7 @@ def choose(setting: float | Mapping[str, float], name: str) -> float:
 
 
 def _rescale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """scale · y + b: DoRA scales W₀ x + ΔW x, before the bias."""
+    """scale · y + b: DoRA scales W₀ x + ΔW x, before the bias; in the scale's precision, as it hardly differs from 1."""
     return y * scale if bias is None else torch.addcmul(bias, y, scale)
 
 

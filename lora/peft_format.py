@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from .inject import Target
+from .inject import Target, is_plain
 from .layer import LoRAFusedLinear, LoRALayer, LoRALinear, LowRank
 from .state import get_adapter_params, load_params, set_trainable_params
 
 PREFIX = "base_model.model."
+LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # ways of PEFT's to start an adapter; all others change it
 KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 
 
@@ -27,8 +28,13 @@ def to_peft(model: nn.Module, rename: Callable[[str], str], dropout: float = 0.0
     Returns:
         the configuration and the tensors. Every scaling is written as lora_alpha / r. What PiSSA took out of the base
         is given back by the update, at twice the rank, so that PEFT needs the original base alone.
+
+    Raises:
+        ValueError: there is no LoRA in the model.
     """
     pairs = {rename(path): pair for path, pair in model.named_modules() if isinstance(pair, LowRank)}
+    if not pairs:
+        raise ValueError("the model has no LoRA layer")
     factors = {path: pair.factors() for path, pair in pairs.items()}
     ranks = {path: len(lora_A) for path, (lora_A, _) in factors.items()}
     alphas = {path: pair.scaling * ranks[path] for path, pair in pairs.items()}
@@ -77,7 +83,7 @@ def from_peft(
     foreign = [key for key in ("modules_to_save", "fan_in_fan_out", "lora_bias", "use_qalora") if config.get(key)]
     if foreign or config.get("bias", "none") != "none":
         raise ValueError(f"the adapter uses {', '.join(foreign) or 'bias'}, which is not supported")
-    if isinstance(start := config.get("init_lora_weights"), str) and start not in ("gaussian", "eva", "orthogonal"):
+    if isinstance(start := config.get("init_lora_weights"), str) and start not in LEAVE_THE_BASE:
         raise ValueError(
             f"the adapter was started with {start}, which changes the base too; have PEFT convert it "
             "(path_initial_model_for_weight_conversion)"
@@ -119,6 +125,8 @@ def _layers(model, settings: dict[str, tuple[int, float]], dropout: float, table
             fused[parent][name] = rank, alpha
         else:
             raise ValueError(f"the adapter has {path}, which the model has not")
+        if not is_plain(modules.get(path) or modules[parent]):
+            raise ValueError(f"the adapter has {path}, which here has a forward or hooks of its own")
     for path, pairs in fused.items():
         blocks = {name: table[name].block for name in pairs}
         ranks, alphas = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))

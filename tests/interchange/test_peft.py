@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from peft.optimizers import create_loraplus_optimizer  # noqa: E402
 
+ADAPTER = "adapter_model.safetensors"
 PAIRS = ("attn.qkv.query", "attn.qkv.key", "attn.qkv.value", "attn.proj", "mlp.fc1", "mlp.fc2")
 IMAGES = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 VARIANTS = {
@@ -167,6 +168,23 @@ def test_what_peft_makes_itself_has_the_same_outputs_gradients_and_merged_weight
         torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", "mica"])
+def test_adapters_that_leave_the_base_as_it_is_are_read_however_they_start(vits, tmp_path, start):
+    ours, theirs = vits
+    layers = [hf_name(f"blocks.{i}.{end}", is_old(theirs)) for i in range(2) for end in PAIRS]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=layers, init_lora_weights=start)
+    wrapped = peft.get_peft_model(copy.deepcopy(theirs).float(), config)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora_" in name:
+                p += 0.1 * torch.randn_like(p)
+    wrapped.save_pretrained(tmp_path)
+    config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(tmp_path / ADAPTER)
+    model = from_peft(copy.deepcopy(ours).float(), config, tensors, timm_name, VIT_TARGETS).eval()
+    expected = wrapped.eval()(IMAGES.float()).last_hidden_state[:, 0]
+    torch.testing.assert_close(model(IMAGES.float()), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_pissa_starts_as_pefts(vits):
     ours, theirs = vits
     config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights="pissa", target_modules=["fc1", "intermediate.dense"])
@@ -268,6 +286,13 @@ def test_an_adapter_that_does_not_fit_leaves_no_trace(vits):
 
 def test_what_cannot_be_read_is_said(vits):
     ours, _ = vits
+    with pytest.raises(ValueError, match="no LoRA layer"):
+        to_peft(ours, hf_name)
+    config, tensors = to_peft(adapted(ours), hf_name)
+    hooked = copy.deepcopy(ours)
+    hooked.blocks[1].attn.qkv.register_forward_hook(lambda layer, inputs, y: 2 * y)
+    with pytest.raises(ValueError, match=r"blocks.1.attn.qkv.query, which here has a forward or hooks of its own"):
+        from_peft(hooked, config, tensors, timm_name, VIT_TARGETS)
     for config, message in (
         ({"peft_type": "IA3"}, "PEFT type 'IA3', not LORA"),
         ({"peft_type": "LORA", "modules_to_save": ["classifier"]}, "modules_to_save, which is not supported"),

@@ -72,6 +72,19 @@ def test_dora_leaves_the_blocks_without_it_as_they_are():
     assert set(dict(layer.key.named_parameters())) == {"lora_A", "lora_B", "lora_magnitude"}
 
 
+def test_dora_scales_by_less_than_bf16_can_tell_from_1():
+    layer = LoRALinear(nn.Linear(16, 8, bias=False), rank=2, alpha=math.pi, dora=True)
+    x = torch.randn(4000, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = layer(x).float()
+        with torch.no_grad():
+            layer.lora_magnitude.mul_(1.003)  # bf16 has 1 and 1.0078
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    ratio = (y.float() * before).sum() / before.square().sum()
+    assert abs(ratio - 1.003) < 1e-3
+
+
 @pytest.mark.parametrize("kind", ["plain", "two blocks"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [True, False])
@@ -234,6 +247,9 @@ def test_a_merged_layer_that_is_made_to_train_does_so(small, monkeypatch):
     monkeypatch.setattr("lora.frozen.SMALL", small)
     layer = LoRALinear(nn.Linear(16, 8), rank=2, alpha=math.pi).merge()
     layer.keep_base_in(torch.float32)
+    layer.bias.requires_grad_(True)
+    layer(torch.ones(1, 16)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.ones(8)) and layer.weight.grad is None
     layer.requires_grad_(True)
     layer(torch.ones(1, 16)).sum().backward()
     assert torch.equal(layer.weight.grad, torch.ones(8, 16))
