@@ -8,7 +8,6 @@ import numpy as np
 
 import distributed
 from data.attributes import (
-    MISSING,
     LabelMap,
     Scale,
     class_counts,
@@ -48,7 +47,8 @@ def fit_targets(
     scales = fit_scales(numbers, train_rows, attributes)
     known = encode(catalogue, numbers, attributes, maps, scales)
     print("classes:", ", ".join(f"{name} {len(m.labels)}" for name, m in maps.items()))
-    lacking = dict(zip(maps, (known.labels[train_rows] == MISSING).sum(0).tolist(), strict=True))
+    counts = class_counts(known.labels, train_rows, maps)
+    lacking = {name: len(train_rows) - sum(some) for name, some in counts.items()}  # none is unseen here
     if any(lacking.values()):
         print("train rows without a label:", ", ".join(f"{name} {rows:,}" for name, rows in lacking.items() if rows))
     for name, m in maps.items():
@@ -60,7 +60,6 @@ def fit_targets(
         if len(far := far_off(numbers[a.name], scales[a.name])):
             first = f"{float(numbers[a.name][far[0]])!r} (id {catalogue.ids[far[0]]})"
             print(f"hint: of {a.name} {len(far):,} are far from all others, such as {first}; meant so?")
-    counts = class_counts(known.labels[train_rows], maps)
     fitted = {name: asdict(m) | {"counts": counts[name]} for name, m in maps.items()}
     fitted |= {name: asdict(scale) for name, scale in scales.items()}
     return [asdict(a) | fitted[a.name] for a in attributes], known

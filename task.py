@@ -87,7 +87,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
         raise UserError(f"{catalogue.name}: no row of the val split has a label of a class; label more of its rows")
     config |= {
         "attributes": entries,
-        "paths": known_paths(known.labels[train_rows], attributes),
+        "paths": known_paths(known.labels, train_rows, attributes),
         "title": schema.title,
         "text": None,
         "preprocess": asdict(preprocess),

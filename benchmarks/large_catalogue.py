@@ -121,7 +121,7 @@ def measure(folder: Path, cache: Path) -> dict:
     entries, known = timed(
         "labels", lambda: fit_targets(catalogue, read_numbers(catalogue.columns, FASHION), train, FASHION, 10)
     )
-    paths = timed("paths", lambda: known_paths(known.labels[train], FASHION))
+    paths = timed("paths", lambda: known_paths(known.labels, train, FASHION))
     preprocess = Preprocess(store.pixels.canvas, (32, 32), "bilinear", (0.5,) * 3, (0.5,) * 3)
 
     def look() -> int:

@@ -167,17 +167,17 @@ def families(attributes: Sequence[Attribute]) -> list[list[str]]:
     return [group for group in groups if len(group) > 1]
 
 
-def known_paths(labels: np.ndarray, attributes: Sequence[Attribute]) -> list[dict]:
+def known_paths(labels: np.ndarray, rows: np.ndarray, attributes: Sequence[Attribute]) -> list[dict]:
     """Of each hierarchy, {"attributes": its names, "known": the distinct class paths (P, names)}.
 
-    The paths are those of labels (N, A) that are labelled in full, sorted: all of them, however rare. Some are mistakes
-    of the catalogue, but leaving them out makes no answer better (`benchmarks/known_paths.py`).
+    The paths are those of such rows of the labels (N, A) that are labelled in full, sorted: all of them, however rare.
+    Some are mistakes of the catalogue, but leaving them out makes no answer better (`benchmarks/known_paths.py`).
     """
     names, known = [a.name for a in attributes if a.kind == "class"], []
     for family in families(attributes):
         columns, found = [names.index(name) for name in family], set()
-        for start in range(0, len(labels), AT_ONCE):
-            paths = labels[start : start + AT_ONCE, columns]  # (n, names)
+        for start in range(0, len(rows), AT_ONCE):
+            paths = labels[np.ix_(rows[start : start + AT_ONCE], columns)]  # (n, names)
             found |= set(map(tuple, np.unique(paths[(paths >= 0).all(1)], axis=0).tolist()))
         known.append({"attributes": family, "known": [list(path) for path in sorted(found)]})
     return known
@@ -192,10 +192,13 @@ def nearly_alike(labels: Sequence[str]) -> list[list[str]]:
     return [some for some in alike.values() if len(some) > 1]
 
 
-def class_counts(labels: np.ndarray, maps: dict[str, LabelMap]) -> dict[str, list[int]]:
-    """How many of the rows (N, A) have each class of each attribute."""
-    columns = zip(maps.items(), labels.T, strict=True)
-    return {name: np.bincount(column[column >= 0], minlength=len(m)).tolist() for (name, m), column in columns}
+def class_counts(labels: np.ndarray, rows: np.ndarray, maps: dict[str, LabelMap]) -> dict[str, list[int]]:
+    """How many of these rows of the labels (N, A) have each class of each attribute."""
+    counts = {}
+    for column, (name, m) in enumerate(maps.items()):
+        found = labels[rows, column]  # one at a time: of a large catalogue all would be a copy of it
+        counts[name] = np.bincount(found[found >= 0], minlength=len(m)).tolist()
+    return counts
 
 
 def of_config(kind: type, entries: list[dict]) -> dict:

@@ -113,6 +113,8 @@ class Pictures:
         self.files, self.run = files, run
         self.begins = [0, *itertools.accumulate(file.rows for file in files)]
         self.kept: OrderedDict[int, list[bytes | str | None]] = OrderedDict()  # or the reason why there is none
+        self.asked = 0  # pictures, so far
+        self.used: dict[int, int] = {}  # of each run that is kept, how many were asked for when it was last
         self.ahead, self.next = iter(()), -1  # what comes behind the run that was read last, and the number of that
         self.lock = Lock()
 
@@ -120,14 +122,23 @@ class Pictures:
         number, place = divmod(int(row), self.run)
         with self.lock:
             if number not in self.kept:
-                if len(self.kept) > 2 * WINDOW:  # a run of a part of the rows can lie in two of all
-                    self.kept.popitem(last=False)
+                self._make_room()
                 self.kept[number] = self._read(number)
             self.kept.move_to_end(number)
+            self.asked += 1
+            self.used[number] = self.asked
             picture = self.kept[number][place]
         if not isinstance(picture, bytes):
             raise ImageError(picture or "no image in this row")
         return picture
+
+    def _make_room(self) -> None:
+        """Forget runs that nobody asks for any more: in order two are enough."""
+        for number in list(self.kept):
+            idle = self.asked - self.used[number]  # shuffled within a window, none is for so long
+            # However they are read, no more than this: a run of a part of the rows can lie in two of all.
+            if idle >= self.run + READ or len(self.kept) > 2 * WINDOW:
+                del self.kept[number], self.used[number]
 
     def _read(self, number: int) -> list[bytes | str | None]:
         """A run. In order each picture is read once; out of order, those before it in its row group are read past."""

@@ -146,7 +146,7 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, m
     try:
         failures = {int(row): reason for row, reason in json.loads((path / "skipped.json").read_text()).items()}
         pixels = np.load(path / "pixels.npy", mmap_mode="r") if keep else OnDemand(catalogue, canvas)
-        hashes = np.load(path / "hashes.npy")
+        hashes = np.load(path / "hashes.npy", mmap_mode="r")
     except PermissionError as error:
         raise UserError(
             f"cannot read the decoded images in {path} ({error.strerror}); name another folder with --cache-dir"

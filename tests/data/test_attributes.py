@@ -102,7 +102,7 @@ def test_known_paths_are_those_labelled_in_full(monkeypatch, at_once):
         Attribute("kind", 2, "kind", parents=("room",)),
     ]
     labels = np.array([[5, 0, 1, 2], [4, 9, 1, 2], [5, 1, 1, 2], [MISSING, 0, 1, 2], [3, 0, 1, UNSEEN]])
-    found = known_paths(labels, attributes)
+    found = known_paths(labels, np.arange(len(labels) - 1), attributes)
     assert found == [{"attributes": ["room", "kind", "piece"], "known": [[1, 2, 4], [1, 2, 5]]}]
 
 
@@ -120,8 +120,8 @@ def test_each_hierarchy_has_paths_of_its_own():
 
 def test_class_counts_leave_out_what_is_no_class():
     maps = {"a": LabelMap(["x", "y", "z"]), "b": LabelMap(["x"])}
-    labels = np.array([[0, 0], [2, MISSING], [2, UNSEEN], [MISSING, 0]])
-    assert class_counts(labels, maps) == {"a": [1, 0, 2], "b": [2]}
+    labels = np.array([[0, 0], [2, MISSING], [1, 0], [2, UNSEEN], [MISSING, 0]])
+    assert class_counts(labels, np.array([0, 1, 3, 4]), maps) == {"a": [1, 0, 2], "b": [2]}
 
 
 def test_an_attribute_without_a_value_is_named():

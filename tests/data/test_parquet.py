@@ -42,6 +42,14 @@ def test_any_row_is_read_from_runs_that_cross_row_groups_and_files(shop, run):
         assert len(pictures.kept) <= 2 * WINDOW + 1
 
 
+def test_in_order_few_runs_are_kept(shop):
+    pictures, most = Pictures([open_file(shop / "a.parquet"), open_file(shop / "b.parquet")], 30), 0
+    for row in (row for row in range(300) if row % 50):
+        pictures(row)
+        most = max(most, len(pictures.kept))
+    assert most <= 5 and pictures.kept.keys() == pictures.used.keys()
+
+
 def test_a_store_is_built_in_one_pass_however_few_pictures_make_a_run(tmp_path, monkeypatch):
     images = [{"bytes": picture(i % 7, (6, 8)), "path": None} for i in range(1500)]
     table = pa.table({"id": list(range(1500)), "image": images})
