@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import os
 from collections.abc import Iterable, Iterator
@@ -65,10 +66,18 @@ def claim(path: Path, wait: bool = False) -> Iterator[bool]:
 
     The system lets go of it when the process ends, however it ends. The file itself stays: whoever deleted it could
     delete one that others hold.
+
+    Raises:
+        UserError: the file system has no locks. One that is a file alone would outlive a killed process.
     """
-    lock = FileLock(path)
-    with contextlib.suppress(Timeout):
-        lock.acquire(blocking=wait)
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        with contextlib.suppress(Timeout):
+            lock.acquire(blocking=wait)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        raise UserError(f"{path.parent}: its file system has no locks (flock); name a folder on another") from None
     try:
         yield lock.is_locked
     finally:

@@ -23,6 +23,13 @@ class UserError(Exception):
     """A mistake the user can fix. The message names the value and says what to do."""
 
 
+def say_once(*notes: str) -> None:
+    """Say what a user should know, on stderr; of torchrun's processes, which all read the same, the first says it."""
+    if not int(os.environ.get("RANK", 0)):
+        for note in notes:
+            print(note, file=sys.stderr)
+
+
 class Parser(argparse.ArgumentParser):
     """Options, with a mistake in them told in one line like any other, not below a page of usage."""
 

@@ -35,7 +35,7 @@ from figures import label_sheet
 from memory import ran_out
 from metrics import scores_table, trust_table
 from models.checkpoint import amend_config, load_checkpoint, load_tensors, read_config, trained_params
-from runs import Board, Stopped, StopRequest, choose, discard_run, keep_options
+from runs import Board, Stopped, StopRequest, choose, discard_run, holds_run, keep_options
 from state import TrainingState, check_finite
 from step import learning_rate, parameter_groups, train_step, windows
 from task import AMP, Task, setup
@@ -283,7 +283,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk, above all
-        raise UserError(f"{error}; if the disk is full make room, then go on with: {again}") from None
+        then = f"go on with: {again}" if holds_run(args.out) else "start again"
+        raise UserError(f"{error}; if the disk is full make room, then {then}") from None
     if not finished:
         print(f"stopped and saved in {args.out / 'last'}; go on with: {again}")
         return STOPPED

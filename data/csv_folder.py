@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from data.catalogue import Catalogue, Skipped, stat_fingerprint
 from data.images import MACS_OWN, ImageError
+from data.inputs import all_files
 from data.table import composed, read_rows
 from data.tars import IMAGES
 from errors import UserError
@@ -38,7 +39,7 @@ def open_csv(table: Path) -> Catalogue:
     images = table.parent / "images"
     if not images.is_dir():
         raise UserError(f"{table.parent} has {table.name} but no folder images/")
-    files = {str(path.relative_to(images)): path.stat() for path in images.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(images)): path.stat() for path in all_files(images)}
     names = Names(files)
     rows, skipped, seen, pictures = [], [], set(), []
     for number, row in read_rows(table):
@@ -87,8 +88,8 @@ class Names:
     def find(self, name: str) -> str | None:
         """Of a name with its suffix, before which `images/`, and what leads there, may stand."""
         parts = PurePosixPath(name.replace("\\", "/")).parts
-        inner = parts[parts.index("images") + 1 :] if "images" in parts else parts
-        return self.spelt(str(PurePosixPath(*parts))) or self.spelt(str(PurePosixPath(*inner)))
+        inner = (parts[i + 1 :] for i, part in enumerate(parts) if part == "images")
+        return next(filter(None, (self.spelt(str(PurePosixPath(*some))) for some in (parts, *inner))), None)
 
     def spelt(self, name: str) -> str | None:
         """Of this very name, with or without its suffix; else in how its accents are written, else in case, another."""

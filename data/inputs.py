@@ -4,12 +4,12 @@ import functools
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from data.images import MACS_OWN
 from data.tars import IMAGES, UNREAD
-from errors import UserError
+from errors import UserError, say_once
 
 KINDS = {"image": IMAGES, "parquet": {".parquet"}, "tar": {".tar"}}  # that folders are searched for
 SOUGHT = set().union(*KINDS.values())
@@ -47,7 +47,12 @@ def find_inputs(word: str, without: Iterable[Path], notes: list[str]) -> list[st
     if os.path.isfile(word):  # which says no to a word too long for a name, where `Path.is_file` raises
         return [path]
     is_folder = os.path.isdir(word)
-    matches = _inside(path, notes) if is_folder else list(map(Path, glob.glob(word, recursive=True)))
+    if is_folder:
+        matches = _inside(path, notes)
+    else:  # a folder that a glob matches is as good as one that is named, as it would be had the shell read the glob
+        found = map(Path, glob.glob(word, recursive=True))
+        every = "**" in word  # which matches what is in the folders too
+        matches = [p for m in found for p in (_inside(m, notes) if os.path.isdir(m) and not every else [m])]
     real = functools.cache(os.path.realpath)  # of few folders, for each of many files
     if results := {real(folder / name) for folder in without for name in JOB}:
         matches = [p for p in matches if real(p.parent) not in results]
@@ -67,15 +72,38 @@ def find_inputs(word: str, without: Iterable[Path], notes: list[str]) -> list[st
 
 
 def _inside(folder: Path, notes: list[str]) -> list[Path]:
-    """What is in a folder, to any depth, but folders."""
-    found, closed, linked = [], [], 0
-    for where, folders, names in os.walk(folder, onerror=closed.append):
-        found += (Path(where, name) for name in names)
-        linked += sum(os.path.islink(os.path.join(where, name)) for name in folders)
+    """What is in a folder, to any depth, but folders; what cannot be read is left out with a note."""
+    closed = []
+    found = walk(folder, closed.append, notes)
     if closed:
         notes.append(f"{folder}: {len(closed):,} in it cannot be read, {closed[0].filename}: {closed[0].strerror}")
+    return found
+
+
+def walk(folder: Path, on_error: Callable[[OSError], object], notes: list[str]) -> list[Path]:
+    """What is in a folder, to any depth, but folders. Links to folders are not followed, which a note says."""
+    found, linked = [], 0
+    for where, folders, names in os.walk(folder, onerror=on_error):
+        found += (Path(where, name) for name in names)
+        linked += sum(os.path.islink(os.path.join(where, name)) for name in folders)
     if linked:
         notes.append(f"{folder}: {linked:,} linked folder{'s' * (linked > 1)} left out, name them to have them read")
+    return found
+
+
+def all_files(folder: Path) -> list[Path]:
+    """The files in a folder of a catalogue, to any depth.
+
+    Raises:
+        UserError: a folder in it cannot be read: rows would be missing, and nobody would know.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; have it opened to you, or move it") from None
+
+    notes = []
+    found = [path for path in walk(folder, refuse, notes) if path.is_file()]
+    say_once(*notes)
     return found
 
 

@@ -22,9 +22,10 @@ from data.cells import clean
 from data.columns import VERSION, Column, check_columns
 from data.csv_folder import find_csv, open_csv
 from data.images import MACS_OWN, ImageError, no_image
+from data.inputs import all_files
 from data.parquet import BUFFER, open_parquet
 from data.tars import open_tars
-from errors import UserError
+from errors import UserError, say_once
 
 NAME_BYTES = 80  # of a catalogue's name, in the names of files: some disks take 143 in all
 
@@ -99,7 +100,7 @@ def in_file_name(name: str) -> str:
 def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     """Parquet or tar files, one or a folder of them; their text columns are copied to the cache."""
     opens = {".parquet": open_parquet, ".tar": open_tars}
-    there = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    there = sorted(all_files(path)) if path.is_dir() else [path]
     there = [p for p in there if not p.name.startswith(MACS_OWN)]
     if path.is_dir():  # answers of a job of infer.py are parquet too
         folders = {p.parent for p in there if p.parent.name == "labels"}
@@ -107,6 +108,8 @@ def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
         there = [p for p in there if p.parent not in answers]
     found = {suffix: [file for file in there if file.suffix.lower() == suffix] for suffix in opens}
     suffix = next((s for s, files in found.items() if files), None)
+    if others := sum(map(len, found.values())) - len(found.get(suffix, [])):
+        say_once(f"{path}: took the {suffix} files; {others:,} .tar left out")
     if suffix is None:
         raise UserError(f"{path} holds neither a CSV file with images/ nor *.parquet nor *.tar")
     files, root = found[suffix], path if path.is_dir() else path.parent

@@ -3,18 +3,17 @@
 import codecs
 import csv
 import itertools
-import os
 import re
-import sys
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from data.cells import text
 from data.columns import check_columns
-from errors import UserError
+from errors import UserError, say_once
 
 UNQUOTED = "productDisplayName"  # of Kaggle's columns the one whose commas are not quoted, nor does it hold line breaks
 LINES = 500  # of a row, at most
@@ -34,8 +33,7 @@ def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int
     """
     with table.open("rb") as lines:
         if _is_windows(table):
-            if not int(os.environ.get("RANK", 0)):  # torchrun's: once is enough
-                print(f"{table} is not in UTF-8: read as Windows-1252", file=sys.stderr)
+            say_once(f"{table} is not in UTF-8: read as Windows-1252")
             lines = (line.decode("cp1252").encode() for line in lines)
         first, marks, begin = next(lines, b"").removeprefix(codecs.BOM_UTF8), SEPARATORS, 2
         if said := SAID.fullmatch(first):
@@ -44,18 +42,35 @@ def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int
         header, taken = _row([first], mark)
         if header is None or taken > 1:
             raise UserError(f"{table} is not UTF-8 text with a row in each line; save it as CSV in UTF-8")
-        header = [name.strip() for name in _trimmed(header, 0)]
+        head, header = len(header), [name.strip() for name in _trimmed(header, 0)]
         if "id" not in header:
             header = ["id" if name.lower() == "id" else name for name in header]
         if twice := [name for name, times in Counter(header).items() if times > 1]:
             raise UserError(f"{table} has the column {twice[0] or 'without a name'} twice")
         check_columns(header, needs, table)
         title = header.index(UNQUOTED) if UNQUOTED in header else None
-        for number, cells in _rows(lines, begin, mark, len(header), title):
+        head = _Head(mark, len(header), head - len(header), title)
+        for number, cells in _rows(lines, begin, head):
             if isinstance(cells, str):
                 yield number, cells
             elif any(texts := [text(cell) for cell in cells]):
                 yield number, dict(zip(header, texts, strict=True))
+
+
+class _Head(NamedTuple):
+    """What the header says of all rows.
+
+    Attributes:
+        mark: what separates cells.
+        width: columns.
+        spare: empty cells behind them.
+        title: the column whose commas are not quoted, where there is one: then each line is a row.
+    """
+
+    mark: str
+    width: int
+    spare: int
+    title: int | None
 
 
 def _is_windows(table: Path) -> bool:
@@ -76,33 +91,33 @@ def _is_windows(table: Path) -> bool:
     return beyond
 
 
-def _rows(
-    lines: Iterable[bytes], number: int, mark: str, width: int, title: int | None
-) -> Iterator[tuple[int, list[str] | str]]:
+def _rows(lines: Iterable[bytes], number: int, head: _Head) -> Iterator[tuple[int, list[str] | str]]:
     """(number of its first line, `width` cells) of each row, no cells where it is empty, or the reason.
 
     Args:
         number: of the first of `lines`.
-        title: the column whose commas are not quoted, where there is one: then each line is a row.
     """
     lines, ahead = iter(lines), deque()
-    most = LINES if title is None else 1
+    most, quoted = LINES if head.title is None else 1, 0  # lines before that one may be within quotes
     while ahead.extend(islice(lines, most - len(ahead))) or ahead:
-        cells, taken = _row(ahead, mark, strict=True) if title is None else (None, 1)
-        if cells is None or len(cells := _trimmed(cells, width)) != width:
-            cells, taken = _single(ahead[0], mark, width, title), 1
+        cells, taken = _row(ahead, head.mark, strict=True) if head.title is None else (None, 1)
+        if cells is None or len(cells := _trimmed(cells, head.width)) != head.width:
+            cells, quoted, taken = _single(ahead[0], head, number < quoted), max(quoted, number + taken), 1
         yield number, cells
         number += taken
         for _ in range(taken):
             ahead.popleft()
 
 
-def _single(line: bytes, mark: str, width: int, title: int | None) -> list[str] | str:
-    """The cells of a line that is a row, or the reason why it is none. It may end early: spreadsheets leave out the
-    commas before empty cells."""
-    cells, taken = _row([line], mark)
+def _single(line: bytes, head: _Head, doubtful: bool) -> list[str] | str:
+    """The cells of a line that is a row, or the reason why it is none. Unless it is `doubtful` it may end early:
+    spreadsheets leave out the commas before empty cells."""
+    (cells, taken), (mark, width, spare, title) = _row([line], head.mark), head
     if cells is None:
         return "not UTF-8, or no CSV"
+    cells = _trimmed(cells, max(width, len(cells) - spare))
+    if title is not None and title < width - 1 and len(cells) > width and not cells[-1]:
+        return f"{len(cells)} cells under {width} columns, the last one empty: put {UNQUOTED} in quotes"
     cells = _trimmed(cells, width)
     if title is not None and (surplus := len(cells) - width) > 0:  # the title's own commas
         cells[title : title + surplus + 1] = [mark.join(cells[title : title + surplus + 1])]
@@ -110,6 +125,8 @@ def _single(line: bytes, mark: str, width: int, title: int | None) -> list[str] 
         return "a quote that is left open"
     if len(cells) > width:
         return f"{len(cells)} cells under {width} columns"
+    if doubtful and 0 < len(cells) < width:
+        return f"{len(cells)} cells under {width} columns, perhaps of a row before it that lacks some"
     if cells and len(cells) < width and not line.endswith(b"\n"):
         return f"{len(cells)} cells under {width} columns, where the file breaks off"
     return cells and cells + [""] * (width - len(cells))

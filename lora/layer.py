@@ -163,7 +163,7 @@ def choose(setting: float | Mapping[str, float], name: str) -> float:
 
 
 def _rescale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """scale · y + b: DoRA scales W₀ x + ΔW x, before the bias; in the scale's precision, as it hardly differs from 1."""
+    """scale · y + b: DoRA scales W₀ x + ΔW x, before the bias, and not by a rounded scale, which bf16 would make 1."""
     return y * scale if bias is None else torch.addcmul(bias, y, scale)
 
 

@@ -87,7 +87,7 @@ def save_checkpoint(
     Raises:
         OSError: no room, or no permission; the checkpoint that was there is still there.
     """
-    fresh, previous = folder.with_name(folder.name + ".new"), previous_of(folder)
+    fresh, previous = fresh_of(folder), previous_of(folder)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     tensors = {name: p.detach().cpu().contiguous() for name, p in trained_params(model).items()}
@@ -104,6 +104,11 @@ def save_checkpoint(
         os.replace(folder, previous)
     os.replace(fresh, folder)
     sync_folder(folder.parent)
+
+
+def fresh_of(folder: Path) -> Path:
+    """Where `save_checkpoint` writes what is not whole yet."""
+    return folder.with_name(folder.name + ".new")
 
 
 def previous_of(folder: Path) -> Path:

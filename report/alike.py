@@ -1,12 +1,15 @@
 """The train pictures that are most like another, where a checkpoint has neighbours: what its answers follow from."""
 
+import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data.batches import epoch_batches, make_loader
+from data.batches import Batch, epoch_batches, make_loader
+from memory import in_parts
 
 SHOWN = 3  # train pictures beside another
 BATCH_SIZE = 64
@@ -33,10 +36,15 @@ def most_alike(task, rows: Sequence[int]) -> dict[int, list[Like]]:
     if neighbours is None:
         return {}
     voters, rows = [], np.unique(np.array(rows, int))
+    most = None
+
+    def look(batch: Batch, part: slice) -> list:
+        _, alike = task.model.explained(task.preprocess(batch.pixels[part]), batch.tokens[part])
+        return neighbours.voters(alike, SHOWN)
+
     for batch in make_loader(task.store, task.known, epoch_batches(rows, BATCH_SIZE), device):
-        batch = batch.to(device)
-        _, alike = task.model.explained(task.preprocess(batch.pixels), batch.tokens)
-        voters += neighbours.voters(alike, SHOWN)
+        parts, most = in_parts(partial(look, batch.to(device)), len(batch.pixels), most)
+        voters += itertools.chain(*parts)
     hashes = task.store.hashes.view(np.int64)
     there = np.flatnonzero(np.isin(hashes, [voter.hash for some in voters for voter in some]))
     place = dict(zip(hashes[there].tolist(), there.tolist(), strict=True))

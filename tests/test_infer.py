@@ -104,7 +104,9 @@ def test_batch_size_changes_no_answer(command, demo_run, photos):
             "--checkpoint",
             demo_run / "best",
         )
+        assert done.returncode == 1, "one picture cannot be read"
         answers.append([json.loads(line) for line in done.stdout.splitlines()])
+    assert len(answers[0]) > 2
     for one, many in zip(*answers, strict=True):
         assert one["image"] == many["image"]
         for name, said in one.get("attributes", {}).items():

@@ -12,7 +12,7 @@ TITLES = {"tokenizers", "huggingface_hub"}
 MAY_IMPORT = {
     "lora": {"torch"},
     "models": {"torch", "timm", "safetensors", "huggingface_hub", "lora", "hub", "errors", "durable"},
-    "report": {"torch", "numpy", "PIL", "jinja2", "data", "models", "calibration", "metrics", "durable"},
+    "report": {"torch", "numpy", "PIL", "jinja2", "data", "models", "calibration", "metrics", "durable", "memory"},
     "data": {"torch", "numpy", "PIL", "tqdm", "datasets", "huggingface_hub", "pyarrow", "hub", "errors", "durable"}
     | TITLES,
 }

@@ -12,6 +12,7 @@ import pytest
 
 from data import shards
 from data.images import ImageError, decode
+from data.inputs import all_files
 from data.shards import Row, open_source, stream_shards
 from errors import UserError, check_writable
 from tests.data.conftest import picture, write_tar
@@ -259,6 +260,9 @@ def test_files_folders_and_globs_in_order_each_once(tmp_path):
     assert source.files == [tmp_path / name for name in ("odd", "b.png", "a.jpg", "c/d.webp")]
     assert [shard.rows for shard in source.shards] == [3, 1]
     assert rows_of(source) == [Row(str(path), path) for path in source.files]
+    # a folder that a glob matches is looked into, as one that the shell makes of it would be
+    for asked in ("*", "[a-z]*", "**"):
+        assert set(open_source([str(tmp_path / asked)]).files) == {tmp_path / n for n in ("a.jpg", "b.png", "c/d.webp")}
 
 
 def test_a_folder_is_taken_for_what_it_holds_and_the_rest_is_named(shop, tmp_path):
@@ -284,7 +288,7 @@ def test_of_a_folder_what_is_no_picture_stays_and_what_cannot_be_read_is_counted
     assert source.notes == [f"{tmp_path}: 2 .heic left out, a format that is not read; convert them to JPEG"]
 
 
-def test_a_linked_folder_is_named(shop, tmp_path):
+def test_a_linked_folder_is_named(shop, tmp_path, capsys):
     folder, _ = shop
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(b"x")
@@ -292,6 +296,8 @@ def test_a_linked_folder_is_named(shop, tmp_path):
     source = open_source([str(tmp_path / "photos")])
     assert source.files == [tmp_path / "photos" / "a.png"]
     assert source.notes == [f"{tmp_path / 'photos'}: 1 linked folder left out, name them to have them read"]
+    assert all_files(tmp_path / "photos") == source.files
+    assert capsys.readouterr().err == f"{source.notes[0]}\n"
 
 
 def test_a_link_that_leads_nowhere_is_a_row_with_the_reason(tmp_path):
@@ -326,6 +332,8 @@ def test_a_folder_that_may_not_be_read_is_named():
                 open_source([str(photos / "mine")])
             with pytest.raises(UserError, match="Permission denied"):
                 check_writable(photos / "labels.csv", "--out", source.paths)
+            with pytest.raises(UserError, match=f"cannot read {photos / 'mine'}: Permission denied; have it opened"):
+                all_files(photos)  # of a catalogue
         finally:
             os.seteuid(user)
     assert source.files == [photos / "a.png", photos / "listed" / "b.png"], "the latter for its reason to be given"

@@ -51,6 +51,22 @@ def test_killed_within_a_save_or_a_scoring_it_ends_as_if_never_killed(options, w
     assert_same(tmp_path / "run", whole)
 
 
+def test_killed_within_its_first_save_it_can_be_begun_again(options, whole, tmp_path):
+    words, log = (*options, "--out", tmp_path / "run"), tmp_path / "log"
+    fault = functools.partial(die_at, 1, "models.checkpoint", "sync_folder")  # all is written, nothing in its place
+    assert finish(start("train", *words, log=log, fault=fault)) == KILLED
+    assert (tmp_path / "run" / "last.new" / "config.json").is_file() and not (tmp_path / "run" / "last").exists()
+    assert finish(start("train", *words, log=log)) == 0, log.read_text()
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_disk_too_small_for_the_first_save_is_said_to_start_again(options, tmp_path):
+    words, log = (*options, "--out", tmp_path / "run"), tmp_path / "log"
+    assert finish(start("train", *words, log=log, fault=functools.partial(small_disk, 50_000))) == 2
+    assert log.read_text().rstrip().endswith("if the disk is full make room, then start again")
+    assert finish(start("train", *words, "--epochs", 1, log=log)) == 0, log.read_text()
+
+
 def stopped(options, folder, calls=15):
     """A run killed at the `calls`th step."""
     fault = functools.partial(die_at, calls, "train", "train_step")

@@ -64,6 +64,23 @@ def test_the_very_picture_is_not_among_them(task):
     assert all(row not in [like.row for like in likes] for row, likes in found.items())
 
 
+def test_where_memory_runs_out_they_are_looked_for_in_smaller_batches(task, monkeypatch, capsys):
+    rows = task.store.rows("val")[:50].tolist()
+    found, real = most_alike(task, rows), task.model.explained
+
+    def explained(images, tokens):
+        if len(images) > 20:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return real(images, tokens)
+
+    monkeypatch.setattr(task.model, "explained", explained)
+    again = most_alike(task, rows)
+    assert "going on with batches of 12" in capsys.readouterr().err
+    assert {row: [like.id for like in likes] for row, likes in again.items()} == {
+        row: [like.id for like in likes] for row, likes in found.items()
+    }
+
+
 def test_where_the_catalogue_has_no_such_picture_none_is_named(task):
     rows, others = task.store.rows("val")[:5].tolist(), task.store.hashes + np.uint64(1)
     found = most_alike(task._replace(store=dataclasses.replace(task.store, hashes=others)), rows)
