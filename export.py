@@ -21,7 +21,7 @@ from arguments import add_checkpoint_options
 from durable import give_name, replace_file
 from errors import Parser, UserError, check_writable, exits_cleanly
 from lora import merge_lora, to_peft
-from models.backbone import DEMO, DEMO_ARCHITECTURE, DEMO_BACKBONE, DEMO_WEIGHTS, hf_name
+from models.backbone import DEMO, DEMO_ARCHITECTURE, DEMO_BACKBONE, DEMO_WEIGHTS, check_hf, hf_name
 from models.checkpoint import find_checkpoint, load_checkpoint, remembered_weights
 
 KINDS = {"timm": ".safetensors", "peft": "", "onnx": ".onnx"}
@@ -41,12 +41,17 @@ def export_timm(model: nn.Module, config: dict, out: Path) -> None:
 
 def export_peft(model: nn.Module, config: dict, out: Path, old: bool) -> None:
     """PEFT's two files; the heads stay behind, as PEFT has no place for them."""
+    base, size = config["backbone"], model.backbone.patch_embed
+    check_hf(base["name"])
     adapter, tensors = to_peft(model.backbone, lambda name: hf_name(name, old), config["lora"]["dropout"])
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out / "adapter_config.json", (json.dumps(adapter, indent=1) + "\n").encode())
     replace_file(out / "adapter_model.safetensors", tensor_bytes(tensors, metadata={"format": "pt"}))
-    if config["backbone"]["patch_size"] or config["backbone"]["keep_patches"] < 1:
-        print("trained with --patch-size or --keep-patches, for which Hugging Face's ViT has no option")
+    if base["img_size"] or base["patch_size"]:
+        sizes = f"image_size={size.img_size[0]}, patch_size={size.patch_size[0]}"
+        print(f"ViTModel needs {sizes}, and the embeddings of patches and positions that --to timm writes")
+    if base["keep_patches"] < 1:
+        print(f"trained on the fullest {base['keep_patches']:.0%} of each picture's patches; ViTModel takes all")
     since = "up to 5.8" if old else "from 5.9 on"
     print(f"load it, transformers {since}: PeftModel.from_pretrained(ViTModel(...), {str(out)!r})")
 

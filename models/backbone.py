@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -9,6 +10,7 @@ import safetensors
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 
 import hub
@@ -37,8 +39,10 @@ HF_LAYERS = {
     "blocks.{}.mlp.fc2": ("encoder.layer.{}.output.dense", "layers.{}.mlp.fc2"),
 }
 
+PLAIN = "vit_tiny_patch16_224"  # whose layers these are
+
 # The embedded demo's backbone: `pretrain_demo.py` makes the file.
-DEMO, DEMO_ARCHITECTURE = "demo", "vit_tiny_patch16_224"
+DEMO, DEMO_ARCHITECTURE = "demo", PLAIN
 DEMO_BACKBONE = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}
 DEMO_WEIGHTS = Path(__file__).with_name("demo_backbone.safetensors")
 
@@ -65,16 +69,28 @@ def create_backbone(
     load_weights(model, weights or find_weights(name, model), name)
     fingerprint = weights_fingerprint(model)
     if img_size or patch_size:
-        size, patch = img_size or model.patch_embed.img_size[0], patch_size or model.patch_embed.patch_size[0]
+        embed = model.patch_embed
+        if patch_size and not isinstance(embed, PatchEmbed):
+            raise UserError(f"--patch-size {patch_size}: the patches of {name} are of a map that convolutions make")
+        size, patch = img_size or embed.img_size[0], patch_size or embed.img_size[0] // embed.grid_size[0]
         if size < patch or size % patch or size > MOST_PATCHES * patch:
             number = f"more than {MOST_PATCHES}" if size > patch and not size % patch else "no whole number of"
             raise UserError(
                 f"an image of {size} pixels a side has {number} patches of {patch}; "
                 "give another --img-size or --patch-size"
             )
-        model.set_input_size(img_size=size, patch_size=patch)
+        model.set_input_size(img_size=size, patch_size=patch_size)
         note_size(model)
     return use_packed_attention(model), fingerprint
+
+
+def check_hf(name: str) -> None:
+    """Raise a `UserError` where a backbone is not the plain ViT that Hugging Face's `ViTModel` is."""
+    with torch.device("meta"):
+        own, plain = ({re.sub(r"\.\d+\.", ".N.", key) for key in bare_backbone(n).state_dict()} for n in (name, PLAIN))
+    if odd := sorted(own ^ plain):
+        verb = "has" if odd[0] in own else "lacks"
+        raise UserError(f"{name} {verb} {odd[0]}, unlike Hugging Face's ViT, where PEFT would look for its layers")
 
 
 def hf_name(pair: str, old: bool = False) -> str:

@@ -11,6 +11,7 @@ from models.hog import hog
 from models.neighbours import Alike
 from models.patches import forward_features
 
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 TAUGHT = 0.5  # share of the loss that is the distance from what a teacher says
 
 
@@ -51,6 +52,15 @@ class AttributeClassifier(nn.Module):
         self.text = text
         self.blind = blind
         self.neighbours = None
+
+    def train(self, mode: bool = True) -> "AttributeClassifier":
+        """As of any module, but for the statistics that a convolution before the patches may have (`BatchNorm2d`): they
+        are the frozen backbone's, and are not saved."""
+        super().train(mode)
+        for module in self.backbone.modules():
+            if isinstance(module, BATCH_NORMS):
+                module.eval()
+        return self
 
     def forward(self, images: Tensor, tokens: Tensor | None = None) -> dict[str, Tensor]:
         return self.explained(images, tokens)[0]

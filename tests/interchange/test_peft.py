@@ -91,7 +91,8 @@ def adapted(ours, rank=4, alpha=8, **options):
 
 def saved(model, folder, old):
     """As `export.py --to peft` writes it."""
-    config = {"lora": {"dropout": 0.0}, "backbone": {"patch_size": None, "keep_patches": 1.0}}
+    base = {"name": "vit_tiny_patch16_224", "img_size": None, "patch_size": None, "keep_patches": 1.0}
+    config = {"lora": {"dropout": 0.0}, "backbone": base}
     export_peft(SimpleNamespace(backbone=model), config, folder, old)
     return folder
 
@@ -110,6 +111,21 @@ def test_an_export_is_the_same_model_in_peft(vits, tmp_path, variant):
     assert merged.keys() == unloaded.keys()
     for name, tensor in merged.items():
         torch.testing.assert_close(unloaded[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_an_export_of_other_sizes_is_the_same_over_the_embeddings_that_timm_resampled(vits, tmp_path):
+    ours, theirs = vits
+    resized = copy.deepcopy(ours)
+    resized.set_input_size(img_size=48, patch_size=8)
+    model = adapted(resized)
+    folder = saved(model, tmp_path / "adapter", is_old(theirs))
+    theirs = transformers.ViTModel(
+        transformers.ViTConfig(**theirs.config.to_dict() | {"image_size": 48, "patch_size": 8}), add_pooling_layer=False
+    ).double()
+    theirs.load_state_dict(hf_state(resized.state_dict(), theirs.state_dict()), strict=True)
+    loaded = peft.PeftModel.from_pretrained(theirs, folder).eval()
+    images = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    torch.testing.assert_close(loaded(images).last_hidden_state[:, 0], model(images), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "pissa"])

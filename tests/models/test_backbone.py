@@ -6,7 +6,15 @@ import torch
 from safetensors.torch import save_file
 
 from errors import UserError
-from models.backbone import DEMO, DEMO_BACKBONE, DEMO_WEIGHTS, bare_backbone, create_backbone, weights_fingerprint
+from models.backbone import (
+    DEMO,
+    DEMO_BACKBONE,
+    DEMO_WEIGHTS,
+    bare_backbone,
+    check_hf,
+    create_backbone,
+    weights_fingerprint,
+)
 
 
 def test_demo_backbone_is_small_pretrained_and_loads():
@@ -78,6 +86,32 @@ def test_weights_that_are_none(tmp_path):
         UserError, match=r"does not hold the weights of demo: 1 tensors differ, the first 'norm\.weight'"
     ):
         create_backbone(DEMO, tmp_path / "partial.safetensors")
+
+
+def test_sizes_of_a_hybrid_go_by_its_grid(tmp_path):
+    name = "vit_tiny_r_s16_p8_224"  # patches of 8 of a map of 56 x 56: of 32 pixels
+    save_file(bare_backbone(name).state_dict(), weights := tmp_path / "random.safetensors")
+    model, _ = create_backbone(name, weights, img_size=160)
+    assert model.patch_embed.grid_size == (5, 5)
+    with pytest.raises(UserError, match="144 pixels a side has no whole number of patches of 32"):
+        create_backbone(name, weights, img_size=144)
+    with pytest.raises(UserError, match="--patch-size 16: the patches of vit_tiny_r_s16_p8_224 are of a map"):
+        create_backbone(name, weights, patch_size=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("vit_base_patch16_siglip_224", "has attn_pool"),
+        ("vit_small_patch14_reg4_dinov2", "has blocks.N.ls1.gamma"),
+        ("vit_medium_patch16_gap_240", "lacks blocks.N.attn.qkv.bias"),
+    ],
+)
+def test_a_backbone_that_is_no_plain_vit_has_no_counterpart(name, what):
+    for plain in (DEMO, "deit_small_patch16_224", "vit_base_patch16_224.mae"):
+        check_hf(plain)
+    with pytest.raises(UserError, match=f"{name} {what}.*, unlike Hugging Face's ViT"):
+        check_hf(name)
 
 
 def test_image_size_off_the_patch_grid():

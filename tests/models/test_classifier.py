@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from models.classifier import AttributeClassifier, attribute_losses, known_targets
 from models.heads import HierarchicalHeads
@@ -44,6 +45,19 @@ def test_the_heads_see_the_backbones_embedding_beside_the_mean_of_its_patches(po
     assert tokens.shape[1] == 4 + (pool == "token")
     torch.testing.assert_close(own, backbone(images))
     torch.testing.assert_close(patches, own if pool == "avg" else tokens[:, -4:].mean(1))
+
+
+def test_statistics_of_a_frozen_stem_stay_as_they_are_in_training():
+    """They would not be in the checkpoint."""
+    backbone = timm.create_model("vit_base_mci_224", num_classes=0, depth=1)
+    model = AttributeClassifier(backbone, HierarchicalHeads(2 * 768, 8, LEVELS, CLASSES))
+    means = [m.running_mean.clone() for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    model.eval().train()
+    assert model.training and backbone.blocks.training
+    model(torch.randn(2, 3, 224, 224))
+    assert len(means) == 2
+    for module, mean in zip((m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)), means, strict=True):
+        assert torch.equal(module.running_mean, mean)
 
 
 def test_loss_is_the_mean_over_labels_present():
