@@ -168,14 +168,19 @@ def unshared(part: Tensor, count: int) -> Tensor:
 
 
 def in_step(model: nn.Module) -> nn.Module:
-    """The model as `exchange` takes it. Only what trains has gradients, so adapters and heads alone are exchanged."""
+    """The model as `exchange` takes it. Only what trains has gradients, so adapters and heads alone are exchanged.
+
+    With `find_unused_parameters`, though all are used: without it DDP would bring gradients into another order after
+    the first step of a process. From three addends on their sum depends on it, and a run would not be the same after a
+    restart.
+    """
     if world() == 1:
         return model
     for buffer in model.buffers():  # an int8 base: it never changes, so it is sent this once
         dist.broadcast(buffer, 0)
     with warnings.catch_warnings():  # torch 2.14 calls it `forward_sync_buffers`, which older ones do not know
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
 
 
 def exchange(model: nn.Module, now: bool) -> contextlib.AbstractContextManager:

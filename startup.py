@@ -6,6 +6,7 @@ at exit, though none of them is ever garbage. So it waits meanwhile, and leaves 
 """
 
 import gc
+import os
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036, whoever has an older one is to be told
@@ -16,6 +17,8 @@ from memory import keep_freed_memory, share_one_arena
 
 share_one_arena()  # before torch starts threads
 keep_freed_memory()
+if "RANK" in os.environ:  # torchrun's processes: torch would warn of what `distributed.in_step` asks for
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 gc.disable()
 import timm  # noqa: E402, F401
 import torch  # noqa: E402, F401

@@ -179,6 +179,18 @@ def test_a_killed_worker_is_started_again_and_goes_on_from_the_last_checkpoint(w
     assert_same(out, pair[0])
 
 
+def test_of_three_processes_the_sums_are_the_same_bits_after_a_restart_too(words, tmp_path):
+    """Where three numbers are added their order shows."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    run(3, "train.py", *words, "--batch-size", 4, "--out", whole)
+    process = torchrun(3, "train.py", *words, "--batch-size", 4, "--out", out, restarts=1)
+    wait_for(process, out, 8)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    code, said = finish(process)
+    assert code == 0, said
+    assert_same(out, whole)
+
+
 @pytest.mark.parametrize("processes", [1, 3])
 def test_a_run_goes_on_with_another_number_of_processes(words, alone, tmp_path, processes):
     out = tmp_path / "run"
