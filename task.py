@@ -167,8 +167,8 @@ def shrink(
 ) -> None:
     """Quantise the frozen weights, on the device, for a choice of train pictures that depends on the seed alone.
 
-    So a resumed run has the same base to the bit. Among several processes the first one's is taken by all: see
-    `distributed.in_step`.
+    So a resumed run has the same base to the bit, on as many threads as before. Among several processes the first one's
+    is taken by all: see `distributed.in_step`.
     """
     rows = epoch_batches(store.rows("train"), ROUNDED_FOR, seed, run=store.run)[0]
     print(f"frozen weights in 8 bits, rounded for {len(rows)} train pictures", flush=True)

@@ -1,6 +1,9 @@
 """A run's folder: it goes on as if never stopped, mistakes leave none, and none that is there comes to harm."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +19,18 @@ from models.checkpoint import amend_config, load_checkpoint, read_config
 
 ROOT = Path(__file__).parents[1]
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+
+
+def test_a_file_system_without_locks_is_one_line(command, cache_dir, tmp_path, monkeypatch):
+    """As Lustre may be mounted. A lock that is a file alone would outlive a killed process."""
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    done = command("train.py", "--data", "demo", "--limit", 100, "--cache-dir", cache_dir, "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'run'}: its file system has no locks (flock); name a folder on another\n"
 
 
 def test_ctrl_c_leaves_a_usable_checkpoint_and_resuming_ends_as_if_never_stopped(command, cache_dir, tmp_path, request):
