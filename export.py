@@ -41,14 +41,14 @@ def export_timm(model: nn.Module, config: dict, out: Path) -> None:
 
 def export_peft(model: nn.Module, config: dict, out: Path, old: bool) -> None:
     """PEFT's two files; the heads stay behind, as PEFT has no place for them."""
-    base, size = config["backbone"], model.backbone.patch_embed
+    base, embed = config["backbone"], model.backbone.patch_embed
     check_hf(base["name"])
     adapter, tensors = to_peft(model.backbone, lambda name: hf_name(name, old), config["lora"]["dropout"])
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out / "adapter_config.json", (json.dumps(adapter, indent=1) + "\n").encode())
     replace_file(out / "adapter_model.safetensors", tensor_bytes(tensors, metadata={"format": "pt"}))
     if base["img_size"] or base["patch_size"]:
-        sizes = f"image_size={size.img_size[0]}, patch_size={size.patch_size[0]}"
+        sizes = f"image_size={embed.img_size[0]}, patch_size={embed.patch_size[0]}"
         print(f"ViTModel needs {sizes}, and the embeddings of patches and positions that --to timm writes")
     if base["keep_patches"] < 1:
         print(f"trained on the fullest {base['keep_patches']:.0%} of each picture's patches; ViTModel takes all")
