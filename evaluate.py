@@ -192,6 +192,8 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
         if distributed.first():
             amend_config(folder, calibration=fitted)
         print(f"calibrated on {len(rows):,} rows of {name}, {split}; kept in {folder / 'config.json'}")
+        if split == "all" and task.config["data"].get("name") == name:  # other files than then, or it were refused
+            print(f"hint: {folder} was trained on a {name} too; if on some of these rows, thresholds promise too much")
         known = (task.labels[rows] >= 0).any(0)
         if untouched := [a for a, some in zip(task.classes, known, strict=True) if not some]:
             print(f"no row has a known label of {', '.join(untouched)}, so the temperature there stays as it was")

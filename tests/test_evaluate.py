@@ -86,10 +86,14 @@ def test_calibrating_on_rows_without_labels_changes_nothing_of_theirs(command, d
     done = command("evaluate.py", *words)
     assert done.returncode == 0, done.stderr
     assert "no row has a known label of usage, so the temperature there stays as it was" in done.stdout
+    assert "hint" not in done.stdout
     after = json.loads((best / "config.json").read_text())["calibration"]
     assert after["rows"] == 40
     assert after["temperature"]["usage"] == before["calibration"]["temperature"]["usage"]
     assert after["threshold"]["joint"]["usage"] == before["calibration"]["threshold"]["joint"]["usage"]
+    demo = shop.rename(tmp_path / "demo")  # as a catalogue is called that has grown since it was trained on
+    done = command("evaluate.py", *words[:3], demo, *words[4:])
+    assert f"hint: {best} was trained on a demo too" in done.stdout
 
 
 def test_a_run_in_progress_is_not_calibrated(command, demo_run, cache_dir, tmp_path):
