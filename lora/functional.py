@@ -15,7 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from .recompute import source_of
 
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Where AVX2 is all that a CPU has MKL, which torch takes by itself, is the sooner (`benchmarks/packed_products.py`).
+AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not AVX2
 ONEDNN_BF16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 INT8_UNIT = 128  # steps of an int8 weight: sums of products with whole steps would soon be too large for fp16
 
@@ -171,9 +173,9 @@ def _widened(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, or where `onto` (n, out) is given, its sum with x Wᵀ, perhaps in place.
 
-    On a CPU, where no gradient is asked for, oneDNN is called by name. In fp32 torch would take MKL, which uses half of
-    what some AMD processors can do. In bf16 it would take oneDNN too, but have the bias written into every row first
-    and the product added to that.
+    On a CPU with AVX-512, where no gradient is asked for, oneDNN is called by name. In fp32 torch would take MKL, which
+    uses half of what some AMD processors can do. In bf16 it would take oneDNN too, but have the bias written into every
+    row first and the product added to that.
     """
     if weight.is_mkldnn or _fits_onednn(x, weight, bias):
         if onto is None:

@@ -404,9 +404,15 @@ def test_no_dropout_in_eval_mode():
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.fixture
+def onednn(monkeypatch):
+    """Also on a CPU where products are left to torch."""
+    monkeypatch.setattr(functional, "ONEDNN", True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 50])
-def test_products_by_onednn_are_those_of_torch(rows, dtype):
+def test_products_by_onednn_are_those_of_torch(onednn, rows, dtype):
     """The tests above are in fp64, which it does not compute."""
     torch.manual_seed(0)
     shapes = (rows, 24), (40, 24), (40,), (rows, 40)
@@ -417,7 +423,7 @@ def test_products_by_onednn_are_those_of_torch(rows, dtype):
     torch.testing.assert_close(functional.linear(x, weight, onto=onto.clone()), torch.addmm(onto, x, weight.T))
 
 
-def test_products_with_a_gradient_or_of_another_dtype_stay_with_torch():
+def test_products_with_a_gradient_or_of_another_dtype_stay_with_torch(onednn):
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
     assert not functional._fits_onednn(x, weight)
     assert functional.linear(x, weight).requires_grad
@@ -433,7 +439,7 @@ def test_products_with_a_gradient_or_of_another_dtype_stay_with_torch():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 50, 394])
-def test_a_packed_weight_gives_what_a_plain_one_gives(rows, dtype):
+def test_a_packed_weight_gives_what_a_plain_one_gives(onednn, rows, dtype):
     torch.manual_seed(0)
     x, weight, bias, onto = (torch.randn(shape).to(dtype) for shape in ((rows, 48), (72, 48), (72,), (rows, 48)))
     packed = functional.pack(functional.Frozen(weight, bias), for_gradients=True)
