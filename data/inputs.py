@@ -49,10 +49,11 @@ def find_inputs(word: str, without: Iterable[Path], notes: list[str]) -> list[st
     is_folder = os.path.isdir(word)
     if is_folder:
         matches = _inside(path, notes)
-    else:  # a folder that a glob matches is as good as one that is named, as it would be had the shell read the glob
-        found = map(Path, glob.glob(word, recursive=True))
-        every = "**" in word  # which matches what is in the folders too
-        matches = [p for m in found for p in (_inside(m, notes) if os.path.isdir(m) and not every else [m])]
+    else:  # a folder that a glob matches is looked into as one that is named; with `**` there are others in it
+        found = list(map(Path, glob.glob(word, recursive=True)))
+        folders = {p for p in found if os.path.isdir(p)}
+        outer = (p for p in sorted(folders) if folders.isdisjoint(p.parents))
+        matches = list(dict.fromkeys([*found, *(p for folder in outer for p in _inside(folder, notes))]))
     real = functools.cache(os.path.realpath)  # of few folders, for each of many files
     if results := {real(folder / name) for folder in without for name in JOB}:
         matches = [p for p in matches if real(p.parent) not in results]
@@ -74,21 +75,21 @@ def find_inputs(word: str, without: Iterable[Path], notes: list[str]) -> list[st
 def _inside(folder: Path, notes: list[str]) -> list[Path]:
     """What is in a folder, to any depth, but folders; what cannot be read is left out with a note."""
     closed = []
-    found = walk(folder, closed.append, notes)
+    found, linked = _walk(folder, closed.append)
     if closed:
         notes.append(f"{folder}: {len(closed):,} in it cannot be read, {closed[0].filename}: {closed[0].strerror}")
+    if linked:
+        notes.append(f"{folder}: {linked:,} linked folder{'s' * (linked > 1)} left out, name them to have them read")
     return found
 
 
-def walk(folder: Path, on_error: Callable[[OSError], object], notes: list[str]) -> list[Path]:
-    """What is in a folder, to any depth, but folders. Links to folders are not followed, which a note says."""
+def _walk(folder: Path, on_error: Callable[[OSError], object]) -> tuple[list[Path], int]:
+    """What is in a folder, to any depth, but folders, and how many links to folders there are, which lead nowhere."""
     found, linked = [], 0
     for where, folders, names in os.walk(folder, onerror=on_error):
         found += (Path(where, name) for name in names)
         linked += sum(os.path.islink(os.path.join(where, name)) for name in folders)
-    if linked:
-        notes.append(f"{folder}: {linked:,} linked folder{'s' * (linked > 1)} left out, name them to have them read")
-    return found
+    return found, linked
 
 
 def all_files(folder: Path) -> list[Path]:
@@ -99,12 +100,13 @@ def all_files(folder: Path) -> list[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}; have it opened to you, or move it") from None
+        if os.path.basename(error.filename) != "lost+found":  # a disk's own
+            raise UserError(f"cannot read {error.filename}: {error.strerror}; have it opened to you, or move it")
 
-    notes = []
-    found = [path for path in walk(folder, refuse, notes) if path.is_file()]
-    say_once(*notes)
-    return found
+    found, linked = _walk(folder, refuse)
+    if linked:
+        say_once(f"{folder}: {linked:,} linked folder{'s' * (linked > 1)} left out; put the files themselves there")
+    return [path for path in found if path.is_file()]
 
 
 def _note_others(word: str, depth: int, matches: list[Path], tables: list[Path], notes: list[str]) -> None:

@@ -25,6 +25,7 @@ READ = 64  # rows at a time: of pictures of 5 MB that is 320 MB
 BUFFER = 1 << 20  # bytes of a column that are read ahead
 RUN_ROWS, RUN_BYTES = 4096, 32 << 20  # a run, at most
 WINDOW = 4  # runs that are shuffled together
+LAG = 1024  # pictures that other threads may ask for while one decodes a large one
 BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)  # null: of a file without a picture
 
 
@@ -137,7 +138,7 @@ class Pictures:
         for number in list(self.kept):
             idle = self.asked - self.used[number]  # shuffled within a window, none is for so long
             # However they are read, no more than this: a run of a part of the rows can lie in two of all.
-            if idle >= self.run + READ or len(self.kept) > 2 * WINDOW:
+            if idle >= self.run + LAG or len(self.kept) > 2 * WINDOW:
                 del self.kept[number], self.used[number]
 
     def _read(self, number: int) -> list[bytes | str | None]:

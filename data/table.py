@@ -28,8 +28,8 @@ def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int
     separates most of the first line's.
 
     A cell in quotes may hold line breaks, but not in a table with the column `UNQUOTED`. A quote left open swallows no
-    rows after it, unless a later one ends a row of the right width: its line is left out. So is a row of too many
-    cells.
+    rows after it, unless a later one ends a row of the right width: its line is left out, and lines up to a later one
+    that lack cells are too, as they may be the rest of its cell. So is a row of too many cells.
     """
     with table.open("rb") as lines:
         if _is_windows(table):
@@ -116,10 +116,10 @@ def _single(line: bytes, head: _Head, doubtful: bool) -> list[str] | str:
     if cells is None:
         return "not UTF-8, or no CSV"
     cells = _trimmed(cells, max(width, len(cells) - spare))
-    if title is not None and title < width - 1 and len(cells) > width and not cells[-1]:
-        return f"{len(cells)} cells under {width} columns, the last one empty: put {UNQUOTED} in quotes"
-    cells = _trimmed(cells, width)
-    if title is not None and (surplus := len(cells) - width) > 0:  # the title's own commas
+    behind = [] if title in (None, width - 1) else cells[title + 1 : title + 1 + len(cells) - width]
+    if not any(cell.startswith(" ") for cell in behind):  # as it does behind a title's own comma
+        cells = _trimmed(cells, width)
+    if title is not None and (surplus := len(cells) - width) > 0:
         cells[title : title + surplus + 1] = [mark.join(cells[title : title + surplus + 1])]
     if taken > 1 and (title is None or len(cells) < width):  # a title may well begin with one
         return "a quote that is left open"

@@ -173,9 +173,9 @@ def _widened(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, or where `onto` (n, out) is given, its sum with x Wᵀ, perhaps in place.
 
-    On a CPU with AVX-512, where no gradient is asked for, oneDNN is called by name. In fp32 torch would take MKL, which
-    uses half of what some AMD processors can do. In bf16 it would take oneDNN too, but have the bias written into every
-    row first and the product added to that.
+    On a CPU with more than AVX2, where no gradient is asked for, oneDNN is called by name. In fp32 torch would take
+    MKL, which uses half of what some AMD processors can do. In bf16 it would take oneDNN too, but have the bias written
+    into every row first and the product added to that.
     """
     if weight.is_mkldnn or _fits_onednn(x, weight, bias):
         if onto is None:

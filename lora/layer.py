@@ -164,7 +164,8 @@ def choose(setting: float | Mapping[str, float], name: str) -> float:
 
 def _rescale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """scale · y + b: DoRA scales W₀ x + ΔW x, before the bias, and not by a rounded scale, which bf16 would make 1."""
-    return y * scale if bias is None else torch.addcmul(bias, y, scale)
+    with torch.autocast(y.device.type, enabled=False):  # which on a GPU would cast y, and keep that
+        return y * scale if bias is None else torch.addcmul(bias, y, scale)
 
 
 class LoRALinear(LoRALayer, LowRank):

@@ -102,8 +102,10 @@ def test_known_paths_are_those_labelled_in_full(monkeypatch, at_once):
         Attribute("kind", 2, "kind", parents=("room",)),
     ]
     labels = np.array([[5, 0, 1, 2], [4, 9, 1, 2], [5, 1, 1, 2], [MISSING, 0, 1, 2], [3, 0, 1, UNSEEN]])
-    found = known_paths(labels, np.arange(len(labels) - 1), attributes)
+    found = known_paths(labels, np.arange(5), attributes)
     assert found == [{"attributes": ["room", "kind", "piece"], "known": [[1, 2, 4], [1, 2, 5]]}]
+    found = known_paths(labels, np.array([0, 2, 3, 4]), attributes)
+    assert found == [{"attributes": ["room", "kind", "piece"], "known": [[1, 2, 5]]}], "of these rows alone"
 
 
 def test_each_hierarchy_has_paths_of_its_own():

@@ -42,7 +42,8 @@ def test_any_row_is_read_from_runs_that_cross_row_groups_and_files(shop, run):
         assert len(pictures.kept) <= 2 * WINDOW + 1
 
 
-def test_in_order_few_runs_are_kept(shop):
+def test_in_order_few_runs_are_kept(shop, monkeypatch):
+    monkeypatch.setattr("data.parquet.LAG", 60)
     pictures, most = Pictures([open_file(shop / "a.parquet"), open_file(shop / "b.parquet")], 30), 0
     for row in (row for row in range(300) if row % 50):
         pictures(row)

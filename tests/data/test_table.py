@@ -111,24 +111,27 @@ def test_where_titles_have_commas_of_their_own_no_cell_goes_on_in_the_next_line(
 
 @pytest.mark.parametrize("column", ["room", "productDisplayName"])
 def test_a_row_that_ends_early_lacks_the_rest_as_spreadsheets_write_it(tmp_path, column):
-    text = "\n".join([f"id,kind,{column},about", "", "1", "2,Bed", "3,Bed,Hall", "4,Bed,Hall,x"])
+    text = "\n".join([f"id,kind,{column},about", "", "1", "2,Bed", "3,Bed,Hall", "4,Bed,Hall,x,"])
     assert rows(tmp_path / "shop.csv", text) == [
         ("1", None, None, None), ("2", "Bed", None, None), ("3", "Bed", "Hall", None), ("4", "Bed", "Hall", "x")
     ]  # fmt: skip
 
 
-def test_a_comma_more_than_there_are_columns_is_empty_or_the_titles_but_never_moves_a_label(tmp_path):
-    lines = "1,Bed,Hall,", "2,Bed, large,Hall", "3,Bed, large,"
+def test_a_comma_more_than_there_are_columns_is_the_titles_or_of_no_cell(tmp_path):
+    lines = "1,Bed,Hall,", '2,"Bed, wide",Hall,', ",,,", "3,Bed, large,Hall", "4,Bed, large, red,"
+    first = [("1", "Bed", "Hall"), ("2", "Bed, wide", "Hall")]
     assert rows(tmp_path / "shop.csv", "\n".join(["id,about,room", *lines])) == [
-        ("1", "Bed", "Hall"), "4 cells under 3 columns", ("3", "Bed", "large")
+        *first, "4 cells under 3 columns", "4 cells under 3 columns"
     ]  # fmt: skip
-    said = "4 cells under 3 columns, the last one empty: put productDisplayName in quotes"
     title = ["id,productDisplayName,room", *lines]
-    assert rows(tmp_path / "shop.csv", "\n".join(title)) == [said, ("2", "Bed, large", "Hall"), said]
+    expected = [("3", "Bed, large", "Hall"), ("4", "Bed, large, red", None)]
+    assert rows(tmp_path / "shop.csv", "\n".join(title)) == first + expected
     spare = [f"{line}," for line in title]  # a spreadsheet's empty column, below an empty header
-    assert rows(tmp_path / "shop.csv", "\n".join(spare)) == [said, ("2", "Bed, large", "Hall"), said]
-    last = ["id,room,productDisplayName", "1,Hall,Bed,", "2,Hall,Bed, large"]
-    assert rows(tmp_path / "shop.csv", "\n".join(last)) == [("1", "Hall", "Bed"), ("2", "Hall", "Bed, large")]
+    assert rows(tmp_path / "shop.csv", "\n".join(spare)) == first + expected
+    last = ["id,room,productDisplayName", "1,Hall,Bed,", "2,Hall,Bed, large", "3,Hall,Bed, large,"]
+    assert rows(tmp_path / "shop.csv", "\n".join(last)) == [
+        ("1", "Hall", "Bed"), ("2", "Hall", "Bed, large"), ("3", "Hall", "Bed, large")
+    ]  # fmt: skip
 
 
 def test_lines_of_a_cell_whose_row_ends_early_are_no_rows(tmp_path):
