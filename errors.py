@@ -23,11 +23,10 @@ class UserError(Exception):
     """A mistake the user can fix. The message names the value and says what to do."""
 
 
-def say_once(*notes: str) -> None:
+def say_once(note: str) -> None:
     """Say what a user should know, on stderr; of torchrun's processes, which all read the same, the first says it."""
     if not int(os.environ.get("RANK", 0)):
-        for note in notes:
-            print(note, file=sys.stderr)
+        print(note, file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):

@@ -108,7 +108,7 @@ def open_run(args: argparse.Namespace) -> argparse.Namespace:
             return argparse.Namespace(**(vars(args) | options | {"resume": True} | moved))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--resume: cannot read {path}: {error}") from None
-    if any(path for path in args.out.glob("*/config.json") if path.parent != fresh_of(args.out / "last")):
+    if any(path.parent != fresh_of(args.out / "last") for path in args.out.glob("*/config.json")):
         raise UserError(f"--out {args.out} already holds a run: go on with it by --resume, or name another folder")
     there = [file for name in (*SET_UP, Board.FILES) for file in args.out.glob(name)]
     if there and not _has_options_of_a_run(path, args):  # as one has that was killed before its first save

@@ -6,7 +6,7 @@ within a few runs, reads each run once.
 """
 
 import itertools
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
@@ -113,9 +113,9 @@ class Pictures:
     def __init__(self, files: list[File], run: int):
         self.files, self.run = files, run
         self.begins = [0, *itertools.accumulate(file.rows for file in files)]
-        self.kept: OrderedDict[int, list[bytes | str | None]] = OrderedDict()  # or the reason why there is none
+        # Runs, of each picture or the reason why there is none, with the value of `asked` when they were last needed.
+        self.kept: dict[int, tuple[list[bytes | str | None], int]] = {}
         self.asked = 0  # pictures, so far
-        self.used: dict[int, int] = {}  # of each run that is kept, how many were asked for when it was last
         self.ahead, self.next = iter(()), -1  # what comes behind the run that was read last, and the number of that
         self.lock = Lock()
 
@@ -124,22 +124,22 @@ class Pictures:
         with self.lock:
             if number not in self.kept:
                 self._make_room()
-                self.kept[number] = self._read(number)
-            self.kept.move_to_end(number)
+                self.kept[number] = self._read(number), 0
+            pictures, _ = self.kept.pop(number)  # and in again, as the last: the first is idle for longest
             self.asked += 1
-            self.used[number] = self.asked
-            picture = self.kept[number][place]
+            self.kept[number] = pictures, self.asked
+            picture = pictures[place]
         if not isinstance(picture, bytes):
             raise ImageError(picture or "no image in this row")
         return picture
 
     def _make_room(self) -> None:
         """Forget runs that nobody asks for any more: in order two are enough."""
-        for number in list(self.kept):
-            idle = self.asked - self.used[number]  # shuffled within a window, none is for so long
+        for number, (_, last) in list(self.kept.items()):
+            idle = self.asked - last >= self.run + LAG  # shuffled within a window, none is
             # However they are read, no more than this: a run of a part of the rows can lie in two of all.
-            if idle >= self.run + LAG or len(self.kept) > 2 * WINDOW:
-                del self.kept[number], self.used[number]
+            if idle or len(self.kept) > 2 * WINDOW:
+                del self.kept[number]
 
     def _read(self, number: int) -> list[bytes | str | None]:
         """A run. In order each picture is read once; out of order, those before it in its row group are read past."""

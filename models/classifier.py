@@ -11,7 +11,6 @@ from models.hog import hog
 from models.neighbours import Alike
 from models.patches import forward_features
 
-BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 TAUGHT = 0.5  # share of the loss that is the distance from what a teacher says
 
 
@@ -58,7 +57,7 @@ class AttributeClassifier(nn.Module):
         are the frozen backbone's, and are not saved."""
         super().train(mode)
         for module in self.backbone.modules():
-            if isinstance(module, BATCH_NORMS):
+            if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         return self
 

@@ -75,7 +75,8 @@ def test_dora_leaves_the_blocks_without_it_as_they_are():
 @pytest.mark.parametrize("bias", [True, False])
 def test_dora_scales_by_less_than_bf16_can_tell_from_1(bias):
     layer = LoRALinear(nn.Linear(16, 8, bias=bias), rank=2, alpha=math.pi, dora=True)
-    nn.init.zeros_(layer.bias) if bias else None
+    if bias:
+        nn.init.zeros_(layer.bias)
     x = torch.randn(4000, 16)
     with torch.autocast("cpu", torch.bfloat16):
         before = layer(x).float()
