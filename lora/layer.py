@@ -171,7 +171,7 @@ def _rescale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 class LoRALinear(LoRALayer, LowRank):
     """A frozen linear layer with a low-rank update.
 
-        h = W₀ x + b + ΔW dropout(x),    ΔW = scaling · B A
+        y = W₀ x + b + ΔW dropout(x),    ΔW = scaling · B A
 
     Args:
         base_layer: the layer to adapt; it is kept, by reference, and frozen.
@@ -199,7 +199,7 @@ class LoRAFusedLinear(LoRALayer, nn.Module):
     The weight of, say, timm's `attn.qkv` is `num_blocks` = 3 equal row blocks: query, key, value. Each adapted block k
     has a pair of its own, the child module of its name, as if it were a layer of its own:
 
-        h = W₀ x + b,    h[rows_k] += ΔW_k dropout(x),    ΔW_k = scaling · B_k A_k
+        y = W₀ x + b,    y[rows_k] += ΔW_k dropout(x),    ΔW_k = scaling · B_k A_k
 
     The base stays one matrix product, and so do all the A_k, which see one and the same dropout(x), and all the B_k.
 
