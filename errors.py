@@ -15,6 +15,11 @@ from memory import ran_out
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a user's share of it, a file
 BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)  # a path that even asking about may raise
+FAILING = {  # of a disk, a network or this process, not of a file: it may be over soon
+    *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+}
 
 MOST = 10**12  # that a number of anything can be
 
@@ -93,9 +98,9 @@ def check_writable(path: Path, option: str, inputs: Iterable[Path | None] = ()) 
 
 
 def exits_cleanly(main):
-    """Decorate a command's `main`: a `UserError`, a full disk or memory, or a path that may not be entered or that is
-    no text becomes one line on stderr and exit code 2, Ctrl-C exit code 130, and output that nobody reads any more 141:
-    what shells say of both signals."""
+    """Decorate a command's `main`: a `UserError`, a full disk or memory, a disk or network that fails, or a path that
+    may not be entered or that is no text becomes one line on stderr and exit code 2, Ctrl-C exit code 130, and output
+    that nobody reads any more 141: what shells say of both signals."""
 
     @functools.wraps(main)
     def command(*args, **kwargs):
@@ -133,6 +138,8 @@ def exits_cleanly(main):
                 said = f"cannot write {error.filename or 'the results'}: {error.strerror}; make room"
             elif error.errno in BARRED and error.filename:
                 said = f"{error.filename}: {error.strerror}; name another place, or have it opened to you"
+            elif error.errno in FAILING:
+                said = f"{error.filename or 'a file'}: {error.strerror}; start again"
             else:
                 raise
             print(f"error: {said}", file=sys.stderr)

@@ -196,7 +196,7 @@ def together(job: Job, labeller: Labeller, title_of: Callable[[Row], str | None]
 
 def facts(args, config: dict, source: Source, titles: TitleTable | None) -> dict:
     """What the answers of a job follow from."""
-    told = repr((args.title, titles and sorted(titles.titles.items()))).encode()
+    told = repr((args.title, titles and [sorted(some.items()) for some in titles.titles])).encode()
     return {
         "checkpoint": config["sha256"]["config.json"],  # which covers the adapters and the weights below them
         "inputs": source.fingerprint,

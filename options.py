@@ -121,7 +121,10 @@ def add_lora_options(p: Parser) -> None:
         help="updates scale by alpha/rank, PEFT's lora_alpha; of single targets as --rank (default: %(default)s)",
     )
     group.add_argument(
-        "--dropout", type=float, default=0.05, help="before A, PEFT's lora_dropout (default: %(default)s)"
+        "--dropout",
+        type=float,
+        default=0.05,
+        help="before A, PEFT's lora_dropout (default: 0.05, with --pissa 0)",
     )
     group.add_argument(
         "--targets", nargs="+", default=["query", "key", "value", "dense"], help="layers (default: all four)"
@@ -272,6 +275,8 @@ def parse_args(argv: list[str] | None, restarted: bool = False) -> argparse.Name
     if args.resume:
         vars(args).update({name: None for name in MOVABLE if name not in given})  # the run knows
     if not restarted:
+        if args.pissa and "dropout" not in given:
+            args.dropout = 0.0  # else parts of the pretrained weight would be dropped, not of what is added to it
         if args.init_from:
             take_over(args, given)
         check_read(args, given)

@@ -21,21 +21,19 @@ MAX_GRAD_NORM = 1.0
 WARMUP = 0.05  # share of all steps
 
 
-def parameter_groups(params: Mapping[str, nn.Parameter], lora_plus: float = 1.0) -> list[dict]:
+def parameter_groups(params: Mapping[str, nn.Parameter], lora_plus: float = 1.0, decay_lora: bool = True) -> list[dict]:
     """Weight decay on matrices; none on biases, norms and DoRA's lengths.
 
-    `lora_plus`, the ratio of B's learning rate to that of all others, is LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
+    Args:
+        lora_plus: B's learning rate, of all others': LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
+        decay_lora: not where A and B began as a part of the pretrained weight (PiSSA), which decay would take away.
     """
-    is_B = {name: name.endswith("lora_B") for name in params}
-    return [
-        {"params": [p for n, p in params.items() if is_B[n]], "weight_decay": WEIGHT_DECAY, "lr_ratio": lora_plus},
-        {
-            "params": [p for n, p in params.items() if p.ndim > 1 and not is_B[n]],
-            "weight_decay": WEIGHT_DECAY,
-            "lr_ratio": 1.0,
-        },
-        {"params": [p for p in params.values() if p.ndim <= 1], "weight_decay": 0.0, "lr_ratio": 1.0},
-    ]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in params.items():
+        decayed = p.ndim > 1 and (decay_lora or not name.endswith(("lora_A", "lora_B")))
+        decay, ratio = WEIGHT_DECAY if decayed else 0.0, lora_plus if name.endswith("lora_B") else 1.0
+        groups.setdefault((decay, ratio), []).append(p)
+    return [{"params": some, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), some in groups.items()]
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:

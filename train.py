@@ -40,6 +40,7 @@ from state import TrainingState, check_finite
 from step import learning_rate, parameter_groups, train_step, windows
 from task import AMP, Task, setup
 
+MOVED = 2**31  # between the seeds of how pictures are moved about and those of what is dropped
 LOG_EVERY = 10  # steps: reading a loss makes a GPU wait
 STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"
 
@@ -77,7 +78,7 @@ def train_epoch(
         bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
         for start, window in zip(count(0, args.accum), windows(loader, args.accum), strict=False):
             step = state.step
-            drawing.manual_seed(seed_of(args.seed, step))
+            drawing.manual_seed(seed_of(args.seed, step) + MOVED)
             # Of dropped elements and patches, in each process others.
             torch.manual_seed(seed_of(args.seed, step, distributed.world(), distributed.rank()))
             lr = learning_rate(step, steps, args.lr)
@@ -104,7 +105,7 @@ def train_epoch(
                 read = check_finite(unread, state, task.names, task.store.ids)
                 unread.clear()
             if step % LOG_EVERY == 0 and figures is not None and board:
-                show_step(state, board, bar, step, lr, read[-1])
+                show_step(state, board, bar, step, lr, read[-1], weights)
             bar.update(sum(map(len, batches[start : start + args.accum])))
             if saving:
                 state.save_last(board)
@@ -130,22 +131,27 @@ def augmented(args: argparse.Namespace, task: Task, drawing: torch.Generator, pi
     return task.preprocess.augmented(pixels, mine.T, args.warp)
 
 
-def show_step(state: TrainingState, board: Board, bar: tqdm, step: int, lr: float, figures: list[float]) -> None:
-    """Show on TensorBoard and beside the bar what a step gave: each attribute's loss and, last, the gradient norm."""
+def show_step(
+    state: TrainingState, board: Board, bar: tqdm, step: int, lr: float, figures: list[float], weights: Tensor
+) -> None:
+    """Show on TensorBoard and beside the bar what a step gave: each attribute's loss and, last, the gradient norm; and
+    what is trained on, the sum of losses by their weights."""
     *losses, norm = figures
+    loss = sum(loss * weight for loss, weight in zip(losses, weights.tolist(), strict=True))
     overflows = state.progress["overflows"]
     scalars = {"learning_rate": lr, "gradient_norm": norm, "images_per_second": bar.format_dict["rate"] or 0}
     if state.scaler.is_enabled():
         scalars |= {"loss_scale": state.scaler.get_scale(), "overflows": overflows}
-    board.train(step, losses, loss=sum(losses), **scalars)
-    bar.set_postfix(loss=f"{sum(losses):.3f}", **({"overflows": overflows} if overflows else {}))
+    board.train(step, losses, loss=loss, **scalars)
+    bar.set_postfix(loss=f"{loss:.3f}", **({"overflows": overflows} if overflows else {}))
 
 
 def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
     """Train to the end, or until a stop is asked for (then False). Leaves `best/`, by mean validation accuracy."""
     epoch_steps = steps_in_epoch(args, task)
     steps = epoch_steps * args.epochs
-    optimizer = torch.optim.AdamW(parameter_groups(trained_params(task.model), args.lora_plus), fused=True)
+    groups = parameter_groups(trained_params(task.model), args.lora_plus, decay_lora=not args.pissa)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     state = TrainingState(args.out, task.model, task.config, optimizer, scaler)
     written = {}

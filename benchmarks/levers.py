@@ -145,11 +145,10 @@ def heads_rate(ratio: float) -> Callable[[Task], None]:
     """The heads' learning rate, of all others'."""
     given = train.parameter_groups
 
-    def groups(params: dict[str, nn.Parameter], lora_plus: float) -> list[dict]:
+    def groups(params: dict[str, nn.Parameter], *options) -> list[dict]:
         heads = {name: p for name, p in params.items() if name.startswith("heads.")}
         rest = {name: p for name, p in params.items() if name not in heads}
-        faster = [g | {"lr_ratio": ratio} for g in given(heads, lora_plus) if g["params"]]
-        return faster + given(rest, lora_plus)
+        return [group | {"lr_ratio": ratio} for group in given(heads, *options)] + given(rest, *options)
 
     return lambda task: setattr(train, "parameter_groups", groups)
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from errors import UserError
+from errors import UserError, say_once
 
-NULLS = {"", "na", "nan", "none", "null"}
+NULLS = {"", "na", "n/a", "#n/a", "<na>", "nan", "none", "null"}
+THOUSANDS = re.compile(r"-?[1-9]\d{0,2}\.\d{3}")  # 1.250, which may be either
 NAMED = 5  # cells, in a message
 
 
@@ -47,8 +48,13 @@ def to_numbers(cells: Iterable[str | None], column: str, ids: Sequence[str]) -> 
         UserError: cells are no numbers; the message says how many, and names the first.
     """
     found, bad, first = np.empty(len(ids)), 0, []
+    either, decimal = None, False  # a number that points of thousands may be in; whether others say that they are not
     for row, (text, id) in enumerate(zip(cells, ids, strict=True)):
         found[row] = _number(text)
+        if text is not None and THOUSANDS.fullmatch(text):
+            either = either or text
+        elif text is not None:
+            decimal = decimal or "." in text or abs(found[row]) >= 1000
         if text is not None and not math.isfinite(found[row]):
             bad += 1
             if bad <= NAMED:
@@ -57,6 +63,8 @@ def to_numbers(cells: Iterable[str | None], column: str, ids: Sequence[str]) -> 
         several = f"{bad:,} cells that are no numbers" if bad > 1 else "a cell that is no number"
         more = f" and {bad - NAMED:,} more" if bad > NAMED else ""
         raise UserError(f"column {column} has {several}: {', '.join(first)}{more}; mend or empty what is named")
+    if either and not decimal:
+        say_once(f"column {column}: {either} is read as {float(either):g}; if points mark thousands, take them out")
     return found
 
 

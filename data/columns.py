@@ -1,5 +1,6 @@
 """Text columns that stay on disk: read in order, so that the number of rows does not show in memory."""
 
+import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import compress
 from pathlib import Path
@@ -14,26 +15,37 @@ from durable import claim, give_name
 from errors import UserError
 
 READ = 8192  # rows at a time
-VERSION = 2  # of the files: raise it when their cells would be written otherwise
+VERSION = 3  # of the files: raise it when their cells would be written otherwise
 
 
 class Column(Sequence):
-    """The cells of a column of Arrow's, as text, None where missing: `cells` may lie in a mapped file."""
+    """The cells of a column of Arrow's, as text, None where missing: `cells` may lie in a mapped file. They may be the
+    numbers of classes that have `names`."""
 
-    def __init__(self, cells: pa.ChunkedArray):
-        self.cells = cells
+    def __init__(self, cells: pa.ChunkedArray, names: Sequence[str] | None = None):
+        self.cells, self.names = cells, names
 
     def __len__(self) -> int:
         return len(self.cells)
 
     def __getitem__(self, row: int | slice) -> str | list[str | None] | None:
         if isinstance(row, slice):
-            return [text(_plain(cell)) for cell in self.cells[row]]
-        return text(_plain(self.cells[int(row)]))
+            return [as_text(_plain(cell), self.names) for cell in self.cells[row]]
+        return as_text(_plain(self.cells[int(row)]), self.names)
+
+    def take(self, rows: Sequence[int]) -> "Column":
+        return Column(self.cells.take(pa.array(rows)), self.names)
 
     def __iter__(self) -> Iterator[str | None]:
         for start in range(0, len(self), READ):
-            yield from map(text, _plain(self.cells.slice(start, READ)))
+            yield from (as_text(cell, self.names) for cell in _plain(self.cells.slice(start, READ)))
+
+
+def as_text(cell, names: Sequence[str] | None) -> str | None:
+    """A cell, or the name of the class whose number it is; None where missing: with `names`, also what is negative."""
+    if names is None or cell is None:
+        return text(cell)
+    return text(names[cell]) if 0 <= cell < len(names) else None
 
 
 def _plain(cells: pa.ChunkedArray | pa.Scalar):
@@ -66,8 +78,24 @@ def check_columns(found: Collection[str], required: Sequence[str], where: object
         )
 
 
+def cell_names(schema: pa.Schema) -> list[str]:
+    """The columns that hold text or numbers: no further pictures, and no lists."""
+    apart = pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary
+    return [field.name for field in schema if field.name != "image" and not any(kind(field.type) for kind in apart)]
+
+
+def class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Of the columns that hold numbers of classes, as `datasets` keeps a `ClassLabel` in Arrow and parquet."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return {name: f["names"] for name, f in features.items() if f["_type"] == "ClassLabel"}
+    except (KeyError, TypeError, ValueError):  # not written by it, or a list of features among them
+        return {}
+
+
 def columns_of(table: pa.Table) -> dict[str, Column]:
-    return {name: Column(table.column(name)) for name in table.column_names}
+    names = class_names(table.schema)
+    return {name: Column(table.column(name), names.get(name)) for name in cell_names(table.schema)}
 
 
 def kept(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Table:

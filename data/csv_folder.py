@@ -18,8 +18,8 @@ def find_csv(path: Path) -> Path | None:
         return path
     if (styles := path / "styles.csv").is_file():
         return styles
-    tables = sorted(path.glob("*.csv")) if (path / "images").is_dir() else []
-    tables = [table for table in tables if not table.name.startswith(MACS_OWN)]
+    tables = sorted(path.glob("*.*")) if (path / "images").is_dir() else []
+    tables = [table for table in tables if table.suffix.lower() == ".csv" and not table.name.startswith(MACS_OWN)]
     if len(tables) > 1:
         tables = [table for table in tables if not _written_by_us(table)]
     if len(tables) > 1:
@@ -88,7 +88,7 @@ class Names:
     def find(self, name: str) -> str | None:
         """Of a name with its suffix, before which `images/`, and what leads there, may stand."""
         parts = PurePosixPath(name.replace("\\", "/")).parts
-        inner = (parts[i + 1 :] for i, part in enumerate(parts) if part == "images")
+        inner = (parts[i + 1 :] for i, part in enumerate(parts) if part.casefold() == "images")
         return next(filter(None, (self.spelt(str(PurePosixPath(*some))) for some in (parts, *inner))), None)
 
     def spelt(self, name: str) -> str | None:

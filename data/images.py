@@ -1,7 +1,6 @@
 """Image bytes in, one kind of picture out: upright RGB, alpha composited on white."""
 
 import contextlib
-import errno
 import hashlib
 import io
 import warnings
@@ -11,18 +10,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from errors import UserError
+from errors import FAILING, UserError
 
 MAX_PIXELS = 64_000_000  # a 64-megapixel photo decodes to 192 MB; whatever claims more is refused before it is decoded
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow reads more; EPS would start Ghostscript
 MACS_OWN = "._"  # how a file begins that macOS puts beside another, of the same suffix but other content
 ORIENTATION = 0x0112  # the EXIF tag; its values 5 to 8 turn the picture by 90 degrees
 WIDTH, HEIGHT = 0x0100, 0x0101  # the tags of a TIFF
-FAILING = {  # of a disk, a network or this process, not of a file: it may be over soon
-    *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
-    *(errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT),
-    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
-}
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is above our own bound
 
 

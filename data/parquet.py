@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSystem
 
-from data.cells import text
-from data.columns import Opened, check_columns, columns_of, kept
+from data.columns import Opened, as_text, cell_names, check_columns, class_names, columns_of, kept
 from data.images import ImageError
 from errors import UserError
 
@@ -84,9 +83,9 @@ def open_parquet(
         UserError: a file is no parquet, lacks pictures or a column, or has other columns than the first.
     """
     files = [open_file(path, filesystem) for path in paths]
-    names = [name for name in files[0].schema.names if name != "image"]
+    names = cell_names(files[0].schema)
     for file in files[1:]:
-        if odd := set(names) ^ {name for name in file.schema.names if name != "image"}:
+        if odd := set(names) ^ set(cell_names(file.schema)):
             raise UserError(f"{file.path} and {files[0].path} differ in the column {min(odd)}")
     check_columns(names, needs, files[0].path)
     schema = pa.schema([(name, pa.string()) for name in names])
@@ -98,10 +97,14 @@ def open_parquet(
 
 def _texts(files: list[File], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     for file in files:
+        classes = class_names(file.schema)
         try:
             with file.open() as opened:
                 for batch in opened.iter_batches(RUN_ROWS, columns=schema.names):
-                    cells = [[text(cell) for cell in batch.column(name).to_pylist()] for name in schema.names]
+                    cells = [
+                        [as_text(cell, classes.get(name)) for cell in batch.column(name).to_pylist()]
+                        for name in schema.names
+                    ]
                     yield pa.record_batch([pa.array(some, pa.string()) for some in cells], schema)
         except file.failures as error:
             raise UserError(f"{file.path} cannot be read as parquet: {error}".splitlines()[0]) from None

@@ -35,7 +35,7 @@ from data.images import ImageError, no_image, raise_if_failing
 from data.inputs import find_inputs, kind_of
 from data.parquet import File, open_file
 from data.parquet import rows as parquet_rows
-from data.tars import IMAGES, UNREAD, is_plain, members, product, read_titles
+from data.tars import IMAGES, NOT_PLAIN, NOT_READ, UNREAD, is_plain, members, product, read_titles
 from errors import UserError
 
 SHARD_ROWS = 4096
@@ -238,11 +238,11 @@ def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
                 if PurePosixPath(member.name).suffix.lower() in UNREAD:
                     unread = clean(member.name)
                     continue
-                picture = tar.extractfile(member).read() if is_plain(member) else "not a plain file"
+                picture = tar.extractfile(member).read() if is_plain(member) else NOT_PLAIN
                 yield Row(clean(member.name), picture, titles.get(name))
                 count += 1
             if unread and count == before:  # not where its JPEG lies beside it, as telephones export them
-                yield Row(unread, "of a format that is not read; convert it to JPEG", titles.get(name))
+                yield Row(unread, NOT_READ, titles.get(name))
     except (tarfile.TarError, OSError) as error:
         _raise_if_broken(error, path)
         yield Row(_file_name(path), clean(f"damaged or cut short after {count:,} pictures: {error}"))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import hub
 from data.catalogue import Catalogue, skipped_why, stat_fingerprint
 from data.cells import clean
-from data.columns import VERSION, Column, check_columns
+from data.columns import VERSION, Column, check_columns, columns_of
 from data.csv_folder import find_csv, open_csv
 from data.images import MACS_OWN, ImageError, no_image
 from data.inputs import all_files
@@ -82,10 +82,14 @@ def _identified(catalogue: Catalogue) -> Callable[[int], bytes]:
 
 def _take(catalogue: Catalogue, limit: int) -> Catalogue:
     rows = np.sort(np.random.default_rng(0).permutation(len(catalogue))[:limit]).tolist()
+
+    def taken(cells: Sequence) -> Sequence:
+        return cells.take(rows) if isinstance(cells, Column) else [cells[row] for row in rows]
+
     return replace(
         catalogue,
-        ids=[catalogue.ids[row] for row in rows],
-        columns={name: [values[row] for row in rows] for name, values in catalogue.columns.items()},
+        ids=taken(catalogue.ids),
+        columns={name: taken(cells) for name, cells in catalogue.columns.items()},
         read=lambda i: catalogue.read(rows[i]),
         fingerprint=f"{catalogue.fingerprint}-{limit}",
         run=catalogue.run and max(1, catalogue.run * limit // len(catalogue)),  # of those, so many are neighbours
@@ -161,7 +165,7 @@ def _from_table(name: str, table, fingerprint: str) -> Catalogue:
 
     check_columns(table.column_names, ("id", "image"), name)
     images = table.cast_column("image", Image(decode=False)).data.column("image")
-    columns = {name: Column(table.data.column(name)) for name in table.column_names if name != "image"}
+    columns = columns_of(table.data)
 
     def read(i: int) -> bytes:
         image = images[int(i)].as_py() or {}

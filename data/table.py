@@ -74,21 +74,20 @@ class _Head(NamedTuple):
 
 
 def _is_windows(table: Path) -> bool:
-    """Whether a file has letters beyond ASCII, none of which is UTF-8, and Windows-1252 has all: as Excel saves "CSV".
-    Where some are UTF-8, the others are damage. Encodings of other alphabets may look the same.
+    """Whether a file has letters beyond ASCII, all of them Windows-1252's and in most lines none of UTF-8: as Excel
+    saves "CSV", where two letters (`É®`) may by chance be one of UTF-8's. Where most lines have letters of UTF-8 the
+    others are damage. Encodings of other alphabets may look the same.
     """
-    beyond = False
     if not table.is_file():  # a pipe is read once
         return False
+    lines_of = {True: 0, False: 0}  # with letters of UTF-8, or with none
     with table.open("rb") as lines:
         for line in lines:
-            if not line.isascii():
-                beyond = True
-                if not line.decode(errors="ignore").isascii() or OF_NO_LETTER.search(line):
-                    return False
-            elif b"\0" in line:  # UTF-16
+            if OF_NO_LETTER.search(line):  # UTF-16 too
                 return False
-    return beyond
+            if not line.isascii():
+                lines_of[not line.decode(errors="ignore").isascii()] += 1
+    return lines_of[False] > lines_of[True]
 
 
 def _rows(lines: Iterable[bytes], number: int, head: _Head) -> Iterator[tuple[int, list[str] | str]]:
@@ -101,7 +100,7 @@ def _rows(lines: Iterable[bytes], number: int, head: _Head) -> Iterator[tuple[in
     most, quoted = LINES if head.title is None else 1, 0  # lines before that one may be within quotes
     while ahead.extend(islice(lines, most - len(ahead))) or ahead:
         cells, taken = _row(ahead, head.mark, strict=True) if head.title is None else (None, 1)
-        if cells is None or len(cells := _trimmed(cells, head.width)) != head.width:
+        if cells is None or len(cells := _without_spare(cells, head)) != head.width:
             cells, quoted, taken = _single(ahead[0], head, number < quoted), max(quoted, number + taken), 1
         yield number, cells
         number += taken
@@ -112,13 +111,10 @@ def _rows(lines: Iterable[bytes], number: int, head: _Head) -> Iterator[tuple[in
 def _single(line: bytes, head: _Head, doubtful: bool) -> list[str] | str:
     """The cells of a line that is a row, or the reason why it is none. Unless it is `doubtful` it may end early:
     spreadsheets leave out the commas before empty cells."""
-    (cells, taken), (mark, width, spare, title) = _row([line], head.mark), head
+    (cells, taken), (mark, width, _, title) = _row([line], head.mark), head
     if cells is None:
         return "not UTF-8, or no CSV"
-    cells = _trimmed(cells, max(width, len(cells) - spare))
-    behind = [] if title in (None, width - 1) else cells[title + 1 : title + 1 + len(cells) - width]
-    if not any(cell.startswith(" ") for cell in behind):  # as it does behind a title's own comma
-        cells = _trimmed(cells, width)
+    cells = _without_spare(cells, head)
     if title is not None and (surplus := len(cells) - width) > 0:
         cells[title : title + surplus + 1] = [mark.join(cells[title : title + surplus + 1])]
     if taken > 1 and (title is None or len(cells) < width):  # a title may well begin with one
@@ -151,6 +147,19 @@ def _trimmed(cells: list[str], width: int) -> list[str]:
     while len(cells) > width and not cells[-1]:
         cells = cells[:-1]
     return cells
+
+
+def _without_spare(cells: list[str], head: _Head) -> list[str]:
+    """Without the empty cells that a spreadsheet adds at the end: as many as the header has, or all that are too many.
+
+    These are kept where a cell begins with a space, as it does behind a text's own comma that is not quoted: without
+    its last, empty cell such a row would have the right width, and its cells lie a column off.
+    """
+    _, width, spare, title = head
+    cells = _trimmed(cells, max(width, len(cells) - spare))
+    first, last = (1, None) if title is None else (title + 1, title + 1 + len(cells) - width)
+    behind = [] if title == width - 1 else cells[first:last]
+    return cells if any(cell.startswith(" ") for cell in behind) else _trimmed(cells, width)
 
 
 def composed(name: str) -> str:

@@ -23,8 +23,10 @@ TEXT_BYTES = 1 << 20  # of a .txt or .json, at most
 READ = 8192  # products at a time
 IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 UNREAD = {".heic", ".heif", ".avif"}  # pictures too, of which a word is said
+NOT_READ, NOT_PLAIN = "of a format that is not read; convert it to JPEG", "not a plain file"
 TEXTS = {".json", ".txt", ".cls"}
-PLACE = ["file #", "offset #", "size #"]  # columns that say where a picture lies
+# Columns that say where a picture lies, or why it is not read.
+PLACE = {"file #": pa.int64(), "offset #": pa.int64(), "size #": pa.int64(), "why #": pa.string()}
 
 
 def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
@@ -41,12 +43,14 @@ def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
     if not texts.exists():
         names = {"id": None} | {name: None for _, cells, _ in _products(paths) for name in cells}
         check_columns(names, needs, paths[0].parent)
-        schema = pa.schema([*((name, pa.string()) for name in names), *((name, pa.int64()) for name in PLACE)])
+        schema = pa.schema([*((name, pa.string()) for name in names), *PLACE.items()])
     table = kept(texts, schema, _batches(paths, schema))
-    file, start, size = (table.column(name) for name in PLACE)
+    file, start, size, why = (table.column(name) for name in PLACE)
 
     def read(row: int) -> bytes:
         row = int(row)
+        if reason := why[row].as_py():
+            raise ImageError(reason)
         try:
             with open(paths[file[row].as_py()], "rb") as opened:
                 opened.seek(start[row].as_py())
@@ -54,7 +58,7 @@ def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
         except OSError as error:
             raise ImageError(error.strerror) from error
 
-    return Opened(columns_of(table.drop_columns(PLACE)), read, None)
+    return Opened(columns_of(table.drop_columns(list(PLACE))), read, None)
 
 
 def _batches(paths: list[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -64,8 +68,9 @@ def _batches(paths: list[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         yield pa.RecordBatch.from_pylist(rows, schema)
 
 
-def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], tuple[int, int]]]:
-    """Of each product with a picture: the number of its file, its cells, and the picture's offset and size.
+def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], tuple]]:
+    """Of each product with a picture: the number of its file, its cells, and the picture's offset, size and None, or
+    None, None and why it is not read.
 
     Raises:
         UserError: a tar is damaged, or what it says of a product lies apart from the picture.
@@ -73,21 +78,24 @@ def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], t
     for number, path in enumerate(paths):
         lone = set()  # products without a picture, of which one may lie elsewhere
         try:
-            for name, some in itertools.groupby(members(path, IMAGES | TEXTS), lambda found: product(found[1].name)):
-                cells, place = {"id": name}, None
+            found = members(path, IMAGES | UNREAD | TEXTS)
+            for name, some in itertools.groupby(found, lambda one: product(one[1].name)):
+                cells, place, why = {"id": name}, None, None
                 for tar, member in some:
                     suffix = PurePosixPath(member.name).suffix.lower()
-                    if not is_plain(member):
-                        continue
-                    if suffix in IMAGES:
-                        place = place or (member.offset_data, member.size)
+                    if suffix in UNREAD:
+                        why = NOT_READ
+                    elif not is_plain(member):
+                        why = NOT_PLAIN if suffix in IMAGES else why
+                    elif suffix in IMAGES:
+                        place = place or (member.offset_data, member.size, None)
                     else:
                         cells |= _cells(suffix, tar.extractfile(member).read(TEXT_BYTES))
-                if place:
-                    yield number, cells, place
+                if place or why:
+                    yield number, cells, place or (None, None, why)
                 else:
                     lone.add(name)
-            pictured = (product(member.name) for _, member in members(path, IMAGES) if is_plain(member))
+            pictured = (product(member.name) for _, member in members(path, IMAGES | UNREAD))
             if lone and (apart := sorted(lone.intersection(pictured))):
                 raise UserError(
                     f"{path}: what it says of {len(apart):,} products, such as {apart[0]}, is not beside their "

@@ -36,15 +36,17 @@ class TitleTable:
                             titles[spelt] = cells[column] or titles.get(spelt)  # a product may be told of once
         except OSError as error:
             raise UserError(f"cannot read --titles {path}: {error.strerror}") from None
-        self.titles = by_id | by_image
+        self.titles = by_id, by_image
 
     def __call__(self, name: str) -> str | None:
-        name = composed(name)
-        for spelt in (str(PurePosixPath(name)), _plain(name)):
-            parts = PurePosixPath(spelt).parts
-            for start in range(len(parts)):  # the most folders first
-                if (found := str(PurePosixPath(*parts[start:]))) in self.titles:
-                    return self.titles[found]
+        name, (by_id, by_image) = composed(name), self.titles
+        of_a_file = PurePosixPath(name).suffix.lower() in IMAGES  # else an id, which may well be another picture's name
+        for titles in (by_image, by_id) if of_a_file else (by_id, by_image):
+            for spelt in (str(PurePosixPath(name)), _plain(name)):
+                parts = PurePosixPath(spelt).parts
+                for start in range(len(parts)):  # the most folders first
+                    if (found := str(PurePosixPath(*parts[start:]))) in titles:
+                        return titles[found]
         return None
 
 

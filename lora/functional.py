@@ -157,8 +157,29 @@ def frozen_linear(x: Tensor, base: Frozen) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-def add_frozen_gradient(dx: Tensor, dy: Tensor, base: Frozen) -> Tensor:
-    """dx + dy W, perhaps in place: what `frozen_linear` adds to the gradient of its input."""
+class _Int8LinearFunction(torch.autograd.Function):
+    """`frozen_linear` of an int8 weight, which is widened once more for the gradient instead of being kept so."""
+
+    @staticmethod
+    def forward(ctx, x, base):
+        ctx.base = base
+        return frozen_linear(x, base)
+
+    @staticmethod
+    @once_differentiable
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def backward(ctx, dy):
+        return add_frozen_gradient(None, dy, ctx.base), None
+
+
+def int8_linear(x: Tensor, base: Frozen) -> Tensor:
+    """x Wᵀ + b by an int8 weight, with a gradient for x alone."""
+    return frozen_linear(x, base) if torch.compiler.is_compiling() else _Int8LinearFunction.apply(x, base)
+
+
+def add_frozen_gradient(dx: Tensor | None, dy: Tensor, base: Frozen) -> Tensor:
+    """dx + dy W, perhaps in place: what `frozen_linear` adds to the gradient of its input; without `dx`, dy W."""
     weight, _, scale, transposed = base
     if scale is not None:
         return linear(dy * scale, _widened(weight, dy.dtype).T, onto=dx)

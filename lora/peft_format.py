@@ -99,6 +99,8 @@ def from_peft(
         state[f"{rename(path)}.{key}"] = tensor
         if key == "lora_A":
             settings[rename(path)] = len(tensor), _pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
+    if not settings:
+        raise ValueError("the adapter has no LoRA in it")
     variant = {"rslora": config.get("use_rslora", False), "dora": config.get("use_dora", False)}
     layers = _layers(model, settings, config.get("lora_dropout", 0.0), table or {}, variant)
     params = {f"{path}.{name}": p for path, layer in layers.items() for name, p in get_adapter_params(layer).items()}

@@ -12,9 +12,9 @@ def start_at_principal(layer: LoRALayer) -> None:
 
         W₀ = U S Vᵀ;    B = U_r √S_r,  A = √S_r V_rᵀ (less the scaling);    base = W₀ - ΔW
 
-    so that the layer computes at first what it did before; `init_lora_weights="pissa"` in PEFT. The layer gets a base
-    of its own: the one it was given is not changed. The same weight gives the same rest, up to rounding, so a
-    checkpoint needs A and B alone.
+    so that the layer computes at first what it did before; with dropout before A, parts of W₀ would be dropped.
+    `init_lora_weights="pissa"` in PEFT. The layer gets a base of its own: the one it was given is not changed. The same
+    weight gives the same rest, up to rounding, so a checkpoint needs A and B alone.
 
     Raises:
         ValueError: a pair's rank is above the smaller side of its weight.

@@ -107,10 +107,16 @@ def hf_name(pair: str, old: bool = False) -> str:
 
 
 def timm_name(layer: str) -> str:
-    """The inverse of `hf_name`, of either spelling."""
-    number = next(part for part in layer.split(".") if part.isdecimal())
+    """The inverse of `hf_name`, of either spelling; also of a ViT with a head of Hugging Face's on it.
+
+    Raises:
+        UserError: timm's ViT has no such layer.
+    """
+    number = next((part for part in layer.split(".") if part.isdecimal()), "")
     numbered = {name.format(number): pair.format(number) for pair, names in HF_LAYERS.items() for name in names}
-    return numbered[layer]
+    if (pair := numbered.get(layer.removeprefix("vit."))) is None:
+        raise UserError(f"{layer} has no counterpart in timm's ViT")
+    return pair
 
 
 def bare_backbone(name: str) -> VisionTransformer:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from figures import QUIET, contact_sheet
 from models.checkpoint import newest_checkpoint
-from output import number_text
+from output import labelled_in, number_text
 
 ROOT = Path(__file__).parents[1]
 PATH = ["masterCategory", "subCategory", "articleType"]
@@ -233,6 +233,7 @@ def test_what_an_earlier_result_has_labels_for_is_left_out(command, demo_run, ph
         assert done.returncode == 0, done.stderr
         assert "left out, as they have labels: 8 of 8" in done.stderr
         assert "0 rows" in done.stderr
+    assert labelled_in(tmp_path / "fourth") == set(), "a job that found nothing new"
     done = command("infer.py", shop, *words, "--skip", out, cwd=tmp_path)
     assert "left out, as they have labels: 0 of 8" in done.stderr, "names are as they were given"
 

@@ -183,6 +183,17 @@ def test_biases_are_not_decayed():
     assert sum(len(group["params"]) for group in [*decayed, rest]) == len(params)
 
 
+def test_what_pissa_starts_from_is_not_decayed():
+    params = trained_params(tiny_model())
+    decays = {
+        id(p): group["weight_decay"] for group in parameter_groups(params, decay_lora=False) for p in group["params"]
+    }
+    pairs = {name for name in params if name.endswith(("lora_A", "lora_B"))}
+    assert pairs
+    for name, p in params.items():
+        assert (decays[id(p)] > 0) == (p.ndim == 2 and name not in pairs), name
+
+
 def test_lora_plus_is_the_learning_rate_of_b_alone():
     def moved(lora_plus):
         model = tiny_model()

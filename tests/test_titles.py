@@ -115,6 +115,15 @@ def test_pictures_of_one_name_in_two_folders_have_each_its_own_title(tmp_path):
     assert found() == ["Title of both"] * 2
 
 
+def test_a_number_is_an_id_where_answers_go_by_ids_though_it_is_another_picture_s_name_too(tmp_path):
+    table = tmp_path / "titles.csv"
+    table.write_text("id,image,title\n1,2.jpg,Red Shoe\n2,1.jpg,Blue Shoe\n")
+    find = TitleTable(table, "title")
+    assert [find(name) for name in ("1", "2", "1.jpg", "shop/2.jpg")] == [
+        "Red Shoe", "Blue Shoe", "Blue Shoe", "Red Shoe"
+    ]  # fmt: skip
+
+
 def test_a_table_of_ids_and_images_goes_by_both_and_fills_up_with_what_rows_bring(tmp_path):
     table = tmp_path / "titles.csv"
     table.write_text("id,image,title\n7,500/front.jpg,Red Shoe\n7,500/back.jpg,\n8,,Blue Shoe\n")

@@ -104,6 +104,9 @@ def test_tensorboard_shows_losses_rates_scores_and_pictures(demo_run):
     assert len(events.Images("val/pictures")) == 3
     losses = [event.value for event in events.Scalars("train/loss")]
     assert losses[-1] < losses[0] / 2
+    attributes = read_config(demo_run / "best")["attributes"]
+    first = sum(a["weight"] * events.Scalars(f"loss/{a['name']}")[0].value for a in attributes)
+    assert losses[0] == pytest.approx(first, rel=1e-5), "what is trained on"
 
 
 def test_what_is_asked_for_reaches_the_step(command, cache_dir, tmp_path, monkeypatch):
@@ -123,7 +126,7 @@ def test_what_is_asked_for_reaches_the_step(command, cache_dir, tmp_path, monkey
     unmoved = seen.pop("moved")
     weights = [a["weight"] for a in read_config(tmp_path / "run" / "last")["attributes"]]
     assert len(set(weights)) > 1
-    assert seen == {"drop": 0.2, "ratios": [4.0, 1.0, 1.0], "scaled": True, "amp": torch.float16, "smoothing": 0.1} | {
+    assert seen == {"drop": 0.2, "ratios": [1.0, 4.0, 1.0], "scaled": True, "amp": torch.float16, "smoothing": 0.1} | {
         "micro_batches": 3,
         "teacher": None,
         "weights": pytest.approx(weights),
@@ -161,7 +164,8 @@ def test_each_epoch_has_all_rows_in_an_order_of_its_own_and_each_step_draws_anew
 def test_no_two_processes_steps_or_seeds_draw_alike():
     for processes in (1, 3):
         drawn = [train.seed_of(s, t, processes, r) for s in range(3) for t in range(50) for r in range(processes)]
-        assert len(set(drawn)) == len(drawn)
+        drawn += [train.seed_of(s, t) + train.MOVED for s in range(3) for t in range(50)]
+        assert len({seed % 2**32 for seed in drawn}) == len(drawn), "a CPU takes no more of a seed"
 
 
 def test_what_is_kept_and_tested_is_the_epoch_that_was_best_on_validation(command, cache_dir, tmp_path, monkeypatch):
@@ -246,3 +250,8 @@ def test_tar_files_train_as_the_same_pictures_beside_a_table_do(command, kaggle_
         assert done.returncode == 0, done.stderr
     table, tar = (load_file(tmp_path / name / "last" / "adapter.safetensors") for name in ("table", "tar"))
     assert all(torch.equal(table[name], tensor) for name, tensor in tar.items())
+
+
+def test_pissa_drops_nothing_unless_it_is_asked_to():
+    words = {(): 0.05, ("--pissa",): 0, ("--pissa", "--dropout", "0.1"): 0.1}
+    assert {some: parse_args(list(some)).dropout for some in words} == words

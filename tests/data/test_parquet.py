@@ -2,6 +2,7 @@
 
 import time
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ from data.batches import Rows, epoch_batches, make_loader
 from data.columns import Column
 from data.images import ImageError
 from data.parquet import WINDOW, Pictures, open_file
-from data.sources import load_source
+from data.sources import _from_table, _take, load_source
 from data.store import OnDemand, open_store
 from errors import UserError
 from tests.data.conftest import picture, write_kaggle
@@ -114,6 +115,35 @@ def test_texts_are_copied_once(shop, tmp_path):
     kept.unlink()
     assert list(load_source(str(shop), tmp_path / "cache").ids) == list(first.ids)
     assert kept.stat().st_size < 20_000 and not left.exists()
+
+
+@pytest.mark.parametrize("read", ["parquet", "datasets"])
+def test_classes_go_by_their_names_and_further_pictures_are_no_text(tmp_path, read):
+    features = datasets.Features(
+        {
+            "id": datasets.Value("int64"),
+            "kind": datasets.ClassLabel(names=["Bed", "none", "Lamp"]),
+            "image": datasets.Image(),
+            "back": datasets.Image(),
+            "vector": datasets.Sequence(datasets.Value("float32")),
+            "raw": datasets.Value("binary"),
+        }
+    )
+    cells = [{"bytes": picture(i, (6, 8)), "path": None} for i in range(4)]
+    columns = {"id": list(range(4)), "kind": [2, 0, -1, 1], "image": cells, "back": cells, "vector": [[0.5]] * 4}
+    table = datasets.Dataset.from_dict(columns | {"raw": [b"x"] * 4}, features)
+    if read == "parquet":
+        table.to_parquet(tmp_path / "shop.parquet")
+        catalogue = load_source(str(tmp_path / "shop.parquet"), tmp_path / "cache")
+    else:
+        catalogue = _from_table(
+            "shop", datasets.concatenate_datasets([table.select([0, 1]), table.select([2, 3])]), "1"
+        )
+    assert {name: list(some) for name, some in catalogue.columns.items()} == {
+        "id": ["0", "1", "2", "3"], "kind": ["Lamp", "Bed", None, None]
+    }  # fmt: skip
+    assert catalogue.columns["kind"][:2] == ["Lamp", "Bed"]
+    assert list(_take(catalogue, 3).columns["kind"]) == ["Lamp", "Bed", None]
 
 
 def test_a_column_that_is_missing_is_told_before_anything_is_copied(shop, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data.attributes import Scale, encode_numbers, far_off, fit_scales, read_numbers
+from data.cells import to_numbers
 from data.schema import FASHION, FASHION_FILE, Attribute, read_schema
 from errors import UserError
 
@@ -180,3 +181,20 @@ def test_a_number_without_variety_is_an_error():
         fit_scales(read_numbers({"id": list("abc"), "cm": ["2", "2.0", "3"]}, WIDTH), [0, 1], WIDTH)
     with pytest.raises(UserError, match="no train row has a value of width"):
         fit_scales(read_numbers({"id": list("abc"), "cm": [None, None, "3"]}, WIDTH), [0, 1], WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [
+        (["1.250", "999", None, "-2.500"], True),
+        (["1.250", "12.5"], False),
+        (["1.250", "0.125"], False),
+        (["1.250", "1250"], False),
+        (["999", "2012"], False),
+    ],
+)
+def test_points_that_may_be_of_thousands_are_told(capsys, cells, told):
+    found = to_numbers(cells, "price", range(len(cells)))
+    assert found[0] == float(cells[0]), "read as decimals all the same"
+    said = "column price: 1.250 is read as 1.25; if points mark thousands, take them out\n"
+    assert capsys.readouterr().err == said * told

@@ -68,6 +68,17 @@ def test_a_table_that_excel_saved_on_windows(tmp_path, capsys):
     assert rows(tmp_path / "shop.csv", text) == rows(tmp_path / "shop.csv", "\ufeff" + text)
 
 
+def test_letters_of_windows_that_are_one_of_utf_8_by_chance(tmp_path):
+    text = "id;about\n1;Caf\u00e9\n2;CHLO\u00c9\u00ae\n3;gr\u00fcn\n"
+    assert rows(tmp_path / "shop.csv", text.encode("cp1252")) == [
+        ("1", "Caf\u00e9"), ("2", "CHLO\u00c9\u00ae"), ("3", "gr\u00fcn")
+    ]  # fmt: skip
+    damaged = text.encode() + b"4;caf\xe9\n"
+    assert rows(tmp_path / "shop.csv", damaged)[1:] == [
+        ("2", "CHLO\u00c9\u00ae"), ("3", "gr\u00fcn"), "not UTF-8, or no CSV"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("line", [b"1;Caf\xc3\xa9 \xdc", b"1;\x81\xe9", b"1;\xe9\0"])
 def test_where_some_of_it_is_utf_8_or_no_letter_the_rest_is_damage(tmp_path, line):
     assert rows(tmp_path / "shop.csv", b"id;about\n" + line) == ["not UTF-8, or no CSV"]
@@ -121,7 +132,10 @@ def test_a_comma_more_than_there_are_columns_is_the_titles_or_of_no_cell(tmp_pat
     lines = "1,Bed,Hall,", '2,"Bed, wide",Hall,', ",,,", "3,Bed, large,Hall", "4,Bed, large, red,"
     first = [("1", "Bed", "Hall"), ("2", "Bed, wide", "Hall")]
     assert rows(tmp_path / "shop.csv", "\n".join(["id,about,room", *lines])) == [
-        *first, "4 cells under 3 columns", "4 cells under 3 columns"
+        *first, "4 cells under 3 columns", "5 cells under 3 columns"
+    ]  # fmt: skip
+    assert rows(tmp_path / "shop.csv", "id,about,room,colour\n5,Bed, large,Hall,\n6,Bed,Hall,Red,,\n") == [
+        "5 cells under 4 columns", ("6", "Bed", "Hall", "Red")
     ]  # fmt: skip
     title = ["id,productDisplayName,room", *lines]
     expected = [("3", "Bed, large", "Hall"), ("4", "Bed, large, red", None)]

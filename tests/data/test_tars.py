@@ -1,12 +1,14 @@
 """Tar files as a catalogue to train on."""
 
 import json
+import tarfile
 
 import pytest
 
 from data.images import ImageError
 from data.sources import load_source
 from data.store import open_store
+from data.tars import NOT_PLAIN, NOT_READ
 from errors import UserError
 from tests.data.conftest import picture, write_tar
 
@@ -47,6 +49,23 @@ def test_products_are_rows_and_what_is_said_of_them_columns(shop, tmp_path, monk
     ]  # fmt: skip
     store = open_store(catalogue, (80, 60), tmp_path / "cache", most=0)
     assert store.ok.tolist() == [True, True, True, False]
+
+
+def test_a_picture_that_is_not_read_is_a_row_with_the_reason(tmp_path):
+    members = {"1.heic": b"x", "1.json": b'{"gender": "Men"}', "2.heic": b"x", "2.png": picture(2), "3.AVIF": b""}
+    path = write_tar(tmp_path / "0.tar", members)
+    with tarfile.open(path, "a") as tar:
+        tar.add(__file__, "4.png")
+        linked = tarfile.TarInfo("5.png")
+        linked.type, linked.linkname = tarfile.LNKTYPE, "2.png"
+        tar.addfile(linked)
+    catalogue = load_source(str(path), tmp_path / "cache")
+    assert list(catalogue.ids) == ["1", "2", "3", "4", "5"]
+    assert catalogue.columns["gender"][0] == "Men"
+    assert catalogue.read(1) == picture(2)
+    assert [(some.id, some.reason) for some in open_store(catalogue, (80, 60), tmp_path / "cache").skipped] == [
+        ("1", NOT_READ), ("3", NOT_READ), ("4", "not an image"), ("5", NOT_PLAIN)
+    ]  # fmt: skip
 
 
 def test_an_id_may_be_told(tmp_path):

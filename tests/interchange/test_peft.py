@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from errors import UserError
 from export import export_peft
 from lora import apply_lora, from_peft, get_adapter_params, merge_lora, to_peft
 from models.backbone import VIT_TARGETS, hf_name, timm_name
@@ -241,6 +242,16 @@ def test_lora_plus_goes_the_way_of_pefts(vits, tmp_path):
         moved = (other - start[name]).abs().max()
         assert (1e-3, 1e-2)[kind == "lora_B"] < moved < (6e-3, 9e-2)[kind == "lora_B"]
         torch.testing.assert_close(p, other, rtol=0, atol=1e-12, msg=name)
+
+
+def test_a_layer_that_timm_has_not_is_named(vits):
+    ours, _ = vits
+    for layer in ("pooler.dense", "encoder.layer.0.attention.attention.nothing"):
+        with pytest.raises(UserError, match=f"{layer} has no counterpart in timm's ViT"):
+            timm_name(layer)
+    assert timm_name("vit.layers.3.mlp.fc1") == timm_name("layers.3.mlp.fc1") == "blocks.3.mlp.fc1"
+    with pytest.raises(ValueError, match="the adapter has no LoRA in it"):
+        from_peft(copy.deepcopy(ours), {"peft_type": "LORA", "lora_alpha": 8}, {}, timm_name, VIT_TARGETS)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])

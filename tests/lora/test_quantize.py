@@ -91,6 +91,24 @@ def test_output_and_gradients_are_those_of_the_widened_weight():
     torch.testing.assert_close(layer.merge()(x), y)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_layer_without_lora_keeps_no_wider_weight_for_its_gradient(bf16):
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 8).requires_grad_(False)
+    layer, x, kept = Int8Linear(linear), torch.randn(5, 3, 16, requires_grad=True), []
+    watch = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t)
+    with watch, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        y = layer(x)
+    assert y.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert not kept
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert dx.dtype == torch.float32
+    tolerance = {"rtol": 0.02, "atol": 0.02} if bf16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(y.float(), torch.nn.functional.linear(x, layer.weight, layer.bias), **tolerance)
+    torch.testing.assert_close(dx, dy.float() @ layer.weight, **tolerance)
+
+
 @pytest.mark.parametrize("targets", [["query", "key", "value", "dense"], ["query"]])
 def test_base_of_a_vit_b_is_a_quarter(table, targets):
     with torch.device("meta"):  # sizes alone
