@@ -138,6 +138,8 @@ def exits_cleanly(main):
                 said = f"cannot write {error.filename or 'the results'}: {error.strerror}; make room"
             elif error.errno in BARRED and error.filename:
                 said = f"{error.filename}: {error.strerror}; name another place, or have it opened to you"
+            elif error.errno == errno.ENOMEM:
+                said = "out of memory; free some and start again"
             elif error.errno in FAILING:
                 said = f"{error.filename or 'a file'}: {error.strerror}; start again"
             else:

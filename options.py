@@ -274,9 +274,9 @@ def parse_args(argv: list[str] | None, restarted: bool = False) -> argparse.Name
         raise UserError(f"--resume goes on with the run's own options; leave out --{others[0].replace('_', '-')}")
     if args.resume:
         vars(args).update({name: None for name in MOVABLE if name not in given})  # the run knows
+    if args.pissa and "dropout" not in given:
+        args.dropout = 0.0  # else parts of the pretrained weight would be dropped, not of what is added to it
     if not restarted:
-        if args.pissa and "dropout" not in given:
-            args.dropout = 0.0  # else parts of the pretrained weight would be dropped, not of what is added to it
         if args.init_from:
             take_over(args, given)
         check_read(args, given)

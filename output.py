@@ -90,7 +90,7 @@ def labelled_in(path: Path) -> set[str]:
     """
     folder = os.path.isdir(path)  # which says no to a name too long, where `Path.is_dir` raises
     files, names = sorted((path / "labels").glob("*.parquet")) if folder else [path], set()
-    if not files and not (folder and (path / "job.json").is_file()):  # of a job that found nothing new
+    if not files and not (path / "job.json").is_file():  # of a job that found nothing new, or has only begun
         raise UserError(f"--skip {path} holds no answers: name a file that --out wrote, or a job's folder")
     for file in files:
         try:

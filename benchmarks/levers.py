@@ -145,10 +145,10 @@ def heads_rate(ratio: float) -> Callable[[Task], None]:
     """The heads' learning rate, of all others'."""
     given = train.parameter_groups
 
-    def groups(params: dict[str, nn.Parameter], *options) -> list[dict]:
+    def groups(params: dict[str, nn.Parameter], *args, **options) -> list[dict]:
         heads = {name: p for name, p in params.items() if name.startswith("heads.")}
         rest = {name: p for name, p in params.items() if name not in heads}
-        return [group | {"lr_ratio": ratio} for group in given(heads, *options)] + given(rest, *options)
+        return [group | {"lr_ratio": ratio} for group in given(heads, *args, **options)] + given(rest, *args, **options)
 
     return lambda task: setattr(train, "parameter_groups", groups)
 

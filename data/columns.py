@@ -33,8 +33,9 @@ class Column(Sequence):
             return [as_text(_plain(cell), self.names) for cell in self.cells[row]]
         return as_text(_plain(self.cells[int(row)]), self.names)
 
-    def take(self, rows: Sequence[int]) -> "Column":
-        return Column(self.cells.take(pa.array(rows)), self.names)
+    def only(self, wanted: np.ndarray) -> "Column":
+        """The rows where `wanted` (N,) is true, in memory, without all others on the way."""
+        return Column(self.cells.filter(pa.array(wanted)), self.names)
 
     def __iter__(self) -> Iterator[str | None]:
         for start in range(0, len(self), READ):
@@ -87,10 +88,12 @@ def cell_names(schema: pa.Schema) -> list[str]:
 def class_names(schema: pa.Schema) -> dict[str, list[str]]:
     """Of the columns that hold numbers of classes, as `datasets` keeps a `ClassLabel` in Arrow and parquet."""
     try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return {name: f["names"] for name, f in features.items() if f["_type"] == "ClassLabel"}
-    except (KeyError, TypeError, ValueError):  # not written by it, or a list of features among them
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"].items()
+    except (KeyError, TypeError, ValueError, AttributeError):  # not written by it
         return {}
+    numbers = {field.name for field in schema if pa.types.is_integer(field.type)}  # or they were replaced since
+    classes = {name: f for name, f in features if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
+    return {name: f["names"] for name, f in classes.items() if name in numbers}
 
 
 def columns_of(table: pa.Table) -> dict[str, Column]:

@@ -81,10 +81,12 @@ def _identified(catalogue: Catalogue) -> Callable[[int], bytes]:
 
 
 def _take(catalogue: Catalogue, limit: int) -> Catalogue:
-    rows = np.sort(np.random.default_rng(0).permutation(len(catalogue))[:limit]).tolist()
+    wanted = np.zeros(len(catalogue), dtype=bool)
+    wanted[np.random.default_rng(0).permutation(len(catalogue))[:limit]] = True
+    rows = np.flatnonzero(wanted).tolist()
 
     def taken(cells: Sequence) -> Sequence:
-        return cells.take(rows) if isinstance(cells, Column) else [cells[row] for row in rows]
+        return cells.only(wanted) if isinstance(cells, Column) else [cells[row] for row in rows]
 
     return replace(
         catalogue,
@@ -163,9 +165,9 @@ def _from_table(name: str, table, fingerprint: str) -> Catalogue:
     """A `datasets.Dataset` -> Catalogue. The pictures stay on disk: Arrow maps them and reads a row at a time."""
     from datasets import Image
 
-    check_columns(table.column_names, ("id", "image"), name)
-    images = table.cast_column("image", Image(decode=False)).data.column("image")
     columns = columns_of(table.data)
+    check_columns([column for column in table.column_names if column in {*columns, "image"}], ("id", "image"), name)
+    images = table.cast_column("image", Image(decode=False)).data.column("image")
 
     def read(i: int) -> bytes:
         image = images[int(i)].as_py() or {}

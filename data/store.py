@@ -31,7 +31,8 @@ from durable import claim, replace_csv
 from errors import UserError
 
 STORE_GB = 100.0  # decoded pictures that need more are not kept
-STORE_VERSION = 2  # raise it when decoding, hashing or the layout changes: older stores are then built anew
+# Raise it when decoding, hashing, the layout or which rows a source has changes: older stores are then built anew.
+STORE_VERSION = 3
 SIZE_SAMPLE = 500  # pictures whose headers choose the canvas
 CHUNK, CHUNKS = 64, 64  # rows a thread decodes before it reports, at most; so many times as many are in the pool
 

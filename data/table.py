@@ -75,8 +75,8 @@ class _Head(NamedTuple):
 
 def _is_windows(table: Path) -> bool:
     """Whether a file has letters beyond ASCII, all of them Windows-1252's and in most lines none of UTF-8: as Excel
-    saves "CSV", where two letters (`É®`) may by chance be one of UTF-8's. Where most lines have letters of UTF-8 the
-    others are damage. Encodings of other alphabets may look the same.
+    saves "CSV". There two letters (`É®`) may by chance be one of UTF-8's, but hardly one that Windows-1252 has too: a
+    file with such a letter is UTF-8, and the rest of it damage. Encodings of other alphabets may look the same.
     """
     if not table.is_file():  # a pipe is read once
         return False
@@ -86,7 +86,10 @@ def _is_windows(table: Path) -> bool:
             if OF_NO_LETTER.search(line):  # UTF-16 too
                 return False
             if not line.isascii():
-                lines_of[not line.decode(errors="ignore").isascii()] += 1
+                letters = line.decode(errors="ignore")
+                if not letters.encode("cp1252", "ignore").isascii():
+                    return False
+                lines_of[not letters.isascii()] += 1
     return lines_of[False] > lines_of[True]
 
 
@@ -155,11 +158,13 @@ def _without_spare(cells: list[str], head: _Head) -> list[str]:
     These are kept where a cell begins with a space, as it does behind a text's own comma that is not quoted: without
     its last, empty cell such a row would have the right width, and its cells lie a column off.
     """
-    _, width, spare, title = head
+    mark, width, spare, title = head
     cells = _trimmed(cells, max(width, len(cells) - spare))
     first, last = (1, None) if title is None else (title + 1, title + 1 + len(cells) - width)
     behind = [] if title == width - 1 else cells[first:last]
-    return cells if any(cell.startswith(" ") for cell in behind) else _trimmed(cells, width)
+    spaced = [cell.startswith(" ") for cell in behind if cell]
+    tables_own = title is None and (mark != "," or all(spaced))  # the way that all of it is written
+    return cells if any(spaced) and not tables_own else _trimmed(cells, width)
 
 
 def composed(name: str) -> str:

@@ -76,7 +76,7 @@ def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], t
         UserError: a tar is damaged, or what it says of a product lies apart from the picture.
     """
     for number, path in enumerate(paths):
-        lone = set()  # products without a picture, of which one may lie elsewhere
+        lone = set()  # products without a picture that is read, of which one may lie elsewhere
         try:
             found = members(path, IMAGES | UNREAD | TEXTS)
             for name, some in itertools.groupby(found, lambda one: product(one[1].name)):
@@ -93,9 +93,9 @@ def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], t
                         cells |= _cells(suffix, tar.extractfile(member).read(TEXT_BYTES))
                 if place or why:
                     yield number, cells, place or (None, None, why)
-                else:
+                if not place and len(cells) > 1:
                     lone.add(name)
-            pictured = (product(member.name) for _, member in members(path, IMAGES | UNREAD))
+            pictured = (product(member.name) for _, member in members(path, IMAGES) if is_plain(member))
             if lone and (apart := sorted(lone.intersection(pictured))):
                 raise UserError(
                     f"{path}: what it says of {len(apart):,} products, such as {apart[0]}, is not beside their "

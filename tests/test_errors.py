@@ -30,6 +30,7 @@ def raising(error: Exception):
     [
         (PermissionError(errno.EACCES, "Permission denied", "/home/a/x"), "/home/a/x: Permission denied; name another"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), "cannot write x: No space left on device; make room"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory; "),
         (OSError(errno.ESTALE, "Stale file handle", "x"), "x: Stale file handle; start again"),
         (MemoryError(), "out of memory; "),
         (type("OfNumpy", (MemoryError,), {})(), "out of memory; "),

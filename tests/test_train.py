@@ -254,4 +254,5 @@ def test_tar_files_train_as_the_same_pictures_beside_a_table_do(command, kaggle_
 
 def test_pissa_drops_nothing_unless_it_is_asked_to():
     words = {(): 0.05, ("--pissa",): 0, ("--pissa", "--dropout", "0.1"): 0.1}
-    assert {some: parse_args(list(some)).dropout for some in words} == words
+    for again in (False, True):
+        assert {some: parse_args(list(some), again).dropout for some in words} == words

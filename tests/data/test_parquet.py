@@ -127,11 +127,14 @@ def test_classes_go_by_their_names_and_further_pictures_are_no_text(tmp_path, re
             "back": datasets.Image(),
             "vector": datasets.Sequence(datasets.Value("float32")),
             "raw": datasets.Value("binary"),
+            "meta": {"a": datasets.Value("int64")},
+            "boxes": [{"a": datasets.Value("int64")}],
         }
     )
     cells = [{"bytes": picture(i, (6, 8)), "path": None} for i in range(4)]
     columns = {"id": list(range(4)), "kind": [2, 0, -1, 1], "image": cells, "back": cells, "vector": [[0.5]] * 4}
-    table = datasets.Dataset.from_dict(columns | {"raw": [b"x"] * 4}, features)
+    columns |= {"raw": [b"x"] * 4, "meta": [{"a": 1}] * 4, "boxes": [[{"a": 1}]] * 4}
+    table = datasets.Dataset.from_dict(columns, features)
     if read == "parquet":
         table.to_parquet(tmp_path / "shop.parquet")
         catalogue = load_source(str(tmp_path / "shop.parquet"), tmp_path / "cache")
@@ -144,6 +147,15 @@ def test_classes_go_by_their_names_and_further_pictures_are_no_text(tmp_path, re
     }  # fmt: skip
     assert catalogue.columns["kind"][:2] == ["Lamp", "Bed"]
     assert list(_take(catalogue, 3).columns["kind"]) == ["Lamp", "Bed", None]
+
+
+def test_names_of_classes_are_not_for_a_column_that_was_replaced_by_text(tmp_path):
+    features = {"id": datasets.Value("int64"), "kind": datasets.ClassLabel(names=["Bed"]), "image": datasets.Image()}
+    cells = {"id": [1], "kind": [0], "image": [{"bytes": picture(1, (6, 8)), "path": None}]}
+    datasets.Dataset.from_dict(cells, datasets.Features(features)).to_parquet(tmp_path / "shop.parquet")
+    table = pq.read_table(tmp_path / "shop.parquet")
+    pq.write_table(table.set_column(1, "kind", pa.array(["Lamp"])), tmp_path / "shop.parquet")
+    assert list(load_source(str(tmp_path / "shop.parquet"), tmp_path / "cache").columns["kind"]) == ["Lamp"]
 
 
 def test_a_column_that_is_missing_is_told_before_anything_is_copied(shop, tmp_path):

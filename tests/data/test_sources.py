@@ -264,6 +264,13 @@ def test_a_row_that_only_names_a_file_is_skipped_and_opens_none(tmp_path):
     assert store.skipped == [Skipped(id_, reason) for id_, reason in zip("23", reasons, strict=True)]
 
 
+def test_an_id_that_is_no_text_is_told():
+    features = datasets.Features({"id": datasets.Value("binary"), "image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"id": [b"1"], "image": [{"bytes": picture(5), "path": None}]}, features)
+    with pytest.raises(UserError, match="shop lacks the column id; it has image"):
+        _from_table("shop", table, "1")
+
+
 def test_a_cached_hub_dataset_loads_without_the_hub(tmp_path):
     write_parquet(tmp_path / "a.parquet", [5, 6])
     built = datasets.load_dataset(

@@ -68,14 +68,19 @@ def test_a_table_that_excel_saved_on_windows(tmp_path, capsys):
     assert rows(tmp_path / "shop.csv", text) == rows(tmp_path / "shop.csv", "\ufeff" + text)
 
 
+@pytest.mark.parametrize("text", ["id\tabout\troom\n5\tBed\t Hall\t\n", "id, about, room\n5, Bed, Hall,\n"])
+def test_a_space_is_no_sign_of_a_comma_where_all_cells_have_one_or_cells_end_otherwise(tmp_path, text):
+    assert rows(tmp_path / "shop.csv", text) == [("5", "Bed", "Hall")]
+
+
 def test_letters_of_windows_that_are_one_of_utf_8_by_chance(tmp_path):
     text = "id;about\n1;Caf\u00e9\n2;CHLO\u00c9\u00ae\n3;gr\u00fcn\n"
     assert rows(tmp_path / "shop.csv", text.encode("cp1252")) == [
         ("1", "Caf\u00e9"), ("2", "CHLO\u00c9\u00ae"), ("3", "gr\u00fcn")
     ]  # fmt: skip
-    damaged = text.encode() + b"4;caf\xe9\n"
+    damaged = text.encode() + b"4;caf\xe9\n" * 5
     assert rows(tmp_path / "shop.csv", damaged)[1:] == [
-        ("2", "CHLO\u00c9\u00ae"), ("3", "gr\u00fcn"), "not UTF-8, or no CSV"
+        ("2", "CHLO\u00c9\u00ae"), ("3", "gr\u00fcn"), *["not UTF-8, or no CSV"] * 5
     ]  # fmt: skip
 
 

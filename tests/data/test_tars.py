@@ -68,6 +68,15 @@ def test_a_picture_that_is_not_read_is_a_row_with_the_reason(tmp_path):
     ]  # fmt: skip
 
 
+def test_what_is_said_beside_a_picture_that_is_not_read_is_not_lost_when_it_is_converted(tmp_path):
+    path = write_tar(tmp_path / "0.tar", {"1.heic": b"x", "1.json": b'{"gender": "Men"}', "2.png": picture(2)})
+    with tarfile.open(path, "a") as tar:
+        (tmp_path / "1.jpg").write_bytes(picture(1, kind="jpeg"))
+        tar.add(tmp_path / "1.jpg", "1.jpg")
+    with pytest.raises(UserError, match=r"1 products, such as 1, is not beside their pictures; pack it with"):
+        load_source(str(path), tmp_path / "cache")
+
+
 def test_an_id_may_be_told(tmp_path):
     write_tar(tmp_path / "a" / "0.tar", {"x.json": b'{"id": 77}', "x.png": picture(1)})
     assert list(load_source(str(tmp_path / "a" / "0.tar"), tmp_path / "cache").ids) == ["77"]
