@@ -39,6 +39,7 @@ from evaluate import SCORED, choice, judge, predict
 from lora import merge_lora
 from models.checkpoint import find_checkpoint, previous_of, read_config, save_checkpoint
 from models.classifier import AttributeClassifier, attribute_losses
+from models.hog import hog
 from models.neighbours import FILE, Neighbours
 from step import MAX_GRAD_NORM, learning_rate, parameter_groups
 from task import Task, load_task
@@ -60,31 +61,24 @@ class Seen(NamedTuple):
     embedding: Tensor
 
 
-class Unread(nn.Module):
-    """In the place of heads: embeddings (B, D) as they come."""
+class Looking(nn.Module):
+    """A model that says what its heads and neighbours are given; no edges where nothing is to `look` at them."""
 
-    def forward(self, embedding: Tensor) -> dict[str, Tensor]:
-        return {"embedding": embedding}
+    def __init__(self, model: AttributeClassifier, look: bool):
+        super().__init__()
+        self.model, self.look = model, look
 
-
-class Looked(nn.Module):
-    """In the place of neighbours: what they are given."""
-
-    def nearest(self, hog: Tensor, embedding: Tensor) -> Seen:
-        return Seen(hog, embedding)
-
-    def forward(self, seen: Seen, logits: dict[str, Tensor]) -> dict[str, Tensor]:
-        return seen._asdict()
+    def forward(self, images: Tensor, tokens: Tensor | None) -> dict[str, Tensor]:
+        embedding = self.model.embedding(images, tokens)
+        return {"hog": hog(images) if self.look else embedding[:, :0], "embedding": embedding}
 
 
 def embed(task: Task, rows: np.ndarray, batch_size: int, what: str, look: bool) -> Seen:
     """Of rows of the store, on the CPU; without edges where nothing is to `look` at them."""
-    model, device = merge_lora(task.model), next(task.model.parameters()).device
-    model.heads, model.neighbours = Unread(), Looked() if look else None
+    device = next(task.model.parameters()).device
     loader = make_loader(task.store, task.known, epoch_batches(rows, batch_size), device)
-    seen = predict(model, loader, task.preprocess, device, what)
-    embedding = seen["embedding"].clone()  # for autograd too
-    return Seen(seen["hog"].clone() if look else embedding[:, :0], embedding)
+    seen = predict(Looking(merge_lora(task.model), look), loader, task.preprocess, device, what)
+    return Seen(*(tensor.clone() for tensor in seen.values()))  # for autograd too
 
 
 def train_heads(heads: nn.Module, embeddings: Tensor, known: Rows) -> None:

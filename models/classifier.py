@@ -66,15 +66,19 @@ class AttributeClassifier(nn.Module):
 
     def explained(self, images: Tensor, tokens: Tensor | None = None) -> tuple[dict[str, Tensor], Alike | None]:
         """The outputs, and the neighbours that they follow from, if there are any."""
-        parts = [] if self.blind else [*self.embed(images)]
-        if self.text is not None:
-            parts.append(self.text(tokens))
-        embedding = torch.cat(parts, dim=-1)
+        embedding = self.embedding(images, tokens)
         logits = self.heads(embedding)
         if self.neighbours is None:
             return logits, None
         alike = self.neighbours.nearest(hog(images), embedding)
         return self.neighbours(alike, logits), alike
+
+    def embedding(self, images: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """What the heads are given of pictures, titles or both, (B, D)."""
+        parts = [] if self.blind else [*self.embed(images)]
+        if self.text is not None:
+            parts.append(self.text(tokens))
+        return torch.cat(parts, dim=-1)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, S, S) -> the backbone's own embedding and the mean of its patches, (B, d) each."""
