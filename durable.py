@@ -4,6 +4,7 @@ import contextlib
 import csv
 import errno
 import io
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -89,7 +90,7 @@ def at_rest(run: Path) -> Iterator[None]:
     """Hold the folder of a run, if it is one, which has ended: what is in it stays as it is meanwhile.
 
     Raises:
-        UserError: the run has not ended, or may not be written to.
+        UserError: the run has not ended, or was stopped before its end, or may not be written to.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -98,7 +99,18 @@ def at_rest(run: Path) -> Iterator[None]:
             raise UserError(f"cannot write to {run}: {error.strerror}; name a copy of its checkpoint") from None
         if not still:
             raise UserError(f"{run} is a run that has not ended; wait for it, or name a copy of its checkpoint")
+        if _was_stopped(run):  # --resume would put the next good epoch in the place of what is made here
+            raise UserError(f"{run} was stopped before its end: --resume it first, or name a copy of its checkpoint")
         yield
+
+
+def _was_stopped(run: Path) -> bool:
+    """Whether a run has epochs to go; not where it is none, or older than that is known."""
+    try:
+        config, options = (json.loads((run / name).read_bytes()) for name in ("last/config.json", "options.json"))
+        return config["progress"]["epochs_scored"] < options["epochs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @contextlib.contextmanager

@@ -151,7 +151,8 @@ def same_catalogue(task: Task, limit: int | None) -> bool:
     """Whether the checkpoint, or its heads alone, was trained on these very files, on both sides perhaps a choice of
     their rows. A copy of them is not told from another catalogue."""
     data, found = task.config["data"], task.catalogue.fingerprint.removesuffix(f"-{limit}")
-    return any(data.get(key, "").startswith(found) for key in ("fingerprint", "heads_fingerprint"))
+    seen = [data["fingerprint"], *data.get("heads_fingerprint", "").split()]
+    return any(one.startswith(found) for one in seen)
 
 
 def unknown_labels(task: Task, rows: np.ndarray) -> dict[str, Counter]:

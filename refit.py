@@ -220,6 +220,8 @@ def comparison(before: dict, after: dict) -> str:
     for name, a in after["attributes"].items():
         was = before["attributes"][name]
         if not a["rows"]:
+            if "accuracy" in a:
+                lines.append(f"{name:<16}no labels here, so none of it will be accepted")
             continue
         if "mae" in a:
             lines.append(f"{name:<16}{'MAE':>9} {was['mae']:,.4g}, after {a['mae']:,.4g}")
@@ -227,6 +229,12 @@ def comparison(before: dict, after: dict) -> str:
         accepted = [scores["calibration"]["attributes"][name]["accepted"] for scores in (before, after)]
         lines.append(f"{name:<16}{was['accuracy']:>9.3f}{a['accuracy']:>8.3f}{accepted[0]:>10.3f}{accepted[1]:>8.3f}")
     return "\n".join(lines)
+
+
+def share_accepted(scores: dict) -> float:
+    """Of the labels of attributes that any validation row has: of others nothing can be said now."""
+    names = [name for name, a in scores["attributes"].items() if a["rows"] and "accuracy" in a]
+    return float(np.mean([scores["calibration"]["attributes"][name]["accepted"] for name in names]))
 
 
 @exits_cleanly
@@ -271,14 +279,15 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     if look:
         shares = zip(task.names, task.model.neighbours.share.tolist(), strict=True)
         print("neighbours count for", ", ".join(f"{share:.2f} of {name}" for name, share in shares))
-    (was, accepted_was), (now, accepted) = (
-        (scores["mean_accuracy"], scores["calibration"]["accepted"]) for scores in (before, after)
-    )
+    was, now = (scores["mean_accuracy"] for scores in (before, after))
+    accepted_was, accepted = map(share_accepted, (before, after))
     change = f"mean accuracy {was:.4f} before, {now:.4f} after; accepted {accepted_was:.3f}, {accepted:.3f}"
     if (now <= was or accepted < accepted_was - FEWER) and (look or not had):
         print(f"{change}: {folder} stays as it was")
         return
-    data = task.config["data"] | {"heads_fingerprint": task.catalogue.fingerprint}
+    earlier = task.config["data"].get("heads_fingerprint", "").split()
+    seen = dict.fromkeys([*earlier, task.catalogue.fingerprint])  # each once, in order
+    data = task.config["data"] | {"heads_fingerprint": " ".join(seen)}
     kept = {FILE: task.model.neighbours.tensors()} if look else {}
     save_checkpoint(folder, task.model, task.config | {"calibration": fitted, "data": data}, kept)
     print(

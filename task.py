@@ -13,7 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import distributed
-from data.attributes import LabelMap, Scale, known_paths, of_config, read_numbers
+from data.attributes import LabelMap, Scale, known_paths, never_answered, of_config, read_numbers
 from data.batches import Rows, epoch_batches
 from data.catalogue import Catalogue, digest, skipped_why
 from data.preprocess import Preprocess
@@ -33,6 +33,7 @@ from options import EXTRA, LORA_OPTIONS, SIZES
 from targets import columns_of, encode, fit_targets, fit_text, named_vocabulary, read_titles
 from teacher import Teacher, load_teacher
 
+NAMED = 5  # labels, in a hint
 ROUNDED_FOR = 64  # train pictures: twice as many take twice as long, for a twentieth less error
 
 
@@ -85,9 +86,13 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     entries, known = fit_targets(catalogue, numbers, train_rows, attributes, args.min_brand_count)
     if not (known.labels[store.rows("val")] >= 0).any():
         raise UserError(f"{catalogue.name}: no row of the val split has a label of a class; label more of its rows")
+    paths = known_paths(known.labels, train_rows, attributes)
+    for name, lost in never_answered(paths, entries).items():
+        several = f"{', '.join(lost[:NAMED])}{f' and {len(lost) - NAMED:,} more' if len(lost) > NAMED else ''}"
+        print(f"hint: {name} will never be {several}: no train row that is so labelled has all labels of the hierarchy")
     config |= {
         "attributes": entries,
-        "paths": known_paths(known.labels, train_rows, attributes),
+        "paths": paths,
         "title": schema.title,
         "text": None,
         "preprocess": asdict(preprocess),

@@ -19,6 +19,7 @@ from errors import UserError
 AT_ONCE = 1 << 16  # rows whose paths are sorted together
 MISSING = -1  # the catalogue has no value here
 UNSEEN = -2  # it has one that no train row had
+WAYS = 1000  # to complete the labels of a row, at most
 HARDLY_MEANT = 100  # standard deviations from the mean, and more: a typing mistake rather than a number
 FARTHEST = 1e6  # standard deviations, beyond which it is all the same how far a number is off
 
@@ -171,16 +172,41 @@ def known_paths(labels: np.ndarray, rows: np.ndarray, attributes: Sequence[Attri
     """Of each hierarchy, {"attributes": its names, "known": the distinct class paths (P, names)}.
 
     The paths are those of such rows of the labels (N, A) that are labelled in full, sorted: all of them, however rare.
-    Some are mistakes of the catalogue, but leaving them out makes no answer better (`benchmarks/known_paths.py`).
+    Some are mistakes of the catalogue, but leaving them out makes no answer better (`benchmarks/known_paths.py`). Where
+    none of them has what a row says that is labelled in part, as shoes that have no sleeve, all ways to complete that
+    row are paths too, if they are not more than `WAYS`.
     """
     names, known = [a.name for a in attributes if a.kind == "class"], []
     for family in families(attributes):
         columns, found = [names.index(name) for name in family], set()
         for start in range(0, len(rows), AT_ONCE):
-            paths = labels[np.ix_(rows[start : start + AT_ONCE], columns)]  # (n, names)
-            found |= set(map(tuple, np.unique(paths[(paths >= 0).all(1)], axis=0).tolist()))
-        known.append({"attributes": family, "known": [list(path) for path in sorted(found)]})
+            paths = np.unique(labels[np.ix_(rows[start : start + AT_ONCE], columns)], axis=0)  # (n, names)
+            found |= set(map(tuple, paths[(paths > UNSEEN).all(1) & (paths != MISSING).any(1)].tolist()))
+        sizes = [labels[rows, column].max(initial=MISSING) + 1 for column in columns]
+        known.append({"attributes": family, "known": [list(path) for path in sorted(_completed(found, sizes))]})
     return known
+
+
+def _completed(found: set[tuple[int, ...]], sizes: Sequence[int]) -> set[tuple[int, ...]]:
+    """Of paths the complete ones, and ways to complete such others as none of them agrees with."""
+    complete = {path for path in found if MISSING not in path}
+    # What is least open first, and in what is finest.
+    for path in sorted(found - complete, key=lambda path: (path.count(MISSING), [c == MISSING for c in path], path)):
+        if not any(all(c in (MISSING, k) for c, k in zip(path, known, strict=True)) for known in complete):
+            ways = [range(size) if c == MISSING else [c] for c, size in zip(path, sizes, strict=True)]
+            if math.prod(map(len, ways)) <= WAYS:
+                complete |= set(itertools.product(*ways))
+    return complete
+
+
+def never_answered(paths: Sequence[dict], entries: Sequence[dict]) -> dict[str, list[str]]:
+    """{attribute: its labels that are in no known path} of a checkpoint's config, where there are any."""
+    labels, lost = {entry["name"]: entry["labels"] for entry in entries if entry["kind"] == "class"}, {}
+    for path in (path for path in paths if path["known"]):
+        for name, classes in zip(path["attributes"], zip(*path["known"], strict=True), strict=True):
+            if rest := sorted(set(range(len(labels[name]))) - set(classes)):
+                lost[name] = [labels[name][c] for c in rest]
+    return lost
 
 
 def nearly_alike(labels: Sequence[str]) -> list[list[str]]:

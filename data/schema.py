@@ -28,7 +28,8 @@ class Attribute:
             `data.price`, which needs columns of its own.
         kind: "class", one of the labels of train rows; or "number".
         weight: of its loss.
-        parents: classes above it in a hierarchy: its label is chosen together with theirs, as train rows combine them.
+        parents: classes above it in a hierarchy: its label is chosen together with theirs, and with those of others
+            below the same parents, as train rows combine them.
     """
 
     name: str
@@ -62,7 +63,7 @@ FIELDS = {  # of a table in a schema file: type, and what the type is called
     "parents": (list, "a list of attributes"),
 }
 MOST = {"level": 100, "weight": sys.float_info.max}
-TAKEN = ("image", "error")  # names that no attribute can have
+TAKEN = ("image", "images", "error")  # names that no attribute can have
 
 
 def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:

@@ -164,7 +164,8 @@ class Neighbours(nn.Module):
 
 def _whitening(seen: Tensor, components: int) -> tuple[Tensor, Tensor]:
     """Mean (n,) and basis (n, c) of rows (N, n): `(x - mean) @ basis` has the largest principal components, nearly of
-    variance 1."""
+    variance 1; no more than so few rows have, or all others would count as much, in what none of them showed."""
+    components = max(1, min(components, len(seen) - 1))
     mean = seen.float().mean(0)
     centred = seen.float() - mean
     variance, axes = torch.linalg.eigh((centred.T @ centred / len(seen)).double())

@@ -87,11 +87,12 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
 
 
 def chains(task, given: np.ndarray, said: np.ndarray) -> list[tuple[list[str], list[int]]]:
-    """Of each hierarchy its deepest attribute behind those above it, coarse to fine, and how far off answers are."""
+    """Each attribute of a hierarchy that is above no other, behind those above it, of several parents the first, coarse
+    to fine; and how far off answers are."""
     parents, names = {a["name"]: a["parents"] for a in task.config["attributes"]}, list(task.classes)
-    found = []
-    for path in task.config["paths"]:
-        chain = [path["attributes"][-1]]
+    above, found = set().union(*parents.values()), []
+    for leaf in (name for path in task.config["paths"] for name in path["attributes"] if name not in above):
+        chain = [leaf]
         while parents[chain[0]]:
             chain.insert(0, parents[chain[0]][0])
         found.append((chain, path_distance(given, said, [names.index(name) for name in chain])))

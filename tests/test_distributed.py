@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import distributed
 from errors import UserError
 from models.checkpoint import sealed
 from options import parse_args
@@ -222,9 +223,10 @@ def test_a_run_goes_on_with_more_processes_than_a_micro_batch_has_pictures(comma
 
 def test_a_restart_does_not_go_on_with_a_run_of_other_options(words, alone):
     before = (alone / "last" / "config.json").read_bytes()
-    code, said = finish(torchrun(2, "train.py", *words, "--seed", 5, "--out", alone, restarts=1))
-    assert code != 0
-    assert said.count("already holds a run") == 2, "at the start and at the restart"
+    options = [*map(str, words), "--seed", "5", "--out", str(alone)]
+    for restarted in (False, True):
+        with contextlib.ExitStack() as held, pytest.raises(UserError, match="already holds a run"):
+            choose(options, torch.device("cpu"), held, restarted)
     assert (alone / "last" / "config.json").read_bytes() == before
 
 
@@ -282,7 +284,36 @@ def test_all_know_of_a_restart_that_one_machine_has_counted(tmp_path):
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["True", "True"]
 
 
-def test_restarts_need_a_folder_to_find_again(words):
-    code, said = finish(torchrun(2, "train.py", *words, restarts=1))
-    assert code != 0
-    assert "error: torchrun --max-restarts: name the run's folder with --out" in said
+def test_restarts_need_a_folder_to_find_again(words, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with contextlib.ExitStack() as held, pytest.raises(UserError, match="max-restarts: name the run's folder with"):
+        choose(list(map(str, words)), torch.device("cpu"), held, False)
+
+
+def test_processes_share_the_cores(monkeypatch):
+    given = []
+    for name, value in {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    distributed.share_cores()
+    assert given == [4]
+
+
+@pytest.mark.parametrize(
+    ("surrounding", "message"),
+    [
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes share 1 GPUs: --nproc-per-node 1"),
+        (
+            {"TORCHELASTIC_MAX_RESTARTS": "3", "GROUP_WORLD_SIZE": "4", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        ),
+    ],
+)
+def test_what_processes_cannot_have_is_told(monkeypatch, surrounding, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "GPU" in message)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in ({"TORCHELASTIC_RUN_ID": "none"} | surrounding).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message), distributed.joined():
+        pass

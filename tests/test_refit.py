@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from safetensors.torch import load_file
 import refit
 from data import fashion
 from data.batches import Rows
-from durable import claim
+from durable import at_rest, claim
+from errors import UserError
+from evaluate import same_catalogue
 from models.checkpoint import FORMAT, LOOKING, amend_config, read_config
 from models.heads import HierarchicalHeads
 from models.neighbours import FILE
@@ -186,6 +189,45 @@ def test_a_run_in_progress_is_left_alone(command, demo_run, words, tmp_path):
     assert f"{tmp_path / 'run'} is a run that has not ended; wait for it" in done.stderr.splitlines()[-1]
 
 
+def test_a_run_that_was_stopped_is_resumed_first(demo_run, tmp_path):
+    """Or the next good epoch would replace what is made of its `best/`."""
+    for part in ("options.json", "last/config.json"):
+        (tmp_path / "run" / part).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(demo_run / part, tmp_path / "run" / part)
+    with at_rest(tmp_path / "run"), at_rest(tmp_path):
+        pass
+    options = json.loads((demo_run / "options.json").read_text())
+    (tmp_path / "run" / "options.json").write_text(json.dumps(options | {"epochs": options["epochs"] + 1}))
+    with pytest.raises(UserError, match="run was stopped before its end: --resume it first"), at_rest(tmp_path / "run"):
+        pass
+
+
+def test_of_an_attribute_without_labels_nothing_is_held_against_it():
+    labelled, none = {"accuracy": 0.5, "rows": 4}, {"accuracy": None, "rows": 0}
+
+    def scores(*accepted):
+        attributes = {"kind": labelled, "usage": none, "cm": {"mae": 1.0, "rows": 4}}
+        known = {name: {"accepted": share} for name, share in zip(("kind", "usage"), accepted, strict=True)}
+        return {"attributes": attributes, "calibration": {"attributes": known}}
+
+    before, after = scores(0.7, 0.9), scores(0.8, 0.0)
+    assert [refit.share_accepted(some) for some in (before, after)] == [0.7, 0.8]
+    assert "usage           no labels here, so none of it will be accepted\n" in refit.comparison(before, after)
+
+
+def test_all_that_heads_were_fitted_to_is_known_again(command, demo_run, words, tmp_path):
+    folder = tmp_path / "best"
+    with_fresh_heads(demo_run / "best", folder)
+    data = read_config(folder)["data"]
+    amend_config(folder, data=data | {"heads_fingerprint": "of-before"})
+    assert command("refit.py", "--checkpoint", folder, *words).returncode == 0
+    config = read_config(folder)
+    assert config["data"]["heads_fingerprint"] == f"of-before {data['fingerprint']}"
+    for found, known in (("of-before", True), (data["fingerprint"], True), ("other", False)):
+        task = SimpleNamespace(config=config, catalogue=SimpleNamespace(fingerprint=found))
+        assert same_catalogue(task, None) == known
+
+
 def test_errors(command, demo_run, words, tmp_path):
     shutil.copytree(demo_run / "best", tmp_path / "best")
     (tmp_path / "best" / "README.md").touch()
@@ -201,3 +243,23 @@ def test_errors(command, demo_run, words, tmp_path):
         done = command("refit.py", *options)
         assert done.returncode == 2
         assert message in done.stderr.splitlines()[-1]
+
+
+def test_rows_of_which_nothing_is_known_are_left_out_and_of_too_many_some(monkeypatch):
+    labels, numbers = np.array([[-1], [0], [-2], [1], [0], [1]]), np.full((6, 1), np.nan)
+    numbers[0] = 3
+    known = Rows(labels, numbers, np.zeros((6, 0)))
+    task = SimpleNamespace(store=SimpleNamespace(rows=lambda split: np.arange(6)), known=known)
+    assert refit.known_rows(task, "train").tolist() == [0, 1, 3, 4, 5]
+    monkeypatch.setattr(refit, "MOST", 3)
+    few = refit.known_rows(task, "train").tolist()
+    assert len(set(few)) == 3 and {0, 1, 3, 4, 5}.issuperset(few)
+
+
+def test_what_is_said_of_before_and_after():
+    def scores(accuracy, accepted, mae):
+        attributes = {"kind": {"accuracy": accuracy, "rows": 4}, "cm": {"mae": mae, "rows": 4}, "none": {"rows": 0}}
+        return {"attributes": attributes, "calibration": {"attributes": {"kind": {"accepted": accepted}}}}
+
+    said = " ".join(refit.comparison(scores(0.1, 0.3, 5.0), scores(0.2, 0.4, 6.0)).split())
+    assert said == "val accuracy after accepted after kind 0.100 0.200 0.300 0.400 cm MAE 5, after 6"

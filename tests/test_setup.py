@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from data.split import in_split
 from data.store import open_store
 from options import parse_args
-from task import setup
+from task import load_task, setup
 
 ROOT = Path(__file__).parents[1]
 GHOST = {"gender": "Ghost", "subCategory": "Ghost", "articleType": "Ghost", "baseColour": "Ghost", "usage": "Ghost"}
@@ -46,3 +47,14 @@ def test_rows_of_validation_and_test_leave_no_trace(tmp_path):
     assert (after.known.labels != before.known.labels).any(), "the rows themselves have changed"
     for part in ("attributes", "paths", "text"):
         assert after.config[part] == before.config[part], part
+
+
+@pytest.mark.parametrize(("gigabytes", "kept"), [("0.00116", True), ("0.00115", False)])
+def test_pictures_are_kept_up_to_as_many_gigabytes_as_asked_for(demo_run, cache_dir, tmp_path, gigabytes, kept):
+    words = ("--data", "demo", "--backbone", "demo", "--limit", "100", "--store-gb", gigabytes)  # 100 of 64 x 60 x 3
+    args = parse_args([*words, "--cache-dir", str(cache_dir)])
+    args.out, args.amp = tmp_path, None
+    cpu = torch.device("cpu")
+    loaded = load_task(demo_run / "best", None, "demo", cache_dir, 100, cpu, args.store_gb)
+    for task in (setup(args, cpu), loaded):
+        assert bool(task.store.nbytes) == kept

@@ -7,7 +7,6 @@ import torch
 
 from data.batches import Batch
 from data.preprocess import Preprocess
-from defaults import choose_amp
 from lora import apply_lora
 from models.backbone import VIT_TARGETS
 from models.checkpoint import trained_params
@@ -209,10 +208,6 @@ def test_lora_plus_is_the_learning_rate_of_b_alone():
     for name in plain:
         ratio = 16 if name.endswith("lora_B") else 1
         torch.testing.assert_close(plus[name], ratio * plain[name], rtol=1e-2, atol=1e-9)  # decay differs in part
-
-
-def test_amp_alone_never_means_fp16_on_a_cpu():
-    assert choose_amp(torch.device("cpu")) in (None, "bf16")
 
 
 def test_bf16_step_stays_close_to_fp32():

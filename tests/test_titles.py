@@ -188,8 +188,9 @@ def test_a_run_with_titles_resumes_to_the_same_bits(command, cache_dir, tmp_path
         "\n".join([*SPECIAL, *string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)])
     )
     words = ("--data", "demo", "--limit", 300, "--epochs", 1, "--inputs", "image+title", "--cache-dir", cache_dir)
-    words += ("--vocab", vocab)
+    words += ("--vocab", vocab, "--title-length", 9)
     assert command("train.py", *words, "--out", tmp_path / "whole").returncode == 0
+    assert read_config(tmp_path / "whole" / "best")["text"]["length"] == 9
     request.getfixturevalue("ctrl_c")
     assert command("train.py", *words, "--out", tmp_path / "cut").returncode == train.STOPPED
     vocab.unlink()

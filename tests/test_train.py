@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from errors import UserError
+from lora import LoRALayer, get_adapter_params
 from models.backbone import create_backbone
 from models.checkpoint import load_checkpoint, read_config
 from options import parse_args
@@ -35,6 +36,7 @@ def test_variants_train_and_load(command, cache_dir, tmp_path):
     block = model.backbone.blocks[3]
     assert (len(block.attn.qkv.query.lora_A), len(block.mlp.fc2.lora_A)) == (2, 4)
     assert block.mlp.fc2.scaling == 8 / 2
+    assert block.mlp.fc2.start_A is not None, "it began at the principal part"
     start = create_backbone("demo", patch_size=4)[0].blocks[3].mlp.fc2.weight.norm(dim=1)
     assert (block.mlp.fc2.lora_magnitude - start).abs().max() > 1e-4, "DoRA's lengths train"
     assert isinstance(model.backbone.blocks[1].mlp.fc2, torch.nn.Linear), "--layers names the others"
@@ -107,6 +109,8 @@ def test_tensorboard_shows_losses_rates_scores_and_pictures(demo_run):
     attributes = read_config(demo_run / "best")["attributes"]
     first = sum(a["weight"] * events.Scalars(f"loss/{a['name']}")[0].value for a in attributes)
     assert losses[0] == pytest.approx(first, rel=1e-5), "what is trained on"
+    (told,) = events.Scalars("hparam/test_mean_accuracy")
+    assert told.value == pytest.approx(json.loads((demo_run / "metrics.json").read_text())["mean_accuracy"])
 
 
 def test_what_is_asked_for_reaches_the_step(command, cache_dir, tmp_path, monkeypatch):
@@ -116,24 +120,33 @@ def test_what_is_asked_for_reaches_the_step(command, cache_dir, tmp_path, monkey
         seen.update(drop=model.drop_patches, ratios=[group["lr_ratio"] for group in optimizer.param_groups])
         seen.update(scaled=scaler.is_enabled(), amp=amp, smoothing=smoothing, micro_batches=len(window))
         seen.update(teacher=teacher)
+        seen.update(keep=model.keep_patches, dropout={m.dropout for m in model.modules() if isinstance(m, LoRALayer)})
         seen.update(weights=weights.tolist(), moved=prepare(window[0].pixels.to(weights.device)))
+        seen.update(pixels=window[0].pixels, A=next(iter(get_adapter_params(model).values())).clone())
         raise UserError("seen")
 
     monkeypatch.setattr(train, "train_step", look)
     words = ("--data", "demo", "--limit", 200, "--epochs", 1, "--cache-dir", cache_dir, "--out", tmp_path / "run")
     words += ("--amp", "fp16", "--lora-plus", 4, "--drop-patches", 0.2, "--label-smoothing", 0.1, "--accum", 3)
+    words += ("--keep-patches", 0.5, "--dropout", 0.2)
     assert "error: seen" in command("train.py", *words).stderr
-    unmoved = seen.pop("moved")
+    unmoved, pixels, A = seen.pop("moved"), seen.pop("pixels"), seen.pop("A")
     weights = [a["weight"] for a in read_config(tmp_path / "run" / "last")["attributes"]]
     assert len(set(weights)) > 1
     assert seen == {"drop": 0.2, "ratios": [1.0, 4.0, 1.0], "scaled": True, "amp": torch.float16, "smoothing": 0.1} | {
         "micro_batches": 3,
         "teacher": None,
         "weights": pytest.approx(weights),
+        "keep": 0.5,
+        "dropout": {0.2},
     }
     shutil.rmtree(tmp_path / "run")
     command("train.py", *words, "--warp", 0.1)
     assert not torch.equal(seen["moved"], unmoved)
+    assert torch.equal(seen["pixels"], pixels) and torch.equal(seen["A"], A)
+    shutil.rmtree(tmp_path / "run")
+    command("train.py", *words, "--seed", 1)
+    assert not torch.equal(seen["pixels"], pixels) and not torch.equal(seen["A"], A)
 
 
 def test_each_epoch_has_all_rows_in_an_order_of_its_own_and_each_step_draws_anew(
@@ -169,7 +182,7 @@ def test_no_two_processes_steps_or_seeds_draw_alike():
 
 
 def test_what_is_kept_and_tested_is_the_epoch_that_was_best_on_validation(command, cache_dir, tmp_path, monkeypatch):
-    accuracies, score = iter((0.2, 0.9, 0.5)), train.evaluate
+    accuracies, score = iter((0.9, 0.9, 0.5)), train.evaluate
 
     def told(task, split, *rest, **options):
         found = score(task, split, *rest, **options)

@@ -14,6 +14,7 @@ from data.attributes import (
     fit_label_maps,
     known_paths,
     nearly_alike,
+    never_answered,
 )
 from data.schema import FASHION, Attribute
 from errors import UserError
@@ -106,6 +107,24 @@ def test_known_paths_are_those_labelled_in_full(monkeypatch, at_once):
     assert found == [{"attributes": ["room", "kind", "piece"], "known": [[1, 2, 4], [1, 2, 5]]}]
     found = known_paths(labels, np.array([0, 2, 3, 4]), attributes)
     assert found == [{"attributes": ["room", "kind", "piece"], "known": [[1, 2, 5]]}], "of these rows alone"
+
+
+def test_what_is_never_labelled_in_full_can_be_answered_all_the_same(monkeypatch):
+    """Of shoes (class 1) none has a sleeve."""
+    attributes = [Attribute("kind", 1, "kind"), Attribute("sleeve", 2, "sleeve", parents=("kind",))]
+    labels = np.array([[0, 0], [0, 2], [1, MISSING], [0, MISSING], [MISSING, 1], [MISSING, MISSING], [2, UNSEEN]])
+    entries = [
+        {"name": name, "kind": "class", "labels": labels}
+        for name, labels in {"kind": ["Shirt", "Shoe"], "sleeve": ["Long", "None", "Short"]}.items()
+    ]
+    (path,) = paths = known_paths(labels, np.arange(7), attributes)
+    assert path["known"] == [[0, 0], [0, 2], [1, 0], [1, 1], [1, 2]]
+    assert never_answered(paths, entries) == {}
+    monkeypatch.setattr("data.attributes.WAYS", 2)
+    (path,) = paths = known_paths(labels, np.arange(7), attributes)
+    assert path["known"] == [[0, 0], [0, 2]], "too many ways"
+    assert never_answered(paths, entries) == {"kind": ["Shoe"], "sleeve": ["None"]}
+    assert never_answered([{"attributes": ["kind", "sleeve"], "known": []}], entries) == {}, "then all are answered"
 
 
 def test_each_hierarchy_has_paths_of_its_own():

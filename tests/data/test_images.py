@@ -149,6 +149,7 @@ def test_canvas_leaves_a_fitting_image_alone_and_antialiases_others():
     assert (to_canvas(image, (80, 60)) == np.asarray(image)).all()
     small = to_canvas(image, (8, 6))
     assert small.shape == (8, 6, 3)
+    assert (small == np.asarray(image.resize((6, 8), Image.Resampling.BICUBIC))).all()
     assert small.std() < 20  # noise of deviation 74 averages out; picking pixels would keep it
 
 

@@ -15,7 +15,7 @@ from data.columns import Column
 from data.images import ImageError
 from data.parquet import WINDOW, Pictures, open_file
 from data.sources import _from_table, _take, load_source
-from data.store import OnDemand, open_store
+from data.store import OnDemand, common_size, open_store
 from errors import UserError
 from tests.data.conftest import picture, write_kaggle
 
@@ -63,6 +63,10 @@ def test_a_store_is_built_in_one_pass_however_few_pictures_make_a_run(tmp_path, 
     monkeypatch.setattr(data.store, "decode", lambda source: time.sleep(0.001) or decode(source))  # or one does it all
     assert open_store(catalogue, (8, 6), tmp_path / "cache").ok.all()
     assert begun == [0]
+    read, real_read = [], Pictures._read
+    monkeypatch.setattr(Pictures, "_read", lambda self, number: read.append(number) or real_read(self, number))
+    assert common_size(catalogue, 224) == (8, 6)
+    assert len(read) <= 20, "of 38 runs, four times some that lie together"
 
 
 def starts(pictures, monkeypatch) -> list[int]:

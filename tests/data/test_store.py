@@ -12,7 +12,7 @@ from data.images import decode, pixel_hash
 from data.preprocess import Preprocess
 from data.sources import load_source
 from data.split import SPLITS, in_split, some
-from data.store import common_size, default_cache_dir, open_store
+from data.store import _pixels, common_size, default_cache_dir, open_store
 from errors import UserError
 from tests.data.conftest import picture, write_kaggle
 
@@ -62,9 +62,17 @@ def test_the_second_open_decodes_nothing_and_remembers_what_was_skipped(shop, tm
 def test_the_canvas_is_the_common_size_but_no_larger_than_the_model_reads(shop, tmp_path):
     assert common_size(shop, 224) == common_size(shop, 80) == (80, 60)
     assert common_size(shop, 70) == (70, 60)
+    odd = [picture(1, (90, 90)), picture(2), picture(3), picture(4, (120, 100))]
+    assert common_size(load_source(str(write_kaggle(tmp_path / "odd", odd)), tmp_path), 224) == (80, 60)
     full, capped = (open_store(shop, canvas, tmp_path / "cache") for canvas in ((80, 60), (32, 32)))
     assert capped.pixels.shape == (8, 32, 32, 3)
     assert (capped.hashes == full.hashes).all()
+
+
+def test_room_for_pictures_is_taken_before_they_are_decoded(tmp_path):
+    _pixels(tmp_path / "pixels.npy", (10, 80, 60, 3))
+    found = (tmp_path / "pixels.npy").stat()
+    assert found.st_blocks * 512 >= found.st_size > 10 * 80 * 60 * 3
 
 
 def test_rows_of_a_split_are_readable_and_skipped_ones_are_listed(tmp_path):

@@ -59,6 +59,12 @@ def test_the_id_may_be_written_in_capitals(tmp_path):
         next(read_rows(write(tmp_path / "c.csv", "ID,Id\n1,2\n")))
 
 
+def test_missing_cells_by_all_their_names(tmp_path):
+    cells = ["", "NA", "n/a", "#N/A", "None", "null", "NaN", "<NA>", "nap"]
+    found = rows(tmp_path / "shop.csv", "id,room\n" + "".join(f"{i},{cell}\n" for i, cell in enumerate(cells)))
+    assert [room for _, room in found] == [None] * 8 + ["nap"]
+
+
 def test_a_table_that_excel_saved_on_windows(tmp_path, capsys):
     text = "id;about\n1;Caf\u00e9 chair, 5 \u20ac\n2;Plain\n3;\u00dcber\n"
     assert rows(tmp_path / "shop.csv", text.encode("cp1252")) == [

@@ -46,7 +46,8 @@ def test_starts_as_the_base_layer():
     layer = LoRALinear(base, rank=2, alpha=4)
     x = torch.randn(3, 6)
     torch.testing.assert_close(layer(x), base(x))
-    assert layer.lora_A.abs().sum() > 0
+    A = LoRALinear(nn.Linear(400, 4), rank=50, alpha=1).lora_A
+    assert 0.98 < 20 * A.abs().max() <= 1, "uniform, of PEFT's width"
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save
 from errors import UserError
 from lora import merge_lora
 from models.checkpoint import load_checkpoint, read_config, sealed
-from models.neighbours import COMPONENTS, FILE, ID_BYTES, NEAREST, Neighbours
+from models.neighbours import COMPONENTS, FILE, ID_BYTES, NEAREST, Neighbours, _whitening
 from teacher import load_teacher
 
 
@@ -114,6 +114,17 @@ def test_few_pictures_or_all_alike_give_numbers(count):
     said = neighbours(neighbours.nearest(hog, embedding), {"kind": torch.zeros(count, 2)})["kind"]
     assert said.isfinite().all()
     assert len(neighbours.bank) == count
+
+
+def test_few_pictures_have_few_components():
+    """Another picture, which differs in what they all share, would differ in hardly anything else."""
+    torch.manual_seed(0)
+    seen = torch.randn(6, 40)
+    mean, basis = _whitening(seen, 20)
+    assert basis.shape == (40, 5)
+    other = seen[0] + 0.1 * torch.randn(40)
+    near = torch.nn.functional.cosine_similarity((seen - mean) @ basis, ((other - mean) @ basis)[None])
+    assert near.argmax() == 0 and near[0] > 0.95
 
 
 def test_it_stays_in_fp32_and_comes_with_every_copy(with_neighbours, demo_run):

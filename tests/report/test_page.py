@@ -11,9 +11,13 @@ import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
+
+from report.page import chains
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = '<script>alert("x")</script><img src=http://x.example/y.png>'
@@ -189,6 +193,17 @@ def test_how_far_off_mistakes_are(sections, judged):
     path = sum(not any(row) for row in wrong) / len(wrong)
     assert cells(sections["paths"], "jointly")[:2] == [[f"{path:.3f}"], ["1.000"]]
     assert sum(map(any, wrong)), "a model without mistakes shows none"
+
+
+def test_each_attribute_above_no_other_ends_a_chain():
+    parents = {"maker": [], "room": [], "piece": ["room", "maker"], "colour": ["piece"], "material": ["piece"], "x": []}
+    config = {"attributes": [{"name": name, "parents": above} for name, above in parents.items()]}
+    config["paths"] = [{"attributes": ["maker", "room", "piece", "colour", "material"]}]
+    task = SimpleNamespace(config=config, classes=parents)
+    given, said = np.zeros((2, 6), int), np.array([[0, 0, 0, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    assert chains(task, given, said) == [
+        (["room", "piece", "colour"], [0, 1, 0, 1]), (["room", "piece", "material"], [1, 0, 0, 1])
+    ]  # fmt: skip
 
 
 def test_rare_classes_confusions_and_the_most_confident_mistakes(sections, judged):
