@@ -74,6 +74,7 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
     """
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise UserError(f"--to onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    from onnx_ir.passes.common import NameFixPass
     from onnxscript import opset18
 
     def stable_sort(x, stable: bool, dim: int, descending: bool):  # of `models.patches`; torch has no translation of it
@@ -82,18 +83,18 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
 
     images = torch.zeros(2, 3, *config["preprocess"]["size"])
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        torch.onnx.export(
+        program = torch.onnx.export(
             Logits(merge_lora(model)).eval(),
             (images,),
-            Path(folder, out.name),
             dynamo=True,
             verbose=False,
-            external_data=False,
             input_names=["images"],
             output_names=[attribute["name"] for attribute in config["attributes"]],
             custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         )
+        NameFixPass()(program.model)  # an attribute may be called as a value within the graph is, such as cat
+        program.save(Path(folder, out.name), external_data=False)
         for file in sorted(Path(folder).iterdir(), reverse=True):  # above 2 GB the numbers are in a file of their own
             give_name(file, out.with_name(file.name))
     labels = {a["name"]: a["labels"] for a in config["attributes"] if a["kind"] == "class"}

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from data.schema import FASHION_FILE
 from models.checkpoint import load_checkpoint
 
 onnxruntime = pytest.importorskip(
@@ -14,9 +15,12 @@ onnxruntime = pytest.importorskip(
 
 @pytest.fixture(scope="module")
 def run_on_half_the_patches(command, cache_dir, tmp_path_factory):
+    """With an attribute that is called as torch calls a value within the graph."""
     out = tmp_path_factory.mktemp("runs") / "half"
+    (own := out.with_name("own.toml")).write_text(f'{FASHION_FILE.read_text()}\n[attributes.cat]\ncolumn = "gender"\n')
     words = ("--data", "demo", "--limit", 200, "--epochs", 1, "--patch-size", 4, "--keep-patches", 0.5)
-    done = command("train.py", *words, "--with-season-year", "--cache-dir", cache_dir, "--out", out)
+    words += ("--with-season-year", "--attributes", own, "--no-test")
+    done = command("train.py", *words, "--cache-dir", cache_dir, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
