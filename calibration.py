@@ -89,6 +89,9 @@ def precision_threshold(confidence: np.ndarray, right: np.ndarray, target: float
     it is in 20 % of samples of 2,000 rows, and of larger ones more often (`tests/test_calibration.py` draws some).
     Testing each at 1 % would end that, and accept much less.
 
+    Rows are taken to be independent. Where many of them share a picture they are right or wrong together, and a
+    threshold promises too much.
+
     It is above 0.5, as an answer more likely wrong than right is for a person even where the others make up for it.
     None where no threshold is enough.
     """

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     | TITLES,
 }
 
-ASKED_FOR = {"onnxscript"}  # by export.py, which says what to install where it is missing
+ASKED_FOR = {"onnx_ir", "onnxscript"}  # by export.py, which says what to install where it is missing
 
 
 def imported(path: Path) -> set[str]:
