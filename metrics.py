@@ -27,8 +27,8 @@ def score(labels: np.ndarray, predicted: np.ndarray, names: list[str], paths: li
 
     A missing label is left out and `rows` says how many there were; a label never seen in training is wrong whatever
     was predicted. `path_accuracy` is over rows whose hierarchies (`paths`, see `data.attributes.known_paths`) are
-    labelled in full; `valid_path_rate` is the share of rows whose predicted paths occur in training; both are None
-    where there is no hierarchy. `exact_match` is the share of rows with labels that has them all right;
+    labelled in full; `valid_path_rate` is the share of rows whose predicted paths are known; both are None where
+    there is no hierarchy. `exact_match` is the share of rows with labels that has them all right;
     `mean_accuracy`, the mean over attributes, is what the best epoch is chosen by.
     """
     present, right = labels != MISSING, labels == predicted

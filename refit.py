@@ -221,7 +221,7 @@ def comparison(before: dict, after: dict) -> str:
         was = before["attributes"][name]
         if not a["rows"]:
             if "accuracy" in a:
-                lines.append(f"{name:<16}no labels here, so none of it will be accepted")
+                lines.append(f"{name:<16}no labels here: if this is kept, none of it is accepted")
             continue
         if "mae" in a:
             lines.append(f"{name:<16}{'MAE':>9} {was['mae']:,.4g}, after {a['mae']:,.4g}")

@@ -19,7 +19,7 @@ from errors import UserError
 AT_ONCE = 1 << 16  # rows whose paths are sorted together
 MISSING = -1  # the catalogue has no value here
 UNSEEN = -2  # it has one that no train row had
-WAYS = 1000  # to complete the labels of a row, at most
+PATHS = 10_000  # of a hierarchy, up to which labels of a row are completed
 HARDLY_MEANT = 100  # standard deviations from the mean, and more: a typing mistake rather than a number
 FARTHEST = 1e6  # standard deviations, beyond which it is all the same how far a number is off
 
@@ -173,8 +173,8 @@ def known_paths(labels: np.ndarray, rows: np.ndarray, attributes: Sequence[Attri
 
     The paths are those of such rows of the labels (N, A) that are labelled in full, sorted: all of them, however rare.
     Some are mistakes of the catalogue, but leaving them out makes no answer better (`benchmarks/known_paths.py`). Where
-    none of them has what a row says that is labelled in part, as shoes that have no sleeve, all ways to complete that
-    row are paths too, if they are not more than `WAYS`.
+    no path yet has what a row says that is labelled in part, as shoes that have no sleeve, all ways to complete that
+    row are paths too, if there are not more than `PATHS` then. None are known where no row is labelled in full.
     """
     names, known = [a.name for a in attributes if a.kind == "class"], []
     for family in families(attributes):
@@ -190,11 +190,13 @@ def known_paths(labels: np.ndarray, rows: np.ndarray, attributes: Sequence[Attri
 def _completed(found: set[tuple[int, ...]], sizes: Sequence[int]) -> set[tuple[int, ...]]:
     """Of paths the complete ones, and ways to complete such others as none of them agrees with."""
     complete = {path for path in found if MISSING not in path}
+    if not complete:
+        return complete  # then each attribute is answered by itself
     # What is least open first, and in what is finest.
     for path in sorted(found - complete, key=lambda path: (path.count(MISSING), [c == MISSING for c in path], path)):
         if not any(all(c in (MISSING, k) for c, k in zip(path, known, strict=True)) for known in complete):
             ways = [range(size) if c == MISSING else [c] for c, size in zip(path, sizes, strict=True)]
-            if math.prod(map(len, ways)) <= WAYS:
+            if len(complete) + math.prod(map(len, ways)) <= PATHS:
                 complete |= set(itertools.product(*ways))
     return complete
 

@@ -93,7 +93,7 @@ def class_names(schema: pa.Schema) -> dict[str, list[str]]:
         return {}
     numbers = {field.name for field in schema if pa.types.is_integer(field.type)}  # or they were replaced since
     classes = {name: f for name, f in features if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
-    return {name: f["names"] for name, f in classes.items() if name in numbers}
+    return {name: f["names"] for name, f in classes.items() if name in numbers and "names" in f}
 
 
 def columns_of(table: pa.Table) -> dict[str, Column]:

@@ -75,22 +75,22 @@ class _Head(NamedTuple):
 
 def _is_windows(table: Path) -> bool:
     """Whether a file has letters beyond ASCII, all of them Windows-1252's and in most lines none of UTF-8: as Excel
-    saves "CSV". There two letters (`É®`) may by chance be one of UTF-8's, but hardly one that Windows-1252 has too: a
-    file with such a letter is UTF-8, and the rest of it damage. Encodings of other alphabets may look the same.
+    saves "CSV". There two letters (`É®`) may by chance be one of UTF-8's, but hardly one that Windows-1252 has too:
+    where lines with such a letter are a tenth of the others it is UTF-8, and these are damage; if fewer, they were
+    pasted from elsewhere. Encodings of other alphabets may look the same.
     """
     if not table.is_file():  # a pipe is read once
         return False
-    lines_of = {True: 0, False: 0}  # with letters of UTF-8, or with none
+    lines_of, sure = {True: 0, False: 0}, 0  # with letters of UTF-8 or with none; and those of letters as é
     with table.open("rb") as lines:
         for line in lines:
             if OF_NO_LETTER.search(line):  # UTF-16 too
                 return False
             if not line.isascii():
                 letters = line.decode(errors="ignore")
-                if not letters.encode("cp1252", "ignore").isascii():
-                    return False
                 lines_of[not letters.isascii()] += 1
-    return lines_of[False] > lines_of[True]
+                sure += not letters.encode("cp1252", "ignore").isascii()
+    return lines_of[False] > max(lines_of[True], 10 * sure)
 
 
 def _rows(lines: Iterable[bytes], number: int, head: _Head) -> Iterator[tuple[int, list[str] | str]]:
@@ -163,7 +163,7 @@ def _without_spare(cells: list[str], head: _Head) -> list[str]:
     first, last = (1, None) if title is None else (title + 1, title + 1 + len(cells) - width)
     behind = [] if title == width - 1 else cells[first:last]
     spaced = [cell.startswith(" ") for cell in behind if cell]
-    tables_own = title is None and (mark != "," or all(spaced))  # the way that all of it is written
+    tables_own = title is None and (mark == "\t" or all(spaced))  # the way that all of it is written
     return cells if any(spaced) and not tables_own else _trimmed(cells, width)
 
 

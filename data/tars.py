@@ -93,7 +93,7 @@ def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], t
                         cells |= _cells(suffix, tar.extractfile(member).read(TEXT_BYTES))
                 if place or why:
                     yield number, cells, place or (None, None, why)
-                if not place and len(cells) > 1:
+                if not place and cells != {"id": name}:
                     lone.add(name)
             pictured = (product(member.name) for _, member in members(path, IMAGES) if is_plain(member))
             if lone and (apart := sorted(lone.intersection(pictured))):

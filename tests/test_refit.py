@@ -212,7 +212,9 @@ def test_of_an_attribute_without_labels_nothing_is_held_against_it():
 
     before, after = scores(0.7, 0.9), scores(0.8, 0.0)
     assert [refit.share_accepted(some) for some in (before, after)] == [0.7, 0.8]
-    assert "usage           no labels here, so none of it will be accepted\n" in refit.comparison(before, after)
+    assert "usage           no labels here: if this is kept, none of it is accepted\n" in refit.comparison(
+        before, after
+    )
 
 
 def test_all_that_heads_were_fitted_to_is_known_again(command, demo_run, words, tmp_path):

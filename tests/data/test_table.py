@@ -79,11 +79,17 @@ def test_a_space_is_no_sign_of_a_comma_where_all_cells_have_one_or_cells_end_oth
     assert rows(tmp_path / "shop.csv", text) == [("5", "Bed", "Hall")]
 
 
+def test_a_semicolon_of_a_text_s_own_moves_no_cell(tmp_path):
+    assert rows(tmp_path / "shop.csv", "id;about;room\n5;Bed; with drawers;\n") == ["4 cells under 3 columns"]
+
+
 def test_letters_of_windows_that_are_one_of_utf_8_by_chance(tmp_path):
     text = "id;about\n1;Caf\u00e9\n2;CHLO\u00c9\u00ae\n3;gr\u00fcn\n"
     assert rows(tmp_path / "shop.csv", text.encode("cp1252")) == [
         ("1", "Caf\u00e9"), ("2", "CHLO\u00c9\u00ae"), ("3", "gr\u00fcn")
     ]  # fmt: skip
+    pasted = text.replace("Caf\u00e9", "It\u00e2\u20ac\u2122s") + "4;caf\u00e9\n" * 11
+    assert ("4", "caf\u00e9") in rows(tmp_path / "shop.csv", pasted.encode("cp1252"))
     damaged = text.encode() + b"4;caf\xe9\n" * 5
     assert rows(tmp_path / "shop.csv", damaged)[1:] == [
         ("2", "CHLO\u00c9\u00ae"), ("3", "gr\u00fcn"), *["not UTF-8, or no CSV"] * 5
