@@ -30,8 +30,9 @@ class Decoder:
     Each attribute's probabilities are `softmax(logits / T)` with its fitted temperature (Guo et al. 2017,
     arXiv:1706.04599). The attributes of a hierarchy are decoded together: of all known paths, those that labels of
     train rows allow, the one with the highest sum of log-probabilities, found by scoring every one. Paths are few (158
-    in the real catalogue), so this is exact. Other attributes, and with `joint=False` all, take their most probable class. A label's confidence
-    is its own probability either way, so it is low where the path overrules the most probable class.
+    in the real catalogue), so this is exact. Other attributes, and with `joint=False` all, take their most probable
+    class. A label's confidence is its own probability either way, so it is low where the path overrules the most
+    probable class.
 
     Args:
         config: a checkpoint's: `attributes`, `paths` (see `data.attributes.known_paths`) and, once calibrated,
