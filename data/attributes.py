@@ -192,11 +192,18 @@ def _completed(found: set[tuple[int, ...]], sizes: Sequence[int]) -> set[tuple[i
     complete = {path for path in found if MISSING not in path}
     if not complete:
         return complete  # then each attribute is answered by itself
-    # What is least open first, and in what is finest.
-    for path in sorted(found - complete, key=lambda path: (path.count(MISSING), [c == MISSING for c in path], path)):
-        if not any(all(c in (MISSING, k) for c, k in zip(path, known, strict=True)) for known in complete):
+
+    def gaps(path: tuple[int, ...]) -> tuple[int, list[bool]]:
+        return path.count(MISSING), [c == MISSING for c in path]
+
+    # First what is least open, and in what is finest. Of those with the same gaps none completes another.
+    for (_, missing), some in itertools.groupby(sorted(found - complete, key=lambda p: (gaps(p), p)), gaps):
+        there = [i for i, gap in enumerate(missing) if not gap]
+        agreed = {tuple(path[i] for i in there) for path in complete}
+        for path in some:
             ways = [range(size) if c == MISSING else [c] for c, size in zip(path, sizes, strict=True)]
-            if len(complete) + math.prod(map(len, ways)) <= PATHS:
+            more = math.prod(map(len, ways))
+            if tuple(path[i] for i in there) not in agreed and len(complete) + more <= PATHS:
                 complete |= set(itertools.product(*ways))
     return complete
 
