@@ -13,9 +13,8 @@ from data.cells import inert, without_apostrophe
 from durable import give_name
 from errors import UserError
 
-GROUP_ROWS = (
-    4096  # of Parquet: a row group for each batch would need more room for its columns' places than for answers
-)
+# Of Parquet: a row group for each batch would need more room for its columns' places than for answers.
+GROUP_ROWS = 4096
 
 
 class Output:
@@ -83,15 +82,18 @@ class Output:
 
 
 def labelled_in(path: Path) -> set[str]:
-    """Names of the pictures that an earlier result has labels for: a file that `Output` wrote, or a job's folder.
+    """Names of the pictures that earlier results have labels for: a file that `Output` wrote, a folder of such, or a
+    job's.
 
     Raises:
         UserError: it is no such result.
     """
-    folder = os.path.isdir(path)  # which says no to a name too long, where `Path.is_dir` raises
-    files, names = sorted((path / "labels").glob("*.parquet")) if folder else [path], set()
-    if not files and not (path / "job.json").is_file():  # of a job that found nothing new, or has only begun
-        raise UserError(f"--skip {path} holds no answers: name a file that --out wrote, or a job's folder")
+    files, names = [path], set()
+    if os.path.isdir(path):  # which says no to a name too long, where `Path.is_dir` raises
+        job = (path / "job.json").is_file()  # perhaps one that found nothing new, or has only begun
+        files = [file for file in (path / "labels" if job else path).glob("*") if file.suffix.lower() in Output.KINDS]
+        if not files and not job:
+            raise UserError(f"--skip {path} holds no answers: name a file that --out wrote, or a job's folder")
     for file in files:
         try:
             names.update(_labelled_in(file))
@@ -111,7 +113,10 @@ def _labelled_in(file: Path) -> list[str]:
         return [name for name, error in rows if error is None]
     with open(file, newline="", encoding="utf-8-sig") as lines:  # Excel puts a byte order mark first
         if file.suffix.lower() == ".csv":
-            return [without_apostrophe(row["image"]) for row in csv.DictReader(lines) if row["error"] == ""]
+            mark = max(",;\t", key=lines.readline().count)  # a spreadsheet may have saved it since
+            lines.seek(0)
+            rows = csv.DictReader(lines, delimiter=mark)
+            return [without_apostrophe(row["image"]) for row in rows if row["error"] == ""]
         answers = [(answer["image"], "attributes" in answer) for answer in map(json.loads, lines)]
     return [name for name, labelled in answers if labelled]
 

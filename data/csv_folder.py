@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
 
 from data.catalogue import Catalogue, Skipped, stat_fingerprint
 from data.images import MACS_OWN, ImageError
@@ -48,7 +49,8 @@ def open_csv(table: Path) -> Catalogue:
         elif not row["id"]:
             skipped.append(Skipped(f"line {number}", "no id"))
         elif (picture := names.find(row["image"]) if row.get("image") else names.spelt(row["id"])) is None:
-            skipped.append(Skipped(str(row["id"]), "no such file in images/"))
+            lacking = "what its column image names is not in images/" if row.get("image") else "no such file in images/"
+            skipped.append(Skipped(row["id"], lacking))
         elif row["id"] in seen:
             skipped.append(Skipped(row["id"], f"line {number} has an id that came before"))
         else:
@@ -56,7 +58,8 @@ def open_csv(table: Path) -> Catalogue:
             rows.append(row)
             pictures.append(picture)
     ids = [row["id"] for row in rows]
-    facts = stat_fingerprint(files), ids, pictures  # no label: an edit of one leaves what was decoded as it is
+    # Of no label, as an edit of one leaves what was decoded as it is, nor of files that no row means.
+    facts = stat_fingerprint({picture: files[picture] for picture in pictures}), ids, pictures
     return Catalogue(
         name=table.resolve().parent.name,
         ids=ids,
@@ -86,7 +89,8 @@ class Names:
         self.in_any_case = {name: files.pop() for name, files in meant.items() if len(files) == 1}
 
     def find(self, name: str) -> str | None:
-        """Of a name with its suffix, before which `images/`, and what leads there, may stand."""
+        """Of a name with its suffix, before which `images/`, and what leads there, may stand; or of a picture's URL."""
+        name = unquote(urlsplit(name).path) if "://" in name else name
         parts = PurePosixPath(name.replace("\\", "/")).parts
         inner = (parts[i + 1 :] for i, part in enumerate(parts) if part.casefold() == "images")
         return next(filter(None, (self.spelt(str(PurePosixPath(*some))) for some in (parts, *inner))), None)

@@ -8,14 +8,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from errors import FAILING, UserError
+
+Flip = Image.Transpose
 
 MAX_PIXELS = 64_000_000  # a 64-megapixel photo decodes to 192 MB; whatever claims more is refused before it is decoded
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow reads more; EPS would start Ghostscript
 MACS_OWN = "._"  # how a file begins that macOS puts beside another, of the same suffix but other content
-ORIENTATION = 0x0112  # the EXIF tag; its values 5 to 8 turn the picture by 90 degrees
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
+UPRIGHT = {2: Flip.FLIP_LEFT_RIGHT, 3: Flip.ROTATE_180, 4: Flip.FLIP_TOP_BOTTOM}  # what makes a picture so
+LYING = {5: Flip.TRANSPOSE, 6: Flip.ROTATE_270, 7: Flip.TRANSVERSE, 8: Flip.ROTATE_90}  # of one turned on its side
 WIDTH, HEIGHT = 0x0100, 0x0101  # the tags of a TIFF
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is above our own bound
 
@@ -64,13 +68,25 @@ def decode(source: bytes | Path) -> Image.Image:
     if image.mode in ("I", "F"):  # 32 bits a pixel, and nothing says which number is white
         raise ImageError("32 bits a pixel, of no known scale; save it with 8 or 16")
     with _damage_is("truncated or damaged image"):  # decoders raise nearly anything too
-        ImageOps.exif_transpose(image, in_place=True)
+        image.load()  # by which a TIFF is turned already
+        if (turn := orientation(image)) in UPRIGHT | LYING:
+            image = image.transpose((UPRIGHT | LYING)[turn])
         if image.mode.startswith("I;16"):  # 16 bits a pixel: convert("RGB") would clip at 255 where it should scale
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+def orientation(image: Image.Image) -> int:
+    """How the picture lies, by its EXIF; upright where that cannot be read: its pixels may be whole all the same."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except MemoryError:
+        raise
+    except Exception:  # damage raises nearly anything; of a PNG also what is cut off before its EXIF
+        return 1
 
 
 def no_image(cell: Mapping) -> str:
@@ -82,8 +98,7 @@ def no_image(cell: Mapping) -> str:
 def native_size(source: bytes | Path) -> tuple[int, int]:
     """(height, width) that `decode` would give, read from no more than the format makes us. Raises `ImageError`."""
     image = _open(source)
-    with _damage_is("truncated or damaged image"):  # a PNG keeps it behind the pixels, which may be cut off
-        turned = image.getexif().get(ORIENTATION, 1) >= 5
+    turned = orientation(image) in LYING
     width, height = image.size
     if image.format == "TIFF":  # whose `size` some versions of Pillow have turned already
         width, height = image.tag_v2[WIDTH], image.tag_v2[HEIGHT]

@@ -95,9 +95,10 @@ def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:
             raise UserError(f"{path} has {name} twice, in [attributes] and in [optional]; call one otherwise")
         tables[name] = optional[name]
     for name, table in tables.items():
+        _check_table(f"{path}: {name}", table)
+    for name in tables:
         if name in TAKEN:
             raise UserError(f"{path}: {name} is a column of what infer.py writes; give the attribute another name")
-        _check_table(f"{path}: {name}", table)
         other = next((name.removesuffix(end) for end in ("_confidence", "_decision") if name.endswith(end)), None)
         if other in tables and tables[other].get("kind", "class") == "class":
             raise UserError(f"{path}: infer.py writes {name} of {other}; give the attribute another name")
@@ -109,10 +110,10 @@ def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:
         levels[name] = tables[name].get("level", below)
         if levels[name] < below:
             raise UserError(f"{path}: {name} is on level {levels[name]}, and a parent of it on level {below - 1}")
-    attributes = [
-        Attribute(name, levels[name], **{"column": name} | table | {"parents": tuple(table.get("parents", ()))})
-        for name, table in ((name, {k: v for k, v in table.items() if k != "level"}) for name, table in tables.items())
-    ]
+    attributes = []
+    for name, table in tables.items():
+        fitted = {"level": levels[name], "parents": tuple(table.get("parents", ()))}
+        attributes.append(Attribute(**{"name": name, "column": name} | table | fitted))
     if not any(a.kind == "class" for a in attributes):
         raise UserError(f'{path} declares no [attributes.NAME] of kind "class"; at least one is needed')
     return Schema(tuple(sorted(attributes, key=lambda a: KINDS.index(a.kind))), title)

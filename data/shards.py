@@ -292,4 +292,5 @@ def _stream_rows(part, name: str, title: str | None) -> Iterator[Row]:
             yield _row(cells, f"{name}#{number}", title)
             number += 1
     except Exception as error:  # of several libraries; a network that fails is no property of the rows
-        raise UserError(f"{name} broke off after {number:,} rows: {error}; start again".splitlines()[0]) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{name} broke off after {number:,} rows: {reason}; start again") from error

@@ -32,7 +32,7 @@ from errors import UserError
 
 STORE_GB = 100.0  # decoded pictures that need more are not kept
 # Raise it when decoding, hashing, the layout or which rows a source has changes: older stores are then built anew.
-STORE_VERSION = 3
+STORE_VERSION = 4
 SIZE_SAMPLE = 500  # pictures whose headers choose the canvas
 CHUNK, CHUNKS = 64, 64  # rows a thread decodes before it reports, at most; so many times as many are in the pool
 
@@ -82,7 +82,8 @@ class ImageStore:
 
 
 def common_size(catalogue: Catalogue, cap: int) -> tuple[int, int]:
-    """The most common native (height, width) of an even sample, of which only headers are decoded.
+    """The most common native (height, width) of an even sample, of which only headers are decoded. Where fewer than
+    half have it, the middle of each side: placeholders may be the only ones that are alike.
 
     Args:
         cap: the longest side the model looks at, in pixels; no side is made longer, as nobody would see it.
@@ -101,7 +102,9 @@ def common_size(catalogue: Catalogue, cap: int) -> tuple[int, int]:
             continue  # listed, with its reason, when it is to be decoded
     if not sizes:
         raise UserError(f"{catalogue.name}: none of its {len(catalogue)} rows has a readable image; is --data right?")
-    height, width = sizes.most_common(1)[0][0]
+    (height, width), times = sizes.most_common(1)[0]
+    if 2 * times < sizes.total():
+        height, width = (int(np.median(side)) for side in zip(*sizes.elements(), strict=True))
     return min(height, cap), min(width, cap)
 
 

@@ -43,8 +43,9 @@ def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int
         if header is None or taken > 1:
             raise UserError(f"{table} is not UTF-8 text with a row in each line; save it as CSV in UTF-8")
         cells, header = len(header), [name.strip() for name in _trimmed(header, 0)]
-        if "id" not in header:
-            header = ["id" if name.lower() == "id" else name for name in header]
+        for own in ("id", "image"):
+            if own not in header:
+                header = [own if name.lower() == own else name for name in header]
         if twice := [name for name, times in Counter(header).items() if times > 1]:
             raise UserError(f"{table} has the column {twice[0] or 'without a name'} twice")
         check_columns(header, needs, table)

@@ -73,7 +73,7 @@ def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], t
     None, None and why it is not read.
 
     Raises:
-        UserError: a tar is damaged, or what it says of a product lies apart from the picture.
+        UserError: a tar is damaged, or what it says of a product contradicts itself or lies apart from the picture.
     """
     for number, path in enumerate(paths):
         lone = set()  # products without a picture that is read, of which one may lie elsewhere
@@ -90,7 +90,12 @@ def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], t
                     elif suffix in IMAGES:
                         place = place or (member.offset_data, member.size, None)
                     else:
-                        cells |= _cells(suffix, tar.extractfile(member).read(TEXT_BYTES))
+                        told = _cells(suffix, tar.extractfile(member).read(TEXT_BYTES))
+                        if twice := [key for key in told if key != "id" and told[key] != cells.get(key, told[key])]:
+                            raise UserError(
+                                f"{path}: files of {name}, a name that ends at its first dot, differ in {twice[0]}"
+                            )
+                        cells |= told
                 if place or why:
                     yield number, cells, place or (None, None, why)
                 if not place and cells != {"id": name}:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.images import MAX_PIXELS, ImageError, decode, native_size, pixel_hash, to_canvas
 from tests.data.conftest import picture
@@ -40,6 +40,26 @@ def test_the_size_is_that_of_the_decoded_picture(kind, orientation):
         exif[0x0112] = orientation
     source = encoded(Image.new("RGB", (30, 20)), kind, exif=exif)
     assert native_size(source) == decode(source).size[::-1] == ((30, 20) if (orientation or 1) >= 5 else (20, 30))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_orientation_is_turned_as_pillow_turns_it(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8))
+    source = encoded(noise, "png", exif=exif)
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(source)))
+    assert (np.asarray(decode(source)) == np.asarray(wanted)).all()
+
+
+def test_a_whole_picture_with_damaged_exif_is_read():
+    jpeg = encoded(Image.new("RGB", (30, 20), "red"), "jpeg", dpi=(72, 72))
+    exif = b"Exif\0\0" + bytes(16)
+    source = jpeg[:20] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[20:]  # behind JFIF's header
+    with pytest.raises(SyntaxError):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(source)))
+    assert native_size(source) == (20, 30)
+    assert (np.asarray(decode(source)) == np.asarray(decode(jpeg))).all()
 
 
 def test_transparency_is_composited_on_white():
@@ -153,7 +173,9 @@ def test_canvas_leaves_a_fitting_image_alone_and_antialiases_others():
     assert small.std() < 20  # noise of deviation 74 averages out; picking pixels would keep it
 
 
-def test_the_size_of_a_cut_png_is_an_image_error_too():
+def test_a_cut_png_has_a_size():
     """Pillow reads a PNG's EXIF from behind its pixels, and so reads those."""
+    cut = picture(0)[:900]
+    assert native_size(cut) == (80, 60)
     with pytest.raises(ImageError, match="truncated or damaged"):
-        native_size(picture(0)[:900])
+        decode(cut)

@@ -151,12 +151,14 @@ def test_a_picture_is_the_file_of_that_very_name_else_of_one_that_is_spelt_other
     table = table.rename(images.parent / "STOCK.CSV")
     catalogue = load_source(str(images.parent), tmp_path)
     assert [catalogue.read(i) for i in range(4)] == [picture(i, (6, 8)) for i in (1, 0, 2, 4)]
-    assert catalogue.skipped == [Skipped("4", "no such file in images/")], "two files differ from it in case alone"
+    lacking = Skipped("4", "what its column image names is not in images/")
+    assert catalogue.skipped == [lacking], "two files differ from it in case alone"
 
 
 def test_an_edited_label_leaves_the_fingerprint_and_another_row_changes_it(tmp_path):
     folder = write_kaggle(tmp_path / "shop", [picture(i, (6, 8)) for i in range(3)])
     table, before = folder / "styles.csv", load_source(str(folder), tmp_path)
+    (folder / "images" / "Thumbs.db").write_bytes(b"of whoever looked into the folder")
     table.write_text(table.read_text().replace("Casual", "Sports"))
     after = load_source(str(folder), tmp_path)
     assert after.columns != before.columns

@@ -64,6 +64,8 @@ def test_the_canvas_is_the_common_size_but_no_larger_than_the_model_reads(shop, 
     assert common_size(shop, 70) == (70, 60)
     odd = [picture(1, (90, 90)), picture(2), picture(3), picture(4, (120, 100))]
     assert common_size(load_source(str(write_kaggle(tmp_path / "odd", odd)), tmp_path), 224) == (80, 60)
+    trimmed = [picture(i, (80 + i, 60 + i)) for i in range(5)] + [picture(i, (8, 8)) for i in (5, 6)]
+    assert common_size(load_source(str(write_kaggle(tmp_path / "trimmed", trimmed)), tmp_path), 224) == (61, 81)
     full, capped = (open_store(shop, canvas, tmp_path / "cache") for canvas in ((80, 60), (32, 32)))
     assert capped.pixels.shape == (8, 32, 32, 3)
     assert (capped.hashes == full.hashes).all()

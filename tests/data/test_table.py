@@ -209,12 +209,22 @@ def test_a_picture_is_found_in_its_own_folder_and_no_other(tmp_path):
         "3,front.png",
         r"4,C:\shop\images\500\front.png",
         "5,502/front.png",
+        "6,https://cdn.shop.com/images/501/front%2Epng?v=3",
     ]
     (tmp_path / "items.csv").write_text("\n".join(["id,image", *lines]))
     catalogue = load_source(str(tmp_path), tmp_path / "cache")
-    wanted = ["500/front.png", "501/front.png", "front.png", "500/front.png"]
-    assert [catalogue.read(row) for row in range(4)] == [(tmp_path / "images" / name).read_bytes() for name in wanted]
-    assert catalogue.skipped == [Skipped("5", "no such file in images/")]
+    wanted = ["500/front.png", "501/front.png", "front.png", "500/front.png", "501/front.png"]
+    assert [catalogue.read(row) for row in range(5)] == [(tmp_path / "images" / name).read_bytes() for name in wanted]
+    assert catalogue.skipped == [Skipped("5", "what its column image names is not in images/")]
+
+
+def test_id_and_image_may_be_in_capitals(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("3.png", "17.png"):
+        (tmp_path / "images" / name).write_bytes(picture(int(name[:-4])))
+    (tmp_path / "items.csv").write_text("ID;IMAGE\n3;17.png\n")
+    catalogue = load_source(str(tmp_path), tmp_path / "cache")
+    assert (list(catalogue.ids), catalogue.read(0)) == (["3"], picture(17))
 
 
 def test_an_accent_of_its_own_names_the_same_picture(tmp_path):

@@ -77,6 +77,14 @@ def test_what_is_said_beside_a_picture_that_is_not_read_is_not_lost_when_it_is_c
         load_source(str(path), tmp_path / "cache")
 
 
+def test_files_that_a_dot_makes_one_product_and_that_say_different_things_are_told(tmp_path):
+    members = {"12.5cm-lamp.png": picture(1), "12.5cm-lamp.json": b'{"width": 5}'}
+    members |= {"12.7cm-lamp.png": picture(2), "12.7cm-lamp.json": b'{"width": 7}'}
+    path = write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(UserError, match="files of 12, a name that ends at its first dot, differ in width"):
+        load_source(str(path), tmp_path / "cache")
+
+
 def test_an_id_may_be_told(tmp_path):
     write_tar(tmp_path / "a" / "0.tar", {"x.json": b'{"id": 77}', "x.png": picture(1)})
     assert list(load_source(str(tmp_path / "a" / "0.tar"), tmp_path / "cache").ids) == ["77"]
