@@ -120,6 +120,12 @@ def decided(decide: Callable[[], T]) -> T:
     return box[0]
 
 
+def agree(fact: object, what: str) -> None:
+    """Raise a `UserError` where this process has not the first one's `fact`: machines may see other files."""
+    if decided(lambda: fact) != fact:
+        raise UserError(f"the {what} of this machine is not the one of the first process; make them alike")
+
+
 def in_turn(make: Callable[[], T]) -> T:
     """`make()` in the first process, then in the first of each other machine, then in all others.
 

@@ -13,7 +13,7 @@ import contextlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from calibration import TARGET_PRECISION, calibrate, calibration_scores
 from data import price
 from data.attributes import MISSING, UNSEEN
 from data.batches import Batch, epoch_batches, make_loader
+from data.catalogue import skipped_why
 from data.columns import Chosen
 from data.preprocess import Preprocess
 from data.split import SPLITS, some
@@ -41,7 +42,7 @@ from metrics import score, score_number, scores_table, trust_table
 from models.checkpoint import amend_config, find_checkpoint, read_config
 from models.decode import Answers, Decoder
 from report.page import write_report
-from task import Task, load_task
+from task import Task, agree_on_rows, load_task
 
 NAMED = 3  # labels that the checkpoint does not know, of an attribute
 SCORED = 50_000  # rows of a split, at most, by which training and refitting judge: their outputs have to fit in memory
@@ -155,16 +156,14 @@ def same_catalogue(task: Task, limit: int | None) -> bool:
     return any(one.startswith(found) for one in seen)
 
 
-def unknown_labels(task: Task, rows: np.ndarray) -> dict[str, Counter]:
-    """{attribute: how many of the rows have each label that training never had}, where there is any.
-
-    Without those that are found inside a longer text, such as brands.
-    """
-    found = {}
+def unknown_labels(task: Task, rows: np.ndarray) -> Iterator[str]:
+    """A line for each attribute of which these rows have labels that training never had; not of those that are found
+    inside a longer text, such as brands."""
     for column, a in enumerate(a for a in task.config["attributes"] if a["kind"] == "class"):
         if a["derive"] is None and len(unseen := rows[task.labels[rows, column] == UNSEEN]):
-            found[a["name"]] = Counter(Chosen(task.catalogue.columns[a["column"]], unseen))
-    return found
+            labels = Counter(Chosen(task.catalogue.columns[a["column"]], unseen))
+            said = ", ".join(f"{label!r} ({count:,})" for label, count in labels.most_common(NAMED))
+            yield f"{a['name']}: wrong in {labels.total():,} rows for a label that training never had, as {said}"
 
 
 def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device) -> None:
@@ -178,6 +177,7 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
     task = distributed.in_turn(
         lambda: load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device, args.store_gb)
     )
+    agree_on_rows(task)
     print(f"checkpoint {folder}")
     name, rows = task.catalogue.name, task.store.rows(split)
     if args.calibrate and split == "all" and same_catalogue(task, args.limit):
@@ -200,11 +200,10 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
             print(f"no row has a known label of {', '.join(untouched)}, so the temperature there stays as it was")
         task = task._replace(config=task.config | {"calibration": fitted})
         found = judge(task, split, rows, found.logits, joint)
-    print(f"{name}, {split}: {len(rows):,} rows; {len(task.store.skipped):,} of the catalogue skipped")
+    print(f"{name}, {split}: {len(rows):,} rows; of the catalogue {skipped_why(task.store.skipped)}")
     print(f"answers from {found.scores['inputs']}")
-    for attribute, labels in unknown_labels(task, rows).items():
-        said = ", ".join(f"{label!r} ({count:,})" for label, count in labels.most_common(NAMED))
-        print(f"{attribute}: wrong in {labels.total():,} rows for a label that training never had, as {said}")
+    for line in unknown_labels(task, rows):
+        print(line)
     print(scores_table(found.scores))
     print(trust_table(found.scores))
     if args.json and distributed.first():

@@ -32,10 +32,11 @@ from arguments import add_catalogue_options, add_checkpoint_options
 from calibration import TARGET_PRECISION, calibrate, fit_temperature
 from data.attributes import HARDLY_MEANT
 from data.batches import Rows, epoch_batches, make_loader
+from data.catalogue import skipped_why
 from data.split import some
 from durable import at_rest
 from errors import Parser, UserError, check_writable, exits_cleanly
-from evaluate import SCORED, choice, judge, predict
+from evaluate import SCORED, choice, judge, predict, unknown_labels
 from lora import merge_lora
 from models.checkpoint import find_checkpoint, previous_of, read_config, save_checkpoint
 from models.classifier import AttributeClassifier, attribute_losses
@@ -269,9 +270,12 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task = load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device, args.store_gb)
     rows, labelled = known_rows(task, "train"), (task.labels[task.store.rows("val")] >= 0).any(1).sum()
-    print(f"checkpoint {folder}\n{task.catalogue.name}: {len(rows):,} train and {labelled:,} val rows with labels")
+    with_labels, skipped = f"{len(rows):,} train and {labelled:,} val rows with labels", skipped_why(task.store.skipped)
+    print(f"checkpoint {folder}\n{task.catalogue.name}: {with_labels}; {skipped}")
+    for line in unknown_labels(task, task.store.rows("val")):
+        print(f"{line}; new classes need train.py --init-from")
     if not len(rows) or not labelled:
-        raise UserError(f"{args.data} has {len(rows):,} train and {labelled:,} val rows with labels; both are needed")
+        raise UserError(f"{args.data} has {with_labels}; both are needed")
     had = task.model.neighbours is not None
     look = had if args.neighbours is None else args.neighbours
     before, after, fitted = refit(task, rows, args.batch_size, look)

@@ -148,8 +148,8 @@ class Stopped(Exception):
 class StopRequest:
     """While entered, Ctrl-C or SIGTERM only asks for a stop: the current micro-batch is finished, then the run saved.
 
-    A second signal ends the process at once, and loses no more than a crash would; but not one of several, which get
-    signals from torchrun and from others, and stop together.
+    A second signal ends the process at once, and loses no more than a crash would; but not one of torchrun's, which get
+    signals from it and from others, and stop together.
     """
 
     def __enter__(self):
@@ -158,14 +158,14 @@ class StopRequest:
         return self
 
     def make(self, number, _):
-        if self.made and distributed.world() > 1:
-            return
-        if self.made:
+        alone = "TORCHELASTIC_RUN_ID" not in os.environ
+        if self.made and alone:
             os._exit(128 + number)
+        if self.made:
+            return
         self.made = True
         if distributed.first():
-            alone = distributed.world() == 1
-            when = "micro-batch; a second signal stops at once" if alone else "step, all processes together"
+            when = "micro-batch; a second signal stops at once" if alone else "micro-batch, all processes together"
             with contextlib.suppress(OSError):  # `print` raises where a bar is being written just now
                 os.write(2, f"\nstopping after this {when}\n".encode())
         if self.may_raise:

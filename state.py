@@ -17,7 +17,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 import distributed
-from errors import UserError
+from errors import BARRED, FAILING, UserError
 from models.backbone import read_tensors
 from models.checkpoint import load_tensors, previous_of, read_config, save_checkpoint, trained_params
 from models.classifier import AttributeClassifier
@@ -56,27 +56,39 @@ class TrainingState:
             return
         save_checkpoint(self.best, self.model, self.config | facts | {"progress": self.progress})
 
-    def restore(self) -> dict[str, int]:
-        """Go back to `last/`, or to the one before it where that is damaged; returns its `Board.written`.
+    def sound(self) -> Path:
+        """`last/`, or where that is damaged, and moved aside then, the one before it; for one process to find.
 
         Raises:
-            UserError: neither can be read, or this run is set up with other weights, labels or rows.
+            UserError: neither can be read, or a disk fails, which damages nothing.
         """
         try:
-            folder, saved = self.last, read_config(self.last)
+            read_config(self.last)
+            return self.last
         except UserError as damage:
+            if getattr(damage.__context__, "errno", None) in (*FAILING, *BARRED):
+                raise
             folder = previous_of(self.last)
-            saved = read_config(folder)
+            read_config(folder)
             print(f"{damage}\ngoing on from the one before, {folder}")
             if self.last.exists():  # or the next save would keep it, and drop the good one
                 damaged = self.last.with_name("last.damaged")
                 shutil.rmtree(damaged, ignore_errors=True)
                 os.replace(self.last, damaged)
+            return folder
+
+    def restore(self, folder: Path) -> dict[str, int]:
+        """Go back to what `save_last` saved; returns its `Board.written`.
+
+        Raises:
+            UserError: this run is set up with other weights, labels or rows.
+        """
+        saved = read_config(folder)
         check_same(saved, self.config, folder.parent)
         load_tensors(folder, self.model, saved)
         self.restore_optimizer(read_tensors(folder / "optimizer.safetensors"))
         self.scaler.load_state_dict(saved["resume"]["scaler"])
-        own = ("progress", "resume", "calibration")  # of this folder: how sure another epoch is, is measured anew
+        own = ("progress", "resume", "calibration")  # of this folder alone: another epoch will not be as sure
         self.progress, self.config = saved["progress"], {k: v for k, v in saved.items() if k not in own}
         return saved["resume"]["events"]
 
@@ -95,13 +107,13 @@ class TrainingState:
 def check_same(saved: dict, config: dict, out: Path) -> None:
     """Raise a `UserError` where a run is set up with other base weights, labels or rows than it was stopped with."""
     now = json.loads(json.dumps(config))
-    for what, found, wanted in (
-        ("base weights are", now["backbone"]["fingerprint"], saved["backbone"]["fingerprint"]),
-        ("catalogue has rows:", now["data"]["rows"], saved["data"]["rows"]),
-    ):
-        if found != wanted:
-            anew = f"; start a new run where it is: --init-from {out / 'best'}" if "rows" in what else ""
-            raise UserError(f"--resume: the {what} {found}, but {out} was trained with {wanted}{anew}")
+    base, was = now["backbone"]["fingerprint"], saved["backbone"]["fingerprint"]
+    if base != was:
+        raise UserError(f"--resume: the base weights are {base}, but {out} was trained with {was}")
+    rows, were = now["data"]["rows"], saved["data"]["rows"]
+    if rows != were:
+        anew = f"start a new run where it is: --init-from {out / 'best'}"
+        raise UserError(f"--resume: the catalogue has {rows:,} rows, but {out} was trained with {were:,}; {anew}")
     if now["teacher"] != saved.get("teacher"):
         raise UserError(f"--resume: the model that --teacher names is not the one {out} learned from")
     for key in ("attributes", "paths", "preprocess", "inputs", "text"):

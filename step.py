@@ -7,6 +7,7 @@ optimizer update that ends a window.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from data.batches import Batch
 from models.classifier import attribute_losses, known_targets
 from runs import StopRequest
 
+T = TypeVar("T")
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 WARMUP = 0.05  # share of all steps
@@ -44,9 +46,9 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def windows(loader: Iterable, accum: int) -> Iterator[list[Batch]]:
-    """Micro-batches in groups of `accum`; the last group of an epoch may be shorter."""
-    batches = iter(loader)
+def windows(batches: Iterable[T], accum: int) -> Iterator[list[T]]:
+    """Micro-batches, or their rows, in groups of `accum`; the last group of an epoch may be shorter."""
+    batches = iter(batches)
     while window := list(islice(batches, accum)):
         yield window
 
@@ -59,6 +61,7 @@ def train_step(
     lr: float,
     amp: torch.dtype | None,
     prepare: Callable[[Tensor], Tensor],
+    *,
     smoothing: float = 0.0,
     stop: StopRequest | None = None,
     weights: Tensor | None = None,
@@ -93,7 +96,7 @@ def train_step(
             # The exchange gives the mean over processes, and the window's gradient is their sum.
             scaler.scale(loss * distributed.world()).backward()
         losses += micro.detach()
-        if stop and stop.made and number < len(window):  # resuming takes the whole window again
+        if stop and number < len(window) and distributed.any_of(stop.made):  # resuming takes the whole window again
             return None
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_ratio"]

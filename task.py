@@ -1,6 +1,7 @@
 """A model and the labelled pictures that it is trained or scored on: set up for a new run, or from a checkpoint."""
 
 import argparse
+import hashlib
 import json
 import sys
 from dataclasses import asdict
@@ -116,6 +117,14 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     if teacher:
         print(teacher)
     return Task(model, config, preprocess, catalogue, store, known, teacher)
+
+
+def agree_on_rows(task: Task) -> None:
+    """Raise a `UserError` where not all processes see the first one's catalogue: rows are shared by their numbers."""
+    seen = hashlib.blake2b(digest(task.catalogue.ids).encode(), digest_size=16)
+    for facts in (*map(task.store.rows, SPLITS), task.labels):
+        seen.update(np.ascontiguousarray(facts))
+    distributed.agree(seen.hexdigest(), "catalogue")
 
 
 def begin(args: argparse.Namespace) -> tuple[VisionTransformer, dict]:

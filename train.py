@@ -15,8 +15,8 @@ import argparse
 import contextlib
 import json
 import math
+import shlex
 from functools import partial
-from itertools import count
 
 import numpy as np
 import torch
@@ -38,9 +38,9 @@ from models.checkpoint import amend_config, load_checkpoint, load_tensors, read_
 from runs import Board, Stopped, StopRequest, choose, discard_run, holds_run, keep_options
 from state import TrainingState, check_finite
 from step import learning_rate, parameter_groups, train_step, windows
-from task import AMP, Task, setup
+from task import AMP, Task, agree_on_rows, setup
 
-MOVED = 2**31  # between the seeds of how pictures are moved about and those of what is dropped
+MOVED = 2**31  # added to a step's seed for how pictures are moved about, which is not to draw what dropout draws
 LOG_EVERY = 10  # steps: reading a loss makes a GPU wait
 STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"
 
@@ -63,8 +63,8 @@ def train_epoch(
         steps: of the whole run.
         board: None in all processes but the first.
     """
-    rows = task.store.rows("train")
-    epoch, taken = divmod(state.step, steps_in_epoch(args, task))
+    rows, epoch_steps = task.store.rows("train"), steps_in_epoch(args, task)
+    epoch, taken = divmod(state.step, epoch_steps)
     batches = epoch_batches(rows, micro_batch_size(args), args.seed, epoch, task.store.run)[taken * args.accum :]
     device = next(task.model.parameters()).device
     loader = make_loader(task.store, task.known, [distributed.share(batch) for batch in batches], device)
@@ -76,8 +76,8 @@ def train_epoch(
     done = len(rows) - sum(map(len, batches))
     with tqdm(total=len(rows), initial=done, unit="img", smoothing=0.05, disable=not distributed.first()) as bar:
         bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
-        for start, window in zip(count(0, args.accum), windows(loader, args.accum), strict=False):
-            step = state.step
+        for cut, window in zip(windows(batches, args.accum), windows(loader, args.accum), strict=True):
+            step, seen = state.step, np.concatenate(cut)
             drawing.manual_seed(seed_of(args.seed, step) + MOVED)
             # Of dropped elements and patches, in each process others.
             torch.manual_seed(seed_of(args.seed, step, distributed.world(), distributed.rank()))
@@ -90,23 +90,23 @@ def train_epoch(
                 lr,
                 AMP[args.amp],
                 prepare,
-                args.label_smoothing,
-                stop if distributed.world() == 1 else None,  # several take their step together or not at all
-                weights,
-                task.teacher,
+                smoothing=args.label_smoothing,
+                stop=stop,
+                weights=weights,
+                teacher=task.teacher,
             )
             stopping = distributed.any_of(stop.made)
             if figures is not None:
-                unread.append((step, np.concatenate(batches[start : start + args.accum]), figures))
+                unread.append((step, seen, figures))
                 state.progress["step"] += 1
             saving = state.step % args.save_every == 0
-            if step % LOG_EVERY == 0 or saving or stopping or start + args.accum >= len(batches):
+            if step % LOG_EVERY == 0 or saving or stopping or state.step % epoch_steps == 0:
                 # Before a save, so that what is saved is good.
                 read = check_finite(unread, state, task.names, task.store.ids)
                 unread.clear()
             if step % LOG_EVERY == 0 and figures is not None and board:
                 show_step(state, board, bar, step, lr, read[-1], weights)
-            bar.update(sum(map(len, batches[start : start + args.accum])))
+            bar.update(len(seen))
             if saving:
                 state.save_last(board)
             if stopping:
@@ -156,7 +156,9 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
     state = TrainingState(args.out, task.model, task.config, optimizer, scaler)
     written = {}
     if args.resume:
-        written = distributed.in_turn(state.restore)
+        folder = distributed.decided(state.sound)
+        written = distributed.in_turn(lambda: state.restore(folder))
+        distributed.agree(state.progress, "checkpoint")
         if distributed.first():
             keep_options(args)  # with the new place of what has moved
         print(f"going on with {args.out} at step {state.step:,} of {steps:,}")
@@ -214,6 +216,7 @@ def on_float_base(
     """The best epoch as everybody will load it, on the base as it was before it was quantised, and calibrated there."""
     distributed.wait_for_all()  # the first has written it
     model, config = load_checkpoint(state.best, args.weights)
+    distributed.agree(config["sha256"], "checkpoint")
     task = task._replace(model=model.to(device), config=config)
     with stop.at_once():
         found = evaluate(task, "val", device, most=SCORED)
@@ -230,6 +233,7 @@ def score_test(
     distributed.wait_for_all()  # the first has written it
     with stop.at_once():
         best = task._replace(config=read_config(state.best))  # with its calibration
+        distributed.agree(best.config["sha256"], "checkpoint")
         load_tensors(state.best, task.model, best.config)
         scores = evaluate(best, "test", next(task.model.parameters()).device, most=SCORED).scores
     if board:
@@ -259,6 +263,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     try:
         warn_if_slow(args.backbone, device)
         task = distributed.in_turn(make)
+        agree_on_rows(task)
     except BaseException:  # Ctrl-C too: nothing was learnt yet
         if not args.resume and distributed.first():
             discard_run(args.out)
@@ -272,7 +277,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     for split in ["val"] if args.no_test else ["val", "test"]:
         if (rows := len(task.store.rows(split))) > SCORED:
             print(f"of {rows:,} {split} rows at most {SCORED:,} with labels are scored here, by evaluate.py all")
-    again = f"python train.py --resume --out {args.out}"
+    out = shlex.quote(str(args.out))
+    again = f"python train.py --resume --out {out}"
     try:
         finished = fit(args, task, device)
     except RuntimeError as error:
@@ -294,7 +300,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     if not finished:
         print(f"stopped and saved in {args.out / 'last'}; go on with: {again}")
         return STOPPED
-    print(f"\ntrained: {args.out / 'best'}; try: python infer.py IMAGE --checkpoint {args.out / 'best'}")
+    print(f"\ntrained: {args.out / 'best'}; try: python infer.py IMAGE --checkpoint {out}/best")
     return 0
 
 

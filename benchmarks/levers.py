@@ -159,8 +159,8 @@ def averaged(task: Task) -> None:
     mean = [p.detach().clone() for p in params]
     take_step, evaluate, taken = train.train_step, train.evaluate, [0]
 
-    def averaging_step(*args) -> Tensor | None:
-        figures = take_step(*args)
+    def averaging_step(*args, **options) -> Tensor | None:
+        figures = take_step(*args, **options)
         taken[0] += 1
         stays = min(AVERAGED, taken[0] / (taken[0] + 9))  # a start that is soon forgotten
         torch._foreach_lerp_(mean, [p.detach() for p in params], 1 - stays)

@@ -107,8 +107,8 @@ def ctrl_c(monkeypatch) -> list:
     train = importlib.import_module("train")
     taken, real_step = [], train.train_step
 
-    def step_then_ctrl_c(*args):
-        taken.append(real_step(*args))
+    def step_then_ctrl_c(*args, **options):
+        taken.append(real_step(*args, **options))
         if len(taken) == 5:
             signal.raise_signal(signal.SIGINT)
         return taken[-1]

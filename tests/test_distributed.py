@@ -22,6 +22,7 @@ from errors import UserError
 from models.checkpoint import sealed
 from options import parse_args
 from runs import choose, options_text, started_with
+from task import agree_on_rows, load_task
 from tests.faults.conftest import assert_same
 
 ROOT = Path(__file__).parents[1]
@@ -72,20 +73,8 @@ def test_processes_that_share_a_batch_step_as_one_with_all_of_it(steps, processe
 @pytest.fixture(scope="module")
 def words(cache_dir):
     """A run of 42 steps on drawings, saved every second step. Dropout would depend on who shares a batch."""
-    return (
-        "--data",
-        "demo",
-        "--limit",
-        400,
-        "--epochs",
-        2,
-        "--save-every",
-        2,
-        "--dropout",
-        0,
-        "--cache-dir",
-        cache_dir,
-    )
+    words = ("--data", "demo", "--limit", 400, "--epochs", 2, "--save-every", 2, "--dropout", 0)
+    return (*words, "--cache-dir", cache_dir)
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +271,51 @@ def test_all_know_of_a_restart_that_one_machine_has_counted(tmp_path):
     )
     run(2, tmp_path / "ask.py", tmp_path)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["True", "True"]
+
+
+def test_machines_that_see_other_catalogues_are_told(tmp_path):
+    (tmp_path / "ask.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import distributed\n"
+        "from errors import exits_cleanly\n"
+        "@exits_cleanly\n"
+        "def main():\n"
+        "    with distributed.joined():\n"
+        "        distributed.agree('the same', 'checkpoint')\n"
+        "        distributed.agree(distributed.rank() == 1, 'catalogue')\n"
+        "main()\n"
+    )
+    code, said = finish(torchrun(2, tmp_path / "ask.py"))
+    assert code == 1
+    assert "error in process 1: the catalogue of this machine is not the one of the first process" in said
+
+
+@pytest.mark.parametrize("split", ["labels", "rows"])
+def test_what_processes_agree_on_is_the_rows_of_each_split_and_their_labels(alone, cache_dir, monkeypatch, split):
+    seen = []
+    monkeypatch.setattr(distributed, "agree", lambda fact, what: seen.append(fact))
+    task = load_task(alone / "best", None, "demo", cache_dir, 400, torch.device("cpu"), 100)
+    agree_on_rows(task)
+    if split == "labels":
+        task.labels[5] = 0
+    else:
+        task.store.ok[7] = False
+    agree_on_rows(task)
+    assert seen[0] != seen[1]
+
+
+def test_a_signal_within_a_window_of_two_processes_does_not_wait_for_its_end(words, tmp_path):
+    out = tmp_path / "run"
+    process = torchrun(2, "train.py", *words, "--limit", 2000, "--batch-size", 1, "--accum", 1000, "--out", out)
+    while not (out / "last").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    time.sleep(0.5)  # of the many that 800 micro-batches take
+    process.send_signal(signal.SIGTERM)
+    _, said = finish(process)
+    assert "stopped and saved" in said
+    assert progress(out) == 0, said
 
 
 def test_restarts_need_a_folder_to_find_again(words, monkeypatch):

@@ -102,7 +102,7 @@ def test_a_run_whose_files_have_moved_goes_on_where_they_are_named_anew(command,
         assert options.read_bytes() == before
         again += [option, tmp_path / f"moved-{place.name}"]
     done = command(*again, "--data", "demo")
-    assert (done.returncode, "--resume: the catalogue has rows" in done.stderr) == (2, True)
+    assert (done.returncode, "--resume: the catalogue has" in done.stderr) == (2, True)
     assert options.read_bytes() == before, "another catalogue is not taken for the one that has moved"
     assert (run / "skipped.csv").read_bytes() == skipped
     assert command(*again, "--cache-dir", tmp_path / "cache").returncode == 0

@@ -154,13 +154,13 @@ def test_each_epoch_has_all_rows_in_an_order_of_its_own_and_each_step_draws_anew
 ):
     steps, take_step = [], train.train_step
 
-    def look(model, window, *rest):
+    def look(model, window, *rest, **options):
         rows = [picture.sum().item() for batch in window for picture in batch.pixels.long()]
         state, prepare = torch.get_rng_state(), rest[4]
         shape = window[0].pixels.shape[1:]
         fixed = torch.arange(shape.numel()).view(1, *shape).repeat(8, 1, 1, 1).to(torch.uint8)
         steps.append((rows, state, prepare(fixed)))
-        return take_step(model, window, *rest)
+        return take_step(model, window, *rest, **options)
 
     monkeypatch.setattr(train, "train_step", look)
     words = ("--data", "demo", "--limit", 100, "--epochs", 2, "--warp", 0.1, "--cache-dir", cache_dir)
@@ -213,7 +213,7 @@ def test_bad_files_in_a_catalogue_are_skipped_counted_and_listed(command, kaggle
     (kaggle_folder / "images" / "10050.jpg").unlink()
     done = command("train.py", "--resume", "--out", tmp_path / "run")
     assert done.returncode == 2
-    assert "--resume: the catalogue has rows: 118, but" in done.stderr
+    assert "--resume: the catalogue has 118 rows, but" in done.stderr
 
 
 def test_without_a_test_a_run_is_trained_calibrated_and_scored_on_no_test_row(command, cache_dir, tmp_path):

@@ -1,5 +1,6 @@
 """What happens to long runs: they are killed, preempted, run out of disk, and their files rot."""
 
+import errno
 import functools
 import json
 import os
@@ -7,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -123,6 +125,24 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(killed, w
     if damage == "cut short":  # one to the end
         assert code == 0
         assert_same(run, whole)
+
+
+def failing_disk() -> None:
+    read = Path.read_bytes
+
+    def broken(path: Path) -> bytes:
+        if path.name == "optimizer.safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    Path.read_bytes = broken
+
+
+def test_a_disk_that_fails_is_no_damage(killed, tmp_path):
+    run = shutil.copytree(killed, tmp_path / "run")
+    assert finish(start("train", "--resume", "--out", run, log=tmp_path / "log", fault=failing_disk)) == 2
+    assert "Input/output error" in (tmp_path / "log").read_text().splitlines()[-1]
+    assert (run / "last").is_dir() and not (run / "last.damaged").exists()
 
 
 def test_both_checkpoints_damaged_is_one_line(killed, tmp_path):
