@@ -107,7 +107,7 @@ class _LoRALinearFunction(torch.autograd.Function):
                 x = _zeroed(x, dropped, own=ctx.make is not None)
             dA = dh.T @ x
         if needs_x:
-            dx = _zeroed(linear(dh, lora_A.T), dropped)
+            dx = _zeroed(dh @ lora_A, dropped)
             dx = add_frozen_gradient(dx, dy, ctx.base).to(ctx.x_dtype)
         if needs_B:
             dB = (h.T @ dy).T  # so rather than dyᵀ h: a third sooner on a CPU where out is large

@@ -7,13 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .inject import is_plain
 from .int8 import Int8Linear
 from .layer import LoRALayer
 
 
 @torch.no_grad()
 def quantize_base(model: nn.Module, run: Callable[[], object] | None = None) -> nn.Module:
-    """Quantise every frozen linear layer of `model`, in place, LoRA on it or not; returns `model`.
+    """Quantise every frozen linear layer of `model`, in place, LoRA on it or not; returns `model`. Layers that have a
+    forward or hooks of their own stay as they are.
 
     Args:
         run: makes one forward pass of the model over some typical inputs, for which the weights are then rounded (see
@@ -23,7 +25,7 @@ def quantize_base(model: nn.Module, run: Callable[[], object] | None = None) -> 
     layers = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(p.requires_grad for p in module.parameters())
+        if isinstance(module, nn.Linear) and is_plain(module) and not any(p.requires_grad for p in module.parameters())
     }
     made = {}
     if run is not None:

@@ -44,6 +44,20 @@ def test_errors_are_passed_on_by_hand():
     assert Int8Linear(linear, x).quantised.tolist() == [[11, 20, 127]]
 
 
+def test_a_layer_with_a_forward_or_hooks_of_its_own_stays_as_it_is():
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Doubling(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
+    model[1].register_forward_hook(lambda module, inputs, output: -output)
+    x = torch.randn(4, 8)
+    before = model(x)
+    assert [type(layer) for layer in quantize_base(model)] == [Doubling, nn.Linear, Int8Linear]
+    torch.testing.assert_close(model(x), before, rtol=0.02, atol=0.02)
+
+
 def test_inputs_without_correlation_round_to_the_nearest():
     torch.manual_seed(0)
     linear = nn.Linear(300, 40)  # three blocks
