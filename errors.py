@@ -98,9 +98,8 @@ def check_writable(path: Path, option: str, inputs: Iterable[Path | None] = ()) 
 
 
 def exits_cleanly(main):
-    """Decorate a command's `main`: a `UserError`, a full disk or memory, a disk or network that fails, or a path that
-    may not be entered or that is no text becomes one line on stderr and exit code 2, Ctrl-C exit code 130, and output
-    that nobody reads any more 141: what shells say of both signals."""
+    """Decorate a command's `main`: what `line_of` has a line for becomes that line on stderr and exit code 2, Ctrl-C
+    exit code 130, and output that nobody reads any more 141: what shells say of both signals."""
 
     @functools.wraps(main)
     def command(*args, **kwargs):
@@ -112,39 +111,37 @@ def exits_cleanly(main):
         try:
             code = main(*args, **kwargs)
             sys.stdout.flush()
-            sys.exit(code)
-        except UserError as error:
-            process = int(os.environ.get("RANK", 0))  # torchrun's; most errors are the same in all
-            print(f"error{f' in process {process}' if process else ''}: {error}", file=sys.stderr)
-            sys.exit(2)
-        except UnicodeEncodeError as error:
-            if not error.reason.startswith("surrogates"):  # which stand for the bytes of a name that are no UTF-8
-                raise
-            print(f"error: the name {error.object!r} is not UTF-8, as it has to be here; rename it", file=sys.stderr)
-            sys.exit(2)
-        except (MemoryError, RuntimeError) as error:
-            if not ran_out(error):
-                raise
-            print("error: out of memory; free some and start again", file=sys.stderr)
-            sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            code = 130
         except BrokenPipeError:  # as of `| head`: nobody reads on, and what is still to be flushed goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        except OSError as error:
-            if error.errno in FULL:
-                said = f"cannot write {error.filename or 'the results'}: {error.strerror}; make room"
-            elif error.errno in BARRED and error.filename:
-                said = f"{error.filename}: {error.strerror}; name another place, or have it opened to you"
-            elif error.errno == errno.ENOMEM:
-                said = "out of memory; free some and start again"
-            elif error.errno in FAILING:
-                said = f"{error.filename or 'a file'}: {error.strerror}; start again"
-            else:
+            code = 141
+        except Exception as error:
+            if (line := line_of(error)) is None:
                 raise
-            print(f"error: {said}", file=sys.stderr)
-            sys.exit(2)
+            process = int(os.environ.get("RANK", 0))  # torchrun's; most errors are the same in all
+            print(f"error{f' in process {process}' if process else ''}: {line}", file=sys.stderr)
+            code = 2
+        sys.exit(code)
 
     return command
+
+
+def line_of(error: Exception) -> str | None:
+    """What a command ends with: of a `UserError`, of a full disk or memory, of a disk or network that fails, of a path
+    that may not be entered or is no text. None of a mistake of ours, which keeps its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, UnicodeEncodeError) and error.reason.startswith("surrogates"):  # bytes that are no UTF-8
+        return f"the name {error.object!r} is not UTF-8, as it has to be here; rename it"
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.ENOMEM or (isinstance(error, MemoryError | RuntimeError) and ran_out(error)):
+        return "out of memory; free some and start again"
+    if number in FULL:
+        return f"cannot write {error.filename or 'the results'}: {error.strerror}; make room"
+    if number in BARRED and error.filename:
+        return f"{error.filename}: {error.strerror}; name another place, or have it opened to you"
+    if number in FAILING:
+        return f"{error.filename or 'a file'}: {error.strerror}; start again"
+    return None

@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     if not config["text"] and (args.title is not None or args.titles):
         raise UserError(f"{folder} was trained on pictures alone; leave out --title and --titles")
     titles = TitleTable(args.titles, config["title"]) if args.titles else None
-    title_of = find_titles(args.title, titles, source) if config["text"] else None
+    title_of = find_titles(args.title, titles, source)
     notes = [f"checkpoint {folder}", *source.notes, *notes_of(args, config, source, title_of)]
     if crew.rank == 0:
         print(*notes, sep="\n", file=sys.stderr)
@@ -143,14 +143,20 @@ def main(argv: list[str] | None = None) -> int:
     if args.job:
         job = Job(args.out, facts(args, config, source, titles), source.shards, config["attributes"], crew)
         return together(job, labeller, title_of, crew)
-    with told_in_a_line(args):
+    try:
         return alone(args, source, answered(labeller, source.shards, title_of), config["attributes"])
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, or a file that may not be written
+        kept = "; with a folder as --out what is done is kept" if args.out else ""
+        where = error.filename or args.out or "the answers"
+        raise UserError(f"cannot write {where}: {error.strerror or error}{kept}") from None
 
 
-def notes_of(args, config: dict, source: Source, title_of: Callable[[Row], str | None] | None) -> list[str]:
+def notes_of(args, config: dict, source: Source, title_of: Callable[[Row], str | None]) -> list[str]:
     """What is to be known of the answers before there are any."""
     notes = []
-    if title_of:
+    if config["text"]:
         notes.append(f"answers from {config['inputs']}")
         if len(source.files) == source.rows:
             given = sum(bool(title_of(Row(str(path), path))) for path in source.files)
@@ -174,16 +180,14 @@ def load_labeller(args, folder: Path, crew: Crew) -> Labeller:
 
 
 def answered(
-    labeller: Labeller, shards: Iterable[Shard], title_of: Callable[[Row], str | None] | None
+    labeller: Labeller, shards: Iterable[Shard], title_of: Callable[[Row], str | None]
 ) -> Iterator[tuple[list[Row], list[dict]]]:
     """Batches of rows, with their answers."""
-    rows = (row for shard in shards for row in shard.read())
-    if title_of:
-        rows = (row._replace(title=title_of(row)) for row in rows)
+    rows = (row._replace(title=title_of(row)) for shard in shards for row in shard.read())
     return ((batch, labeller(batch)) for batch in labeller.batches(rows))
 
 
-def together(job: Job, labeller: Labeller, title_of: Callable[[Row], str | None] | None, crew: Crew) -> int:
+def together(job: Job, labeller: Labeller, title_of: Callable[[Row], str | None], crew: Crew) -> int:
     """Do this process's part of a job; the exit code."""
     job.run(lambda shard: (answers for _, answers in answered(labeller, [shard], title_of)))
     if crew.rank:
@@ -212,19 +216,6 @@ def report(unreadable: int, rows: int) -> int:
     if unreadable:
         print(f"{unreadable:,} of {rows:,} images could not be read", file=sys.stderr)
     return 1 if unreadable else 0
-
-
-@contextmanager
-def told_in_a_line(args) -> Iterator[None]:
-    """Raise what becomes of a full disk, or of a file that may not be written, as a `UserError`."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        kept = "; with a folder as --out what is done is kept" if args.out else ""
-        where = error.filename or args.out or "the answers"
-        raise UserError(f"cannot write {where}: {error.strerror or error}{kept}") from None
 
 
 def alone(args, source: Source, answered: Iterator[tuple[list[Row], list[dict]]], attributes: list[dict]) -> int:

@@ -92,22 +92,26 @@ class Labeller:
 
     @torch.inference_mode()
     def _answer(self, batch: list[Row]) -> list[dict]:
-        bad = [isinstance(row.picture, str) for row in batch]
         answers = [
-            {"image": row.name, "error": row.picture} if unread else {"image": row.name, "attributes": {}}
-            for row, unread in zip(batch, bad, strict=True)
+            {"image": row.name} | ({"error": row.picture} if isinstance(row.picture, str) else {"attributes": {}})
+            for row in batch
         ]
-        if all(bad):
+        readable = [(row, answer) for row, answer in zip(batch, answers, strict=True) if "attributes" in answer]
+        if not readable:
             return answers
-        readable = [row for row, unread in zip(batch, bad, strict=True) if not unread]
-        answered = [answer for answer in answers if "attributes" in answer]  # each readable one
+        rows, answered = zip(*readable, strict=True)
         said = [answer["attributes"] for answer in answered]
-        pixels = torch.from_numpy(np.stack([row.picture for row in readable]))
+        pixels = torch.from_numpy(np.stack([row.picture for row in rows]))
         tokens = None
         if self.read_titles:
-            tokens = torch.from_numpy(self.read_titles([row.title for row in readable])[0]).to(self.device)
+            tokens = torch.from_numpy(self.read_titles([row.title for row in rows])[0]).to(self.device)
         outputs, alike = self.model.explained(self.preprocess(pixels.to(self.device)).to(self.dtype), tokens)
         outputs = {name: output.float().cpu() for name, output in outputs.items()}  # a GPU is slow at many small things
+        finite = torch.cat([*outputs.values()], dim=1).isfinite().all(1)
+        if not finite.all():
+            name, dtype = rows[finite.tolist().index(False)].name, str(self.dtype).removeprefix("torch.")
+            hint = "" if self.dtype is torch.float32 else "; leave out --amp"
+            raise UserError(f"{name}: what the model makes of it is not finite in {dtype}{hint}")
         self._say_classes(said, outputs)
         for a in (a for a in self.attributes if a["kind"] == "number"):
             values = a["mean"] + a["std"] * outputs[a["name"]][:, 0].double()

@@ -47,8 +47,8 @@ def in_parts(answer: Callable[[slice], Any], count: int, most: int | None) -> tu
 def ran_out(error: Exception) -> bool:
     """Whether memory was not enough. Of a GPU torch mostly says so by a class of its own, of a CPU by words alone."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    words = "DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
-    return named or any(some in str(error) for some in words)
+    words = "out of memory", "defaultcpuallocator", "alloc_failed"  # of CUDA and NCCL, of torch on a CPU, of CUBLAS
+    return named or any(some in str(error).lower() for some in words)
 
 
 def _set(option: int, value: int) -> bool:

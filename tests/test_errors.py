@@ -37,6 +37,7 @@ def raising(error: Exception):
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory; "),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory; "),
         (RuntimeError("CUDA error: out of memory"), "out of memory; "),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "out of memory; "),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory; "),
     ],
 )

@@ -11,15 +11,30 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import infer
 from data.images import decode
+from data.shards import Row
+from errors import UserError
+from labeller import Labeller
 from models.checkpoint import amend_config
 from output import Output
 
 ROOT = Path(__file__).parents[1]
 PATH = ["masterCategory", "subCategory", "articleType"]
 ATTRIBUTES = ["gender", "masterCategory", "usage", "subCategory", "articleType", "baseColour", "brand"]
+
+
+@pytest.mark.parametrize(("dtype", "hint"), [(torch.float16, "; leave out --amp"), (torch.float32, "")])
+def test_numbers_too_large_are_no_answers(demo_run, photos, dtype, hint):
+    labeller = Labeller(demo_run / "best", None, torch.device("cpu"), True, 3, 8, dtype)
+    with torch.no_grad():
+        labeller.model.heads.levels[0].bias.mul_(1e39)
+    rows = [Row("page", "not an image"), Row("0.png", photos / "0.png")]
+    with pytest.raises(UserError) as told:
+        [labeller(batch) for batch in labeller.batches(rows)]
+    assert str(told.value) == f"0.png: what the model makes of it is not finite in {str(dtype)[6:]}{hint}"
 
 
 def test_a_full_memory_is_one_line_and_no_damaged_picture(command, demo_run, photos, monkeypatch):
