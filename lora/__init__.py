@@ -1,12 +1,14 @@
 """LoRA by hand, for any frozen PyTorch model; needs torch alone.
 
-Read `layer` for what LoRA is, `functional` for how it is computed and differentiated, `recompute` for what need not be
-kept, `frozen` for layers that do not train, `inject` for how all of it gets into a model, and `state` for what is then
-trained, saved and merged. `pissa`, `int8`, `quantize`, `adapters` and `peft_format` are extras.
+Read `layer` for what LoRA is, `functional` for how it is computed and differentiated, `dropout` for what is hidden,
+`recompute` for what need not be kept, `frozen` for layers that do not train, `inject` for how all of it gets into a
+model, and `state` for what is then trained, saved and merged. `pissa`, `int8`, `quantize`, `adapters` and `peft_format`
+are extras.
 """
 
 from .adapters import Adapters
-from .functional import Frozen, draw_dropped, lora_linear
+from .dropout import draw_dropped
+from .functional import Frozen, lora_linear
 from .inject import Target, apply_lora, lora_layers
 from .int8 import Int8Linear
 from .layer import LoRAFusedLinear, LoRALayer, LoRALinear, LowRank

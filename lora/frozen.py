@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import Frozen, linear, needs_gradient, pack
+from .functional import Frozen, autocast_dtype, linear, needs_gradient, pack
 
 SMALL = 2**25  # multiplications of a product in fp32 up to which oneDNN costs more than it saves, on a machine with AMX
 
@@ -42,8 +42,7 @@ class FrozenLinear(Prepared, nn.Linear):
         if wide and x.numel() * self.out_features <= SMALL:
             return F.linear(x, self.weight, self.bias)
         if kept and not needs_gradient(x, self.weight, self.bias):
-            device = x.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            dtype = autocast_dtype(x.device.type) or x.dtype
             if serves(kept, dtype):
                 return linear(x.to(dtype), kept.weight, kept.bias)
         return linear(x, self.weight, self.bias)

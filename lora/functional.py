@@ -1,11 +1,9 @@
-"""The arithmetic of a LoRA layer: cheap dropout, and an exact gradient that computes and keeps only what LoRA needs.
+"""The arithmetic of a LoRA layer: an exact gradient that computes and keeps only what LoRA needs.
 
 Plain autograd over `base(x) + scaling * (dropout(x) @ A.T) @ B.T` gives the same numbers, but it makes a full-size
 tensor for the update and another for its sum with the base, in both directions, and passes over each of them.
 """
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .dropout import draw_dropped, draw_marks, hide, zeroed
 from .recompute import source_of
 
 # Where AVX2 is all that a CPU has MKL, which torch takes by itself, is the sooner (`benchmarks/packed_products.py`).
@@ -84,7 +83,7 @@ class _LoRALinearFunction(torch.autograd.Function):
     def forward(ctx, x, lora_A, lora_B, base, dropped, source):
         cast = x.to(lora_A.dtype)
         y = frozen_linear(cast, base)  # (n, out)
-        h = linear(_zeroed(cast, dropped, own=cast is not x), lora_A)  # (n, rank)
+        h = linear(zeroed(cast, dropped, own=cast is not x), lora_A)  # (n, rank)
         y.addmm_(h, lora_B.T)  # into y: the update never exists as a tensor of its own
         ctx.base, ctx.x_dtype = base, x.dtype
         ctx.make, kept = source or (None, (cast,))
@@ -104,10 +103,10 @@ class _LoRALinearFunction(torch.autograd.Function):
         if needs_A:
             x = ctx.make(*kept).to(dh.dtype).reshape(-1, lora_A.shape[1]).contiguous() if ctx.make else kept[0]
             if ctx.make or ctx.x_dtype == dh.dtype:  # in a cast of its own they are hidden already
-                x = _zeroed(x, dropped, own=ctx.make is not None)
+                x = zeroed(x, dropped, own=ctx.make is not None)
             dA = dh.T @ x
         if needs_x:
-            dx = _zeroed(dh @ lora_A, dropped)
+            dx = zeroed(dh @ lora_A, dropped)
             dx = add_frozen_gradient(dx, dy, ctx.base).to(ctx.x_dtype)
         if needs_B:
             dB = (h.T @ dy).T  # so rather than dyᵀ h: a third sooner on a CPU where out is large
@@ -221,6 +220,12 @@ def pack(base: Frozen, for_gradients: bool = False) -> Frozen:
     return base._replace(weight=reorder(weight), transposed=reorder(weight.T.contiguous()) if for_gradients else None)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on this type of device; None where it is off."""
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd is to know of what is computed from these, which it does not of oneDNN called by name."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -237,65 +242,6 @@ def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         x.dtype is weight.dtype
         and _has_onednn(x)
         and not needs_gradient(x, weight, bias)
-        and (not torch.is_autocast_enabled("cpu") or x.dtype is torch.get_autocast_dtype("cpu"))  # else it casts first
+        and autocast_dtype("cpu") in (None, x.dtype)  # else it casts first
         and not torch.compiler.is_compiling()  # the compiler chooses by itself
     )
-
-
-def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
-    """Which of `numel` elements dropout drops, each on its own with probability `p`, from the default generator.
-
-    Off the CPU a boolean mask (numel,). On the CPU, where drawing a number per element would take a fifth of a training
-    step, the positions of the dropped elements: the gap from one to the next is geometric, `1 + floor(log(u) /
-    log(1 - p))` for uniform u, so only about `p * numel` numbers are drawn, and about `4 p` bytes per element are kept.
-    """
-    if device.type != "cpu":  # how many are dropped would be a number to wait for
-        return torch.empty(numel, dtype=torch.bool, device=device).bernoulli_(p)
-    # Six standard deviations over the expected count: too few about once in 10⁹ draws, and then only a tail is kept.
-    count = min(numel, math.ceil(numel * p + 6 * math.sqrt(numel * p)) + 8)
-    # A word of 64 bits is two numbers of 31, which takes a third of the time of `torch.rand`.
-    words = torch.empty((count + 1) // 2, dtype=torch.int64).random_(-(2**63), None)
-    u = words.view(torch.int32).bitwise_and_(2**31 - 1).float().add_(0.5).mul_(2**-31)  # above 0, so log(u) is finite
-    gaps = u.log_().div_(math.log1p(-p)).add_(1)
-    positions = gaps.cumsum(0, dtype=torch.int64).sub_(1)  # of whole numbers: the cast comes first
-    positions = positions[: int(torch.searchsorted(positions, numel))]
-    return positions.to(torch.int32 if numel < 2**31 else torch.int64)
-
-
-def _zeroed(x: Tensor, dropped: Tensor | None, own: bool = True) -> Tensor:
-    """Contiguous `x` with zeros where `draw_dropped` chose, in place if it is the caller's `own`; None is nothing."""
-    if dropped is None:
-        return x
-    if dropped.dtype == torch.bool:
-        return x.masked_fill_(dropped.view_as(x), 0) if own else torch.where(dropped.view_as(x), 0, x)
-    x = x if own else x.clone()
-    x.view(-1).index_fill_(0, dropped.long(), 0)
-    return x
-
-
-def draw_marks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """For `hide`: a number for each row (n,) and one for each column (in,) of `x`, from the default generator."""
-    rows, columns = (torch.randint(-(2**31), 2**31, (n,), dtype=torch.int32, device=x.device) for n in x.shape)
-    return rows, columns
-
-
-def hide(x: Tensor, marks: Sequence[Tensor | None], p: float) -> Tensor:
-    """(n, in) -> the same with zeros, each element on its own with probability `p`; by the same marks the same ones.
-
-    For torch.compile, which makes this a part of the pass that `x` comes from. Which elements are dropped is neither
-    drawn one by one, which would take longer than to write them, nor kept: it is a hash of their row's and column's
-    marks.
-    """
-    rows, columns = marks
-    if rows is None:
-        return x
-    even = _hash(rows[:, None] ^ columns)  # of numbers without a pattern, so one round is enough
-    return torch.where(even < round(p * 2**32) - 2**31, 0, x)
-
-
-def _hash(z: Tensor) -> Tensor:
-    """int32 -> int32, such that each bit of the input flips each bit of the output about half the time: "lowbias32"
-    (Wellons 2018, nullprogram.com/blog/2018/07/31). `>>` copies the sign, which is masked."""
-    z = (z ^ ((z >> 16) & 0xFFFF)) * 0x7FEB352D
-    z = (z ^ ((z >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
-    return z ^ ((z >> 16) & 0xFFFF)

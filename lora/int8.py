@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import INT8_UNIT, Frozen, int8_linear, linear
+from .functional import INT8_UNIT, Frozen, autocast_dtype, int8_linear, linear
 
 DAMPING = 0.01  # of the mean square of an input, added to each: inputs that were hardly seen are not relied on
 BLOCK = 128  # inputs whose errors are passed on one by one; to all others they go as one matrix product
@@ -44,8 +44,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = autocast_dtype(x.device.type) or x.dtype
         return int8_linear(x.to(dtype), self.frozen(dtype))
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .frozen import FrozenLinear, Prepared, cast, serves
-from .functional import Frozen, lora_linear, pack
+from .functional import Frozen, autocast_dtype, lora_linear, pack
 from .int8 import Int8Linear
 
 
@@ -137,9 +137,7 @@ class LoRALayer(Prepared):
     def _frozen(self, dtype: torch.dtype | None = None) -> Frozen:
         """The base in `dtype`, by default in what is computed in now: autocast's dtype, or its own."""
         base, lora_A = self.base_layer, self.updates()[0][1].lora_A
-        device = lora_A.device.type
-        if dtype is None and device != "meta" and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = dtype or autocast_dtype(lora_A.device.type)
         if isinstance(base, Int8Linear):
             return base.frozen(dtype or lora_A.dtype)
         dtype = dtype or base.weight.dtype
@@ -162,10 +160,11 @@ def choose(setting: float | Mapping[str, float], name: str) -> float:
     return setting[name] if isinstance(setting, Mapping) else setting
 
 
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)  # which would cast y, and keep that
 def _rescale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """scale · y + b: DoRA scales W₀ x + ΔW x, before the bias, and not by a rounded scale, which bf16 would make 1."""
-    with torch.autocast(y.device.type, enabled=False):  # which on a GPU would cast y, and keep that
-        return y * scale if bias is None else torch.addcmul(bias, y, scale)
+    return y * scale if bias is None else torch.addcmul(bias, y, scale)
 
 
 class LoRALinear(LoRALayer, LowRank):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lora import (
+    Int8Linear,
     LoRAFusedLinear,
     LoRALinear,
     apply_lora,
@@ -117,6 +118,14 @@ def test_gradients_of_dora_are_those_of_plain_autograd(kind, dropout, bias):
 def test_pissa_has_no_more_ranks_than_the_weight():
     with pytest.raises(ValueError, match="PiSSA: rank 5 is above 4"):
         apply_lora(nn.Sequential(nn.Linear(6, 4)), ["0"], 5, 1, pissa=True)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_shapes_can_be_asked_of_layers_without_numbers(dora):
+    with torch.device("meta"):
+        layer = LoRALinear(nn.Linear(6, 4), 2, 1, dora=dora)
+        assert layer(torch.empty(3, 6)).shape == (3, 4)
+        assert Int8Linear(nn.Linear(6, 4))(torch.empty(3, 6)).shape == (3, 4)
 
 
 def test_what_pissa_started_at_goes_where_the_layer_goes():
