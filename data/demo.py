@@ -9,7 +9,7 @@ import csv
 from pathlib import Path
 
 from data import fashion, furniture
-from errors import Parser, UserError, exits_cleanly
+from errors import Parser, UserError, exits_cleanly, positive_int
 
 
 @exits_cleanly
@@ -17,11 +17,9 @@ def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--catalogue", choices=("fashion", "furniture"), default="fashion", help="(default: fashion)")
     parser.add_argument("--out", type=Path, required=True, help="folder for a CSV file and images/")
-    parser.add_argument("--rows", type=int, default=8, help="how many articles to draw")
+    parser.add_argument("--rows", type=positive_int, default=8, help="how many articles to draw")
     parser.add_argument("--seed", type=int, default=1, help="which catalogue to draw from; training uses 0")
     args = parser.parse_args()
-    if args.rows < 1:
-        raise UserError(f"--rows {args.rows} draws nothing; give 1 or more")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} is negative")
     table = args.out / ("items.csv" if args.catalogue == "furniture" else "styles.csv")

@@ -140,7 +140,7 @@ class Pictures:
         """Forget runs that nobody asks for any more: in order two are enough."""
         for number, (_, last) in list(self.kept.items()):
             idle = self.asked - last >= self.run + LAG  # shuffled within a window, none is
-            # However they are read, no more than this: a run of a part of the rows can lie in two of all.
+            # An upper bound for any order of reading. With --limit a run of the chosen rows may span two of the file's.
             if idle or len(self.kept) > 2 * WINDOW:
                 del self.kept[number]
 

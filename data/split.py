@@ -14,7 +14,7 @@ def in_split(hashes: np.ndarray, split: str) -> np.ndarray:
     return {"test": digit == 0, "val": digit == 1, "train": digit >= 2}[split]
 
 
-def some(rows: np.ndarray, most: int) -> np.ndarray:
+def at_most(rows: np.ndarray, most: int) -> np.ndarray:
     """All of these rows, or where there are more than `most`, so many of them: always the same ones, ascending."""
     if len(rows) <= most:
         return rows

@@ -28,13 +28,14 @@ from data.images import ImageError, decode, native_size, pixel_hash, to_canvas
 from data.sources import in_file_name
 from data.split import in_split
 from durable import claim, replace_csv
-from errors import UserError
+from errors import UserError, say_once
 
 STORE_GB = 100.0  # decoded pictures that need more are not kept
 # Raise it when decoding, hashing, the layout or which rows a source has changes: older stores are then built anew.
 STORE_VERSION = 4
+MUCH = 10**9  # bytes
 SIZE_SAMPLE = 500  # pictures whose headers choose the canvas
-CHUNK, CHUNKS = 64, 64  # rows a thread decodes before it reports, at most; so many times as many are in the pool
+CHUNK, CHUNKS = 64, 64  # rows that a thread decodes before it reports, at most; how many such are handed out at once
 
 
 def default_cache_dir() -> Path:
@@ -157,6 +158,8 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, m
         ) from None
     except (OSError, ValueError, EOFError, AttributeError) as error:
         raise UserError(f"the decoded images in {path} are damaged ({error}); delete that folder") from None
+    if built:
+        _tell_of_earlier(path)
     ok = np.ones(len(catalogue), dtype=bool)
     ok[list(failures)] = False
     return ImageStore(
@@ -209,6 +212,18 @@ def _build(catalogue: Catalogue, canvas: tuple[int, int], path: Path) -> bool:
             return True
     except OSError as error:
         raise UserError(f"cannot write to {path.parent} ({error.strerror}): {need}") from error
+
+
+def _tell_of_earlier(path: Path) -> None:
+    """Say what other stores of catalogues of this name take, once that is much: each change of pictures makes one."""
+    name, sizes = path.name.rsplit("-", 2)[0], []
+    with contextlib.suppress(OSError):  # somebody may be deleting them
+        for other in path.parent.glob(f"{glob.escape(name)}-*/"):
+            if other != path and other.name.rsplit("-", 2)[0] == name:
+                sizes.append(sum(file.stat().st_size for file in other.iterdir()))
+    if sum(sizes) > MUCH:
+        size = sum(sizes) / 1e9
+        say_once(f"{path.parent} has {len(sizes)} more stores of {name}, {size:,.1f} GB; delete what no run needs")
 
 
 def _pixels(path: Path, shape: tuple[int, int, int, int]) -> np.ndarray:

@@ -11,7 +11,7 @@ from data.catalogue import Skipped
 from data.images import decode, pixel_hash
 from data.preprocess import Preprocess
 from data.sources import load_source
-from data.split import SPLITS, in_split, some
+from data.split import SPLITS, at_most, in_split
 from data.store import _pixels, common_size, default_cache_dir, open_store
 from errors import UserError
 from tests.data.conftest import picture, write_kaggle
@@ -71,6 +71,13 @@ def test_the_canvas_is_the_common_size_but_no_larger_than_the_model_reads(shop, 
     assert (capped.hashes == full.hashes).all()
 
 
+def test_what_earlier_stores_take_is_told_once_it_is_much(shop, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data.store.MUCH", 100_000)
+    for canvas, more in (((80, 60), ""), ((32, 32), "1 more stores"), ((40, 40), "2 more stores"), ((40, 40), "")):
+        open_store(shop, canvas, tmp_path / "cache")
+        assert more in (said := capsys.readouterr().err) and ("delete" in said) == bool(more)
+
+
 def test_room_for_pictures_is_taken_before_they_are_decoded(tmp_path):
     _pixels(tmp_path / "pixels.npy", (10, 80, 60, 3))
     found = (tmp_path / "pixels.npy").stat()
@@ -92,11 +99,11 @@ def test_rows_of_a_split_are_readable_and_skipped_ones_are_listed(tmp_path):
 
 def test_of_many_rows_the_same_are_chosen():
     rows = np.arange(0, 3000, 3)
-    chosen = some(rows, 200)
+    chosen = at_most(rows, 200)
     assert (np.diff(chosen) > 0).all() and len(chosen) == 200 and set(chosen) <= set(rows)
     assert chosen[100] > rows[300], "from all of them, not the first ones"
-    assert (some(rows, 200) == chosen).all()
-    assert some(rows, 1000) is rows
+    assert (at_most(rows, 200) == chosen).all()
+    assert at_most(rows, 1000) is rows
 
 
 def left_in(cache: Path) -> list[str]:
