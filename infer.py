@@ -129,7 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     source = open_source(args.images, title, args.shard_rows, results, labelled)
     for option, path in (("--out", None if args.job else args.out), ("--plot", args.plot)):
         if path:
-            check_writable(path, option, [*source.paths, args.titles, args.weights, *args.skip])
+            earlier = (file for skip in args.skip for file in (skip.iterdir() if skip.is_dir() else [skip]))
+            check_writable(path, option, [*source.paths, args.titles, args.weights, *earlier])
     if not config["text"] and (args.title is not None or args.titles):
         raise UserError(f"{folder} was trained on pictures alone; leave out --title and --titles")
     titles = TitleTable(args.titles, config["title"]) if args.titles else None

@@ -92,7 +92,7 @@ def labelled_in(path: Path) -> set[str]:
     if os.path.isdir(path):  # which says no to a name too long, where `Path.is_dir` raises
         job = (path / "job.json").is_file()  # perhaps one that found nothing new, or has only begun
         files = [file for file in (path / "labels" if job else path).glob("*") if file.suffix.lower() in Output.KINDS]
-        if not files and not job:
+        if not files and not job and any(path.iterdir()):  # an empty one is where they are to be
             raise UserError(f"--skip {path} holds no answers: name a file that --out wrote, or a job's folder")
     for file in files:
         try:

@@ -234,6 +234,8 @@ def test_what_an_earlier_result_has_labels_for_is_left_out(command, demo_run, ph
         assert "left out, as they have labels: 8 of 8" in done.stderr
         assert "0 rows" in done.stderr
     assert labelled_in(tmp_path / "fourth") == set(), "a job that found nothing new"
+    done = run("--skip", tmp_path, "--out", third)
+    assert (done.returncode, "would replace what is read" in done.stderr) == (2, True)
     done = command("infer.py", shop, *words, "--skip", out, cwd=tmp_path)
     assert "left out, as they have labels: 0 of 8" in done.stderr, "names are as they were given"
 

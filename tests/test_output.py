@@ -17,6 +17,7 @@ def test_a_parquet_of_several_row_groups_has_each_answer_once_and_in_order(tmp_p
 
 
 def test_results_in_a_folder_count_together_and_as_a_spreadsheet_saves_them(tmp_path):
+    assert labelled_in(tmp_path) == set()
     for name, images in {"a.csv": ["=1.jpg", "2.jpg"], "b.parquet": ["3.jpg"], "c.jsonl": ["4.jpg"]}.items():
         with Output(tmp_path / name, []) as output:
             output.write(
