@@ -29,13 +29,16 @@ def add_checkpoint_options(p: Parser) -> None:
 def add_catalogue_options(p: Parser) -> None:
     """Of every command that looks at a labelled catalogue with what training made."""
     p.add_argument("--data", type=named, required=True, help=SOURCES)
-    p.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
     p.add_argument("--batch-size", type=positive_int, default=64, help="pictures at a time (default: %(default)s)")
-    p.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where decoded images are kept")
-    add_store_options(p)
+    add_row_options(p)
 
 
-def add_store_options(p: Parser) -> None:
+def add_row_options(p: Parser) -> None:
+    """Of every command that decodes a catalogue: which rows of it, and where they are kept."""
+    p.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
+    p.add_argument(
+        "--cache-dir", type=Path, default=default_cache_dir(), help="for decoded images (default: %(default)s)"
+    )
     p.add_argument(
         "--store-gb",
         type=gigabytes,

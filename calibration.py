@@ -14,6 +14,7 @@ from torch import Tensor
 from data.attributes import MISSING
 from metrics import path_columns
 from models.decode import AT_ONCE, Answers, Decoder
+from models.schema import labels_of
 
 TARGET_PRECISION = 0.98
 LUCKY = 0.05  # the chance that a threshold passes which, were it the only one, should not
@@ -112,7 +113,7 @@ def calibrate(logits: Mapping[str, Tensor], labels: np.ndarray, config: dict, ta
         logits: {attribute: (N, classes)} of rows the model was not trained on.
         labels: (N, A) their labels.
     """
-    truths, names = torch.from_numpy(labels).long(), [a["name"] for a in config["attributes"] if a["kind"] == "class"]
+    truths, names = torch.from_numpy(labels).long(), list(labels_of(config))
     temperature = {name: fit_temperature(logits[name], truths[:, i]) for i, name in enumerate(names)}
     if before := config.get("calibration"):
         unlabelled = [name for i, name in enumerate(names) if (labels[:, i] == MISSING).all()]

@@ -23,6 +23,7 @@ from errors import Parser, UserError, check_writable, exits_cleanly
 from lora import merge_lora, to_peft
 from models.backbone import DEMO, DEMO_ARCHITECTURE, DEMO_BACKBONE, DEMO_WEIGHTS, check_hf, hf_name
 from models.checkpoint import find_checkpoint, load_checkpoint, remembered_weights
+from models.schema import labels_of
 
 KINDS = {"timm": ".safetensors", "peft": "", "onnx": ".onnx"}
 
@@ -97,10 +98,10 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
         program.save(Path(folder, out.name), external_data=False)
         for file in sorted(Path(folder).iterdir(), reverse=True):  # above 2 GB the numbers are in a file of their own
             give_name(file, out.with_name(file.name))
-    labels = {a["name"]: a["labels"] for a in config["attributes"] if a["kind"] == "class"}
     numbers = {a["name"]: {"mean": a["mean"], "std": a["std"]} for a in config["attributes"] if a["kind"] == "number"}
-    about = {"preprocess": config["preprocess"], "labels": labels} | ({"numbers": numbers} if numbers else {})
-    about |= {"paths": config["paths"], "calibration": config.get("calibration")}
+    about = {"preprocess": config["preprocess"], "labels": labels_of(config)}
+    about |= ({"numbers": numbers} if numbers else {}) | {"paths": config["paths"]}
+    about["calibration"] = config.get("calibration")
     beside = out.with_suffix(".json")
     replace_file(beside, (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
     print(f"what its inputs and outputs mean: {beside}")

@@ -5,13 +5,12 @@ import math
 from collections.abc import Collection
 from pathlib import Path
 
-from arguments import MIXED, SOURCES, add_store_options
-from data.store import default_cache_dir
+from arguments import MIXED, SOURCES, add_row_options
 from defaults import HUB_BACKBONE, HUB_DATA
 from errors import Parser, UserError, named, positive_int
 from models.backbone import DEMO
 from models.checkpoint import read_config, remembered_weights
-from models.schema import RANK
+from models.schema import CONFIG, RANK, misfit
 
 # What may be otherwise when a run is resumed.
 MOVABLE = ("data", "weights", "attributes", "teacher", "teacher_weights", "cache_dir", "compile")
@@ -48,11 +47,7 @@ def per_target(number):
 def add_data_options(p: Parser) -> None:
     group = p.add_argument_group("the catalogue")
     group.add_argument("--data", type=named, help=f"{SOURCES} (default: {HUB_DATA})")
-    group.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
-    add_store_options(group)
-    group.add_argument(
-        "--cache-dir", type=Path, default=default_cache_dir(), help="for decoded images (default: %(default)s)"
-    )
+    add_row_options(group)
     group.add_argument(
         "--min-brand-count", type=positive_int, default=10, help="rarer brands become Other (default: %(default)s)"
     )
@@ -121,10 +116,7 @@ def add_lora_options(p: Parser) -> None:
         help="updates scale by alpha/rank, PEFT's lora_alpha; of single targets as --rank (default: %(default)s)",
     )
     group.add_argument(
-        "--dropout",
-        type=float,
-        default=0.05,
-        help="before A, PEFT's lora_dropout (default: 0.05, with --pissa 0)",
+        "--dropout", type=float, default=0.05, help="before A, PEFT's lora_dropout (default: 0.05, with --pissa 0)"
     )
     group.add_argument(
         "--targets", nargs="+", default=["query", "key", "value", "dense"], help="layers (default: all four)"
@@ -229,8 +221,11 @@ def check_ranges(args: argparse.Namespace) -> None:
         raise UserError(f"--lora-plus {args.lora_plus} is not a positive number")
     if not 3 <= args.title_length <= 512:
         raise UserError(f"--title-length {args.title_length} is not between 3 and 512")
-    if not 0 < args.keep_patches <= 1:
-        raise UserError(f"--keep-patches {args.keep_patches} is not a share of the patches, above 0 and at most 1")
+    for part, names in (("backbone", SIZES), ("lora", LORA_OPTIONS)):
+        for name in names:
+            value, shape = getattr(args, name), CONFIG[part].get(name) or CONFIG[part][f"{name}?"]
+            if misfit(value, shape, name):
+                raise UserError(f"--{name.replace('_', '-')} {value} is out of its range; see --help")
     for name in ("warp", "drop_patches", "label_smoothing"):
         if not 0 <= (value := getattr(args, name)) < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} is not a number from 0 to below 1")

@@ -4,7 +4,6 @@ The order of the rows, the flips and the dropout masks are functions of the seed
 many processes there are), so the step is also the state of every generator, and the place within the epoch.
 """
 
-import json
 import math
 import os
 import shutil
@@ -106,20 +105,19 @@ class TrainingState:
 
 def check_same(saved: dict, config: dict, out: Path) -> None:
     """Raise a `UserError` where a run is set up with other base weights, labels or rows than it was stopped with."""
-    now = json.loads(json.dumps(config))
-    base, was = now["backbone"]["fingerprint"], saved["backbone"]["fingerprint"]
+    base, was = config["backbone"]["fingerprint"], saved["backbone"]["fingerprint"]
     if base != was:
         raise UserError(f"--resume: the base weights are {base}, but {out} was trained with {was}")
-    rows, were = now["data"]["rows"], saved["data"]["rows"]
+    rows, were = config["data"]["rows"], saved["data"]["rows"]
     if rows != were:
         anew = f"start a new run where it is: --init-from {out / 'best'}"
         raise UserError(f"--resume: the catalogue has {rows:,} rows, but {out} was trained with {were:,}; {anew}")
-    if now["teacher"] != saved.get("teacher"):
+    if config["teacher"] != saved.get("teacher"):
         raise UserError(f"--resume: the model that --teacher names is not the one {out} learned from")
     for key in ("attributes", "paths", "preprocess", "inputs", "text"):
-        if now[key] != saved[key]:
+        if config[key] != saved[key]:
             raise UserError(f"--resume: the catalogue is not the one {out} was trained on: its {key} differ")
-    if now["data"]["ids"] != saved["data"].get("ids", now["data"]["ids"]):
+    if config["data"]["ids"] != saved["data"].get("ids", config["data"]["ids"]):
         raise UserError(f"--resume: the catalogue is not the one {out} was trained on: its ids, or their order, differ")
 
 

@@ -26,10 +26,10 @@ from defaults import AMP
 from errors import UserError
 from lora import get_adapter_params, keep_base_in, parameter_summary, quantize_base
 from models.backbone import create_backbone
-from models.checkpoint import adapt, attach, load_checkpoint
+from models.checkpoint import adapt, attach, load_checkpoint, read_config
 from models.classifier import AttributeClassifier
 from models.inherit import inherit, predecessor
-from models.schema import CONFIG, contradiction, misfit
+from models.schema import contradiction, labels_of, learnt_from, misfit
 from options import EXTRA, LORA_OPTIONS, SIZES
 from targets import columns_of, encode, fit_targets, fit_text, named_vocabulary, read_titles
 from teacher import Teacher, load_teacher
@@ -54,6 +54,10 @@ class Task(NamedTuple):
     teacher: Teacher | None = None
 
     @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def labels(self) -> np.ndarray:
         """(N, A) class indices."""
         return self.known.labels
@@ -61,7 +65,7 @@ class Task(NamedTuple):
     @property
     def classes(self) -> dict[str, list[str]]:
         """Class attribute -> its labels, in the order of the label columns."""
-        return {a["name"]: a["labels"] for a in self.config["attributes"] if a["kind"] == "class"}
+        return labels_of(self.config)
 
     @property
     def names(self) -> list[str]:
@@ -105,13 +109,14 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     if reads:
         config["text"] = fit_text(args, config, catalogue.columns[schema.title], train_rows, vocab)
         known = known._replace(tokens=read_titles(config, catalogue))
-    check_fits(config)
+    config = as_saved(config)
     model = attach(backbone, config)
     model.drop_patches = args.drop_patches
     if args.base == "int8":  # before anything is inherited, which a resumed run does not do again
         shrink(model, args.seed, preprocess, store, device)
     if args.init_from and not args.resume:
         print(inherit(model, config, args.init_from))
+        config["data"]["heads_fingerprint"] = " ".join(learnt_from(read_config(args.init_from)))
     place(model, args, device)
     teacher = loaded and Teacher(*loaded, config, device, AMP[args.amp] or torch.float32)
     if teacher:
@@ -133,11 +138,6 @@ def begin(args: argparse.Namespace) -> tuple[VisionTransformer, dict]:
     Before pictures are decoded, so that mistakes in these options are told at once; also in what is inherited from.
     """
     own, lora = ({name: getattr(args, name) for name in names} for names in (SIZES, LORA_OPTIONS))
-    for options, part in ((own, "backbone"), (lora, "lora")):
-        for name, value in options.items():
-            shape = CONFIG[part].get(name) or CONFIG[part][f"{name}?"]
-            if misfit(json.loads(json.dumps(value)), shape, name):
-                raise UserError(f"--{name.replace('_', '-')} {value} is out of its range")
     backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size, args.patch_size)
     config = {
         "backbone": {"name": args.backbone} | own | {"fingerprint": fingerprint},
@@ -169,11 +169,13 @@ def open_pictures(args: argparse.Namespace, catalogue: Catalogue, wants: dict) -
     return preprocess, store
 
 
-def check_fits(config: dict) -> None:
-    """Raise a `UserError` where a config could not be read back: better now than when a checkpoint of it is read."""
-    where = misfit(json.loads(json.dumps(config)))
+def as_saved(config: dict) -> dict:
+    """A config as a checkpoint gives it back. Raises a `UserError` where none could: better now than on reading it."""
+    config = json.loads(json.dumps(config))
+    where = misfit(config)
     if what := f"its {where} is not what it should be" if where else contradiction(config):
         raise UserError(f"no checkpoint of this run could be read: {what}")
+    return config
 
 
 def shrink(

@@ -15,6 +15,7 @@ from errors import UserError
 from lora import keep_base_in, merge_lora
 from models.checkpoint import load_checkpoint, read_config
 from models.classifier import AttributeClassifier
+from models.schema import labels_of
 
 
 def load_teacher(
@@ -55,9 +56,8 @@ class Teacher:
     """
 
     def __init__(self, model: AttributeClassifier, config: dict, pupil: dict, device: torch.device, dtype: torch.dtype):
-        labels = {a["name"]: a["labels"] for a in config["attributes"] if a["kind"] == "class"}
-        classes = {a["name"]: a["labels"] for a in pupil["attributes"] if a["kind"] == "class"}
-        self.taught = {name: labels.get(name) == own for name, own in classes.items()}
+        labels = labels_of(config)
+        self.taught = {name: labels.get(name) == own for name, own in labels_of(pupil).items()}
         if not any(self.taught.values()):
             raise UserError("--teacher: it has the labels of none of this run's classes")
         self.model, self.dtype = merge_lora(model).to(device, dtype), dtype

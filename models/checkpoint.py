@@ -25,7 +25,7 @@ from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
 from models.hog import WIDTH as HOG_WIDTH
 from models.neighbours import FILE, Neighbours
-from models.schema import contradiction, misfit
+from models.schema import contradiction, labels_of, misfit
 from models.text import PAD, TextEncoder
 from models.text import WIDTH as TEXT_WIDTH
 
@@ -205,7 +205,7 @@ def read_neighbours(folder: Path, model: AttributeClassifier, config: dict) -> N
     Raises:
         UserError: they are not what the config describes.
     """
-    classes = {a["name"]: len(a["labels"]) for a in config["attributes"] if a["kind"] == "class"}
+    classes = {name: len(labels) for name, labels in labels_of(config).items()}
     numbers = [a["name"] for a in config["attributes"] if a["kind"] == "number"]
     try:
         found = Neighbours(classes, numbers, stored_tensors(folder, config, FILE))
@@ -252,9 +252,9 @@ def remembered_weights(folder: Path) -> Path | None:
         raise UserError(f"{options} is damaged; name the backbone's weights with --weights") from None
 
 
-def find_checkpoint(given: Path | None, runs: Path = Path("runs")) -> Path:
+def find_checkpoint(given: Path | None) -> Path:
     """The folder asked for, else the newest run's best."""
-    return given or newest_checkpoint(runs, "best")
+    return given or newest_checkpoint(Path("runs"), "best")
 
 
 def newest_checkpoint(runs: Path, which: str) -> Path:

@@ -6,8 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-AT_ONCE = 8192  # pictures decoded together, so that what is worked out on the way does not grow with all of them,
-SCORES = 2**24  # and scores of their paths, at most
+from models.schema import labels_of
+
+# At most, so that what is worked out on the way does not grow with the number of pictures.
+AT_ONCE = 8192  # pictures decoded together
+SCORES = 2**24  # scores of their paths
 
 
 class Answers(NamedTuple):
@@ -40,7 +43,7 @@ class Decoder:
     """
 
     def __init__(self, config: dict, joint: bool = True):
-        self.names = [attribute["name"] for attribute in config["attributes"] if attribute["kind"] == "class"]
+        self.names = list(labels_of(config))
         known = [path for path in config["paths"] if joint and path["known"]]
         self.paths = [(path["attributes"], torch.tensor(path["known"])) for path in known]  # (P, names) each
         calibration = config.get("calibration")

@@ -92,9 +92,8 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
 
 
 def _set(lora: dict) -> dict:
-    """The LoRA options that are on and shape the layers, as JSON has them: dropout may be another."""
-    options = json.loads(json.dumps(lora)).items()
-    return {key: value for key, value in options if key != "dropout" and value is not None and value is not False}
+    """The LoRA options that are on and shape the layers: dropout may be another."""
+    return {key: value for key, value in lora.items() if key != "dropout" and value is not None and value is not False}
 
 
 def _tokens(config: dict) -> tuple[int, list[str]] | None:
@@ -139,9 +138,8 @@ def _rescale(config: dict, old: dict) -> dict[tuple, tuple[float, float]]:
 def _levels(heads: HierarchicalHeads, config: dict) -> Iterator[tuple[list[str], list[Layer]]]:
     """The attributes of each level, and its layers: one, or two with a hidden one between them."""
     attributes = {a["name"]: a for a in config["attributes"]}
-    first = next(module for module in heads.levels[0].modules() if isinstance(module, nn.Linear))
     text = TEXT_WIDTH if config["text"] else 0
-    seen: list[tuple] = [("image", i) for i in range(first.in_features - text)]  # of the embedding
+    seen: list[tuple] = [("image", i) for i in range(heads.levels[0].in_features - text)]  # of the embedding
     seen += [("text", i, json.dumps(_tokens(config))) for i in range(text)]
     for names, level in zip(heads.by_level, heads.levels, strict=True):
         outputs = []

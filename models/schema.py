@@ -18,6 +18,17 @@ def share(value) -> bool:
     return positive(value) and value <= 1
 
 
+def labels_of(config: dict) -> dict[str, list[str]]:
+    """Class attribute -> its labels, in the order of the label columns."""
+    return {a["name"]: a["labels"] for a in config["attributes"] if a["kind"] == "class"}
+
+
+def learnt_from(config: dict) -> list[str]:
+    """Fingerprints of the catalogues whose rows a checkpoint has seen: its run's, those that its heads were fitted to
+    since, and those that the checkpoint which the run began from had seen."""
+    return [config["data"]["fingerprint"], *config["data"].get("heads_fingerprint", "").split()]
+
+
 # Bounds, so that no number in a file makes us allocate without end.
 SIDE, PATCH, RANK, MANY = range(1, 4097), range(1, 257), range(1, 4097), range(10**9)
 MOST_PATCHES = 256  # a side
