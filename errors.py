@@ -65,7 +65,7 @@ def gigabytes(text: str) -> float:
     return value
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """An option's type."""
     try:
         value = float(text)

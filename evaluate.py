@@ -33,14 +33,15 @@ from data.batches import Batch, epoch_batches, make_loader
 from data.catalogue import skipped_why
 from data.columns import Chosen
 from data.preprocess import Preprocess
-from data.split import SPLITS, some
+from data.split import SPLITS, at_most
 from durable import at_rest, replace_file
-from errors import Parser, UserError, check_writable, exits_cleanly, make_folder, share
+from errors import Parser, UserError, check_writable, exits_cleanly, fraction, make_folder
 from lora import merge_lora
 from memory import in_parts
 from metrics import score, score_number, scores_table, trust_table
 from models.checkpoint import amend_config, find_checkpoint, read_config
 from models.decode import Answers, Decoder
+from models.schema import learnt_from
 from report.page import write_report
 from task import Task, agree_on_rows, load_task
 
@@ -64,9 +65,7 @@ class Evaluation(NamedTuple):
     answers: Answers
 
 
-def evaluate(
-    task: Task, split: str, device: torch.device, batch_size: int = 64, joint: bool = True, most: int | None = None
-) -> Evaluation:
+def evaluate(task: Task, split: str, batch_size: int = 64, joint: bool = True, most: int | None = None) -> Evaluation:
     """Score the model on one split, with LoRA merged away: the same answers, sooner. Processes share the rows, and
     each gets the whole result.
 
@@ -75,8 +74,8 @@ def evaluate(
     """
     rows = task.store.rows(split) if most is None else choice(task, split, most)
     padded = np.resize(rows, math.ceil(len(rows) / distributed.world()) * distributed.world())  # equally many for each
-    loader = make_loader(task.store, task.known, epoch_batches(distributed.share(padded), batch_size), device)
-    logits = predict(merge_lora(task.model), loader, task.preprocess, device, split)
+    loader = make_loader(task.store, task.known, epoch_batches(distributed.share(padded), batch_size), task.device)
+    logits = predict(merge_lora(task.model), loader, task.preprocess, task.device, split)
     logits = {name: distributed.unshared(part, len(rows)) for name, part in logits.items()}  # and none counts twice
     return judge(task, split, rows, logits, joint)
 
@@ -90,8 +89,8 @@ def choice(task: Task, split: str, most: int) -> np.ndarray:
     labelled, numbered = (task.labels[rows] != MISSING).any(1), np.isfinite(task.known.numbers[rows]).any(1)
     first, then = rows[labelled], rows[numbered & ~labelled]
     if not len(first) + len(then):
-        return some(rows, most)
-    return np.sort(np.concatenate([some(first, most), some(then, max(0, most - len(first)))]))
+        return at_most(rows, most)
+    return np.sort(np.concatenate([at_most(first, most), at_most(then, max(0, most - len(first)))]))
 
 
 def judge(task: Task, split: str, rows: np.ndarray, logits: dict[str, Tensor], joint: bool) -> Evaluation:
@@ -149,11 +148,10 @@ def predict(
 
 
 def same_catalogue(task: Task, limit: int | None) -> bool:
-    """Whether the checkpoint, or its heads alone, was trained on these very files, on both sides perhaps a choice of
-    their rows. A copy of them is not told from another catalogue."""
-    data, found = task.config["data"], task.catalogue.fingerprint.removesuffix(f"-{limit}")
-    seen = [data["fingerprint"], *data.get("heads_fingerprint", "").split()]
-    return any(one.startswith(found) for one in seen)
+    """Whether the checkpoint has learnt from these very files, on both sides perhaps a choice of their rows. A copy of
+    them is not told from another catalogue."""
+    found = task.catalogue.fingerprint.removesuffix(f"-{limit}")
+    return any(one.startswith(found) for one in learnt_from(task.config))
 
 
 def unknown_labels(task: Task, rows: np.ndarray) -> Iterator[str]:
@@ -184,7 +182,7 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
         raise UserError(f"--calibrate --split all: {name} is what {folder} was trained on; leave out --split")
     if not len(rows):
         raise UserError(f"{args.data} has no readable row in the {split} split")
-    found = evaluate(task, split, device, args.batch_size, joint)
+    found = evaluate(task, split, args.batch_size, joint)
     if args.calibrate:
         target, labelled = args.target_precision or TARGET_PRECISION, (task.labels[rows] != MISSING).any(0)
         if not labelled.any():
@@ -227,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--target-precision",
-        type=share,
+        type=fraction,
         metavar="P",
         help=f"with --calibrate: share of accepted answers that must be right (default: {TARGET_PRECISION})",
     )

@@ -153,7 +153,7 @@ class Job:
                 errors = pq.read_table(path, columns=["error"])["error"]
             except (pa.ArrowException, OSError) as error:
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
-                raise UserError(f"{path} is damaged ; delete it and start again ({reason})") from None
+                raise UserError(f"{path} is damaged; delete it and start again ({reason})") from None
             self.tallies[name] = Tally(len(errors), len(errors) - errors.null_count)
 
     def _show(self, bar: tqdm, here: int = 0) -> None:

@@ -33,7 +33,7 @@ from calibration import TARGET_PRECISION, calibrate, fit_temperature
 from data.attributes import HARDLY_MEANT
 from data.batches import Rows, epoch_batches, make_loader
 from data.catalogue import skipped_why
-from data.split import some
+from data.split import at_most
 from durable import at_rest
 from errors import Parser, UserError, check_writable, exits_cleanly
 from evaluate import SCORED, choice, judge, predict, unknown_labels
@@ -42,6 +42,7 @@ from models.checkpoint import find_checkpoint, previous_of, read_config, save_ch
 from models.classifier import AttributeClassifier, attribute_losses
 from models.hog import hog
 from models.neighbours import FILE, Neighbours
+from models.schema import learnt_from
 from step import MAX_GRAD_NORM, learning_rate, parameter_groups
 from task import Task, load_task
 
@@ -76,9 +77,8 @@ class Looking(nn.Module):
 
 def embed(task: Task, rows: np.ndarray, batch_size: int, what: str, look: bool) -> Seen:
     """Of rows of the store, on the CPU; without edges where nothing is to `look` at them."""
-    device = next(task.model.parameters()).device
-    loader = make_loader(task.store, task.known, epoch_batches(rows, batch_size), device)
-    seen = predict(Looking(merge_lora(task.model), look), loader, task.preprocess, device, what)
+    loader = make_loader(task.store, task.known, epoch_batches(rows, batch_size), task.device)
+    seen = predict(Looking(merge_lora(task.model), look), loader, task.preprocess, task.device, what)
     return Seen(*(tensor.clone() for tensor in seen.values()))  # for autograd too
 
 
@@ -212,7 +212,7 @@ def known_rows(task: Task, split: str) -> np.ndarray:
     rows = task.store.rows(split)
     labels, numbers, _ = (array[rows] for array in task.known)
     rows = rows[(labels >= 0).any(1) | np.isfinite(numbers).any(1)]
-    return some(rows, MOST)
+    return at_most(rows, MOST)
 
 
 def comparison(before: dict, after: dict) -> str:
@@ -289,7 +289,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     if (now <= was or accepted < accepted_was - FEWER) and (look or not had):
         print(f"{change}: {folder} stays as it was")
         return
-    earlier = task.config["data"].get("heads_fingerprint", "").split()
+    _, *earlier = learnt_from(task.config)
     seen = dict.fromkeys([*earlier, task.catalogue.fingerprint])  # each once, in order
     data = task.config["data"] | {"heads_fingerprint": " ".join(seen)}
     kept = {FILE: task.model.neighbours.tensors()} if look else {}

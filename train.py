@@ -66,11 +66,11 @@ def train_epoch(
     rows, epoch_steps = task.store.rows("train"), steps_in_epoch(args, task)
     epoch, taken = divmod(state.step, epoch_steps)
     batches = epoch_batches(rows, micro_batch_size(args), args.seed, epoch, task.store.run)[taken * args.accum :]
-    device = next(task.model.parameters()).device
-    loader = make_loader(task.store, task.known, [distributed.share(batch) for batch in batches], device)
-    weights = torch.tensor([a["weight"] for a in task.config["attributes"]], device=device)
-    drawing = torch.Generator(device)
-    prepare = partial(augmented, args, task, drawing)
+    loader = make_loader(task.store, task.known, [distributed.share(batch) for batch in batches], task.device)
+    weights = torch.tensor([a["weight"] for a in task.config["attributes"]], device=task.device)
+    drawing = torch.Generator(task.device)
+    amp, prepare = AMP[args.amp], partial(augmented, args, task, drawing)
+    how = {"smoothing": args.label_smoothing, "weights": weights, "teacher": task.teacher, "stop": stop}
     task.model.train()
     unread = []  # (step, rows, losses and norm still on the device) of the steps since the last look
     done = len(rows) - sum(map(len, batches))
@@ -82,19 +82,7 @@ def train_epoch(
             # Of dropped elements and patches, in each process others.
             torch.manual_seed(seed_of(args.seed, step, distributed.world(), distributed.rank()))
             lr = learning_rate(step, steps, args.lr)
-            figures = train_step(
-                state.parallel,
-                window,
-                state.optimizer,
-                state.scaler,
-                lr,
-                AMP[args.amp],
-                prepare,
-                smoothing=args.label_smoothing,
-                stop=stop,
-                weights=weights,
-                teacher=task.teacher,
-            )
+            figures = train_step(state.parallel, window, state.optimizer, state.scaler, lr, amp, prepare, **how)
             stopping = distributed.any_of(stop.made)
             if figures is not None:
                 unread.append((step, seen, figures))
@@ -146,13 +134,13 @@ def show_step(
     bar.set_postfix(loss=f"{loss:.3f}", **({"overflows": overflows} if overflows else {}))
 
 
-def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
+def fit(args: argparse.Namespace, task: Task) -> bool:
     """Train to the end, or until a stop is asked for (then False). Leaves `best/`, by mean validation accuracy."""
     epoch_steps = steps_in_epoch(args, task)
     steps = epoch_steps * args.epochs
     groups = parameter_groups(trained_params(task.model), args.lora_plus, decay_lora=not args.pissa)
     optimizer = torch.optim.AdamW(groups, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    scaler = torch.amp.GradScaler(task.device.type, enabled=args.amp == "fp16")
     state = TrainingState(args.out, task.model, task.config, optimizer, scaler)
     written = {}
     if args.resume:
@@ -174,12 +162,12 @@ def fit(args: argparse.Namespace, task: Task, device: torch.device) -> bool:
                 if not going:
                     return False
             with stop.at_once():  # all is saved
-                found = evaluate(task, "val", device, most=SCORED)
+                found = evaluate(task, "val", most=SCORED)
             keep_best(args, task, state, board, epoch, found)
             state.save_last(board)  # a run that is resumed once it has ended keeps its best/, whatever was done to it
 
         if args.base == "int8":
-            task = on_float_base(args, task, state, stop, device)
+            task = on_float_base(args, task, state, stop)
         chosen = f"epoch {state.progress['best_epoch']} of {args.epochs} (best on validation)"
         if args.no_test:
             print(f"\nkept: {chosen}; the test rows are left alone")
@@ -210,16 +198,14 @@ def keep_best(
         state.save_best(**fitted)
 
 
-def on_float_base(
-    args: argparse.Namespace, task: Task, state: TrainingState, stop: StopRequest, device: torch.device
-) -> Task:
+def on_float_base(args: argparse.Namespace, task: Task, state: TrainingState, stop: StopRequest) -> Task:
     """The best epoch as everybody will load it, on the base as it was before it was quantised, and calibrated there."""
     distributed.wait_for_all()  # the first has written it
     model, config = load_checkpoint(state.best, args.weights)
     distributed.agree(config["sha256"], "checkpoint")
-    task = task._replace(model=model.to(device), config=config)
+    task = task._replace(model=model.to(task.device), config=config)
     with stop.at_once():
-        found = evaluate(task, "val", device, most=SCORED)
+        found = evaluate(task, "val", most=SCORED)
     if distributed.first() and "calibration" not in config:  # or the run had ended before, and was calibrated since
         amend_config(state.best, calibration=calibrate(found.logits, task.labels[found.rows], config))
     print(f"\non the float base:\n{scores_table(found.scores)}")
@@ -235,7 +221,7 @@ def score_test(
         best = task._replace(config=read_config(state.best))  # with its calibration
         distributed.agree(best.config["sha256"], "checkpoint")
         load_tensors(state.best, task.model, best.config)
-        scores = evaluate(best, "test", next(task.model.parameters()).device, most=SCORED).scores
+        scores = evaluate(best, "test", most=SCORED).scores
     if board:
         replace_file(args.out / "metrics.json", (json.dumps(scores, indent=1) + "\n").encode())
         board.outcome(args, scores)
@@ -280,7 +266,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     out = shlex.quote(str(args.out))
     again = f"python train.py --resume --out {out}"
     try:
-        finished = fit(args, task, device)
+        finished = fit(args, task)
     except RuntimeError as error:
         cause = getattr(error, "inner_exception", error)  # of a failed compilation
         if cause is not error and not ran_out(cause):

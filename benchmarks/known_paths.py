@@ -25,8 +25,7 @@ OFTEN, TIMES = (2, 3, 5, 10), (100, 20, 10, 2)
 @exits_cleanly
 def main() -> int:
     task = trained(__doc__.splitlines()[0])
-    device = next(task.model.parameters()).device
-    found, names = evaluate(task, "val", device), list(task.classes)
+    found, names = evaluate(task, "val"), list(task.classes)
     (paths,) = task.config["paths"]
     columns = [names.index(name) for name in paths["attributes"]]
     labels = task.labels[task.store.rows("train")][:, columns]

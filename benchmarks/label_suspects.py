@@ -131,10 +131,9 @@ def conflicts(task: Task, evaluations: list[Evaluation]) -> None:
 @exits_cleanly
 def main() -> int:
     task = trained(__doc__.splitlines()[0])
-    device = next(task.model.parameters()).device
-    val = evaluate(task, "val", device)
+    val = evaluate(task, "val")
     flips(task, val)
-    conflicts(task, [val, evaluate(task, "train", device)])
+    conflicts(task, [val, evaluate(task, "train")])
     return 0
 
 

@@ -49,11 +49,11 @@ def main() -> None:
     model, device = task.model, next(task.model.parameters()).device
     if model.neighbours is None:
         raise UserError("the checkpoint has no neighbours; make some with refit.py --neighbours")
-    both = right(task, looking := evaluate(task, "val", device))
+    both = right(task, looking := evaluate(task, "val"))
     alike = nearest(task, looking.rows)
     shares = model.neighbours.share.clone()
     model.neighbours.share.zero_()
-    alone = right(task, evaluate(task, "val", device))
+    alone = right(task, evaluate(task, "val"))
     model.neighbours.share.copy_(shares)
     names, lines = list(task.classes), []
     for quarter in alike.argsort().tensor_split(4):

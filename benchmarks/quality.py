@@ -54,7 +54,7 @@ def minutes(run: Path, options: dict) -> float:
 
 def figures(run: Path, options: dict, data: str, split: str, device: torch.device) -> dict[str, float]:
     task = load_task(run / "best", None, data, Path(options["cache_dir"]), options["limit"], device, STORE_GB)
-    scores = evaluate(task, split, device).scores
+    scores = evaluate(task, split).scores
     found = {name: a.get("accuracy") for name, a in scores["attributes"].items()}
     found |= {"mean": scores["mean_accuracy"], "path": scores["path_accuracy"], "minutes": minutes(run, options)}
     return {name: value for name, value in found.items() if value is not None}

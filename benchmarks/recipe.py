@@ -91,7 +91,7 @@ def run(way: str, words: list[str], full_lr: float | None, folder: Path) -> dict
         train.train_epoch(args, task, state, epoch_steps * args.epochs, board, going)
         seconds += time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
-    scores = evaluate(task, "val", device, joint=False).scores
+    scores = evaluate(task, "val", joint=False).scores
     save_checkpoint(folder / "best", task.model, task.config)
     return {
         "lr": args.lr,

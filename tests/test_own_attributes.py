@@ -18,6 +18,7 @@ from data.sources import load_source
 from data.store import open_store
 from models.checkpoint import read_config
 from models.neighbours import FILE
+from models.schema import learnt_from
 from tests.conftest import with_fresh_heads
 
 ROOT = Path(__file__).parents[1]
@@ -231,6 +232,8 @@ def test_an_attribute_is_added_to_a_trained_run(command, demo_run, cache_dir, tm
     for name, scores in before["attributes"].items():
         assert after["attributes"][name]["accuracy"] == pytest.approx(scores["accuracy"], abs=0.02), name
     assert {"season", "year"} < after["attributes"].keys()
+    config, began = (read_config(run / "best") for run in (tmp_path / "run", demo_run))
+    assert learnt_from(config) == [config["data"]["fingerprint"], began["data"]["fingerprint"]]
     adapters = [load_file(run / "best" / "adapter.safetensors") for run in (demo_run, tmp_path / "run")]
     for name in (name for name in adapters[0] if name.startswith("backbone.")):
         torch.testing.assert_close(adapters[1][name], adapters[0][name], rtol=0, atol=1e-6)
