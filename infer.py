@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = find_checkpoint(args.checkpoint)
     config = read_config(folder)
     labelled = set().union(*map(labelled_in, args.skip))
-    results = [path for path in args.skip if path.is_dir()] + [args.out] * args.job
+    results = [path for path in args.skip if (path / "job.json").is_file()] + [args.out] * args.job
     title = config["title"] if config["text"] else None
     source = open_source(args.images, title, args.shard_rows, results, labelled)
     for option, path in (("--out", None if args.job else args.out), ("--plot", args.plot)):

@@ -109,9 +109,9 @@ class Labeller:
         outputs = {name: output.float().cpu() for name, output in outputs.items()}  # a GPU is slow at many small things
         finite = torch.cat([*outputs.values()], dim=1).isfinite().all(1)
         if not finite.all():
-            name, dtype = rows[finite.tolist().index(False)].name, str(self.dtype).removeprefix("torch.")
-            hint = "" if self.dtype is torch.float32 else "; leave out --amp"
-            raise UserError(f"{name}: what the model makes of it is not finite in {dtype}{hint}")
+            reason = f"the model makes no finite numbers of it in {str(self.dtype).removeprefix('torch.')}"
+            bad = {id(row) for row, good in zip(rows, finite.tolist(), strict=True) if not good}
+            return self._answer([row._replace(picture=reason) if id(row) in bad else row for row in batch])
         self._say_classes(said, outputs)
         for a in (a for a in self.attributes if a["kind"] == "number"):
             values = a["mean"] + a["std"] * outputs[a["name"]][:, 0].double()

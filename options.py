@@ -225,7 +225,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         for name in names:
             value, shape = getattr(args, name), CONFIG[part].get(name) or CONFIG[part][f"{name}?"]
             if misfit(value, shape, name):
-                raise UserError(f"--{name.replace('_', '-')} {value} is out of its range; see --help")
+                raise UserError(f"--{name.replace('_', '-')} {value} is out of its range")
     for name in ("warp", "drop_patches", "label_smoothing"):
         if not 0 <= (value := getattr(args, name)) < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} is not a number from 0 to below 1")

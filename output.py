@@ -90,9 +90,11 @@ def labelled_in(path: Path) -> set[str]:
     """
     files, names = [path], set()
     if os.path.isdir(path):  # which says no to a name too long, where `Path.is_dir` raises
-        job = (path / "job.json").is_file()  # perhaps one that found nothing new, or has only begun
-        files = [file for file in (path / "labels" if job else path).glob("*") if file.suffix.lower() in Output.KINDS]
-        if not files and not job and any(path.iterdir()):  # an empty one is where they are to be
+        job = (path / "job.json").is_file() or any((path / "labels").glob("*.parquet"))
+        place = path / "labels" if job else path
+        there = [place / name for name in os.listdir(place) if not name.startswith(".")]  # hidden while it is written
+        files = [file for file in there if file.suffix.lower() in Output.KINDS]
+        if there and not files and not job:  # an empty folder is where they are to be; a job may have found nothing
             raise UserError(f"--skip {path} holds no answers: name a file that --out wrote, or a job's folder")
     for file in files:
         try:
@@ -115,8 +117,8 @@ def _labelled_in(file: Path) -> list[str]:
         if file.suffix.lower() == ".csv":
             mark = max(",;\t", key=lines.readline().count)  # a spreadsheet may have saved it since
             lines.seek(0)
-            rows = csv.DictReader(lines, delimiter=mark)
-            return [without_apostrophe(row["image"]) for row in rows if row["error"] == ""]
+            rows = csv.DictReader(lines, delimiter=mark)  # empty cells at the end may be gone
+            return [without_apostrophe(row["image"]) for row in rows if not row["error"]]
         answers = [(answer["image"], "attributes" in answer) for answer in map(json.loads, lines)]
     return [name for name, labelled in answers if labelled]
 

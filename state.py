@@ -65,9 +65,10 @@ class TrainingState:
             read_config(self.last)
             return self.last
         except UserError as damage:
-            if getattr(damage.__context__, "errno", None) in (*FAILING, *BARRED):
-                raise
             folder = previous_of(self.last)
+            if getattr(damage.__context__, "errno", None) in (*FAILING, *BARRED):
+                hint = f"start again, or if that never helps move {self.last} away, before which {folder} was"
+                raise UserError(f"{damage}; {hint}") from None
             read_config(folder)
             print(f"{damage}\ngoing on from the one before, {folder}")
             if self.last.exists():  # or the next save would keep it, and drop the good one

@@ -51,7 +51,7 @@ def fit_targets(
     lacking = {name: len(train_rows) - sum(some) for name, some in counts.items()}  # none is unseen here
     if any(lacking.values()):
         rows = ", ".join(f"{name} {rows:,}" for name, rows in lacking.items() if rows)
-        print(f"train rows without a label: {rows}; one is answered all the same; where none applies, label that too")
+        print(f"train rows without a label: {rows}; an answer is given there too, so where none applies label that")
     for name, m in maps.items():
         for alike in nearly_alike(m.labels):
             print(f"hint: {name} has {' and '.join(map(repr, alike))}, as classes of their own; are they one?")

@@ -146,7 +146,7 @@ def fit(args: argparse.Namespace, task: Task) -> bool:
     if args.resume:
         folder = distributed.decided(state.sound)
         written = distributed.in_turn(lambda: state.restore(folder))
-        distributed.agree(state.progress, "checkpoint")
+        distributed.agree(state.config["sha256"], "checkpoint")
         if distributed.first():
             keep_options(args)  # with the new place of what has moved
         print(f"going on with {args.out} at step {state.step:,} of {steps:,}")

@@ -1,9 +1,10 @@
 """A catalogue as Kaggle and shops have it: a CSV file beside a folder `images/`."""
 
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from data.catalogue import Catalogue, Skipped, stat_fingerprint
 from data.images import MACS_OWN, ImageError
@@ -89,11 +90,14 @@ class Names:
         self.in_any_case = {name: files.pop() for name, files in meant.items() if len(files) == 1}
 
     def find(self, name: str) -> str | None:
-        """Of a name with its suffix, before which `images/`, and what leads there, may stand; or of a picture's URL."""
-        name = unquote(urlsplit(name).path) if "://" in name else name
-        parts = PurePosixPath(name.replace("\\", "/")).parts
-        inner = (parts[i + 1 :] for i, part in enumerate(parts) if part.casefold() == "images")
-        return next(filter(None, (self.spelt(str(PurePosixPath(*some))) for some in (parts, *inner))), None)
+        """Of a name with its suffix, before which `images/`, and what leads there, may stand; of a URL also by its last
+        part, as it is written or as it is meant."""
+        asked, url = [], "://" in name
+        for way in (name, unquote(re.split("[?#]", name)[0])) if url else (name,):
+            parts = PurePosixPath(way.replace("\\", "/")).parts
+            asked += [parts, *(parts[i + 1 :] for i, part in enumerate(parts) if part.casefold() == "images")]
+            asked += [parts[-1:]] * url
+        return next(filter(None, (self.spelt(str(PurePosixPath(*some))) for some in asked)), None)
 
     def spelt(self, name: str) -> str | None:
         """Of this very name, with or without its suffix; else in how its accents are written, else in case, another."""

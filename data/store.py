@@ -222,8 +222,8 @@ def _tell_of_earlier(path: Path) -> None:
             if other != path and other.name.rsplit("-", 2)[0] == name:
                 sizes.append(sum(file.stat().st_size for file in other.iterdir()))
     if sum(sizes) > MUCH:
-        size = sum(sizes) / 1e9
-        say_once(f"{path.parent} has {len(sizes)} more stores of {name}, {size:,.1f} GB; delete what no run needs")
+        more = f"{len(sizes)} more store{'s' * (len(sizes) > 1)} of {name}, {sum(sizes) / 1e9:,.1f} GB"
+        say_once(f"{path.parent} has {more}; delete what no run needs")
 
 
 def _pixels(path: Path, shape: tuple[int, int, int, int]) -> np.ndarray:

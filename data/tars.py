@@ -41,10 +41,10 @@ def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
     """
     schema = None
     if not texts.exists():
-        names = {"id": None} | {name: None for _, cells, _ in _products(paths) for name in cells}
+        names = {"id": None} | {name: None for _, cells, _ in _products(paths, needs) for name in cells}
         check_columns(names, needs, paths[0].parent)
         schema = pa.schema([*((name, pa.string()) for name in names), *PLACE.items()])
-    table = kept(texts, schema, _batches(paths, schema))
+    table = kept(texts, schema, _batches(paths, needs, schema))
     file, start, size, why = (table.column(name) for name in PLACE)
 
     def read(row: int) -> bytes:
@@ -61,26 +61,27 @@ def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
     return Opened(columns_of(table.drop_columns(list(PLACE))), read, None)
 
 
-def _batches(paths: list[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    products = iter(tqdm(_products(paths), desc="reading tar files", unit="row"))  # one: the bar gives no second
+def _batches(paths: list[Path], needs: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    products = iter(tqdm(_products(paths, needs), desc="reading tar files", unit="row"))  # one: the bar gives no second
     while some := list(itertools.islice(products, READ)):
         rows = [cells | dict(zip(PLACE, (file, *place), strict=True)) for file, cells, place in some]
         yield pa.RecordBatch.from_pylist(rows, schema)
 
 
-def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], tuple]]:
+def _products(paths: list[Path], needs: Sequence[str]) -> Iterator[tuple[int, dict[str, str | None], tuple]]:
     """Of each product with a picture: the number of its file, its cells, and the picture's offset, size and None, or
     None, None and why it is not read.
 
     Raises:
-        UserError: a tar is damaged, or what it says of a product contradicts itself or lies apart from the picture.
+        UserError: a tar is damaged, or what it says of a product lies apart from the picture, or contradicts itself in
+            what is needed.
     """
     for number, path in enumerate(paths):
         lone = set()  # products without a picture that is read, of which one may lie elsewhere
         try:
             found = members(path, IMAGES | UNREAD | TEXTS)
             for name, some in itertools.groupby(found, lambda one: product(one[1].name)):
-                cells, place, why = {"id": name}, None, None
+                facts, place, why = {}, None, None
                 for tar, member in some:
                     suffix = PurePosixPath(member.name).suffix.lower()
                     if suffix in UNREAD:
@@ -91,11 +92,8 @@ def _products(paths: list[Path]) -> Iterator[tuple[int, dict[str, str | None], t
                         place = place or (member.offset_data, member.size, None)
                     else:
                         told = _cells(suffix, tar.extractfile(member).read(TEXT_BYTES))
-                        if twice := [key for key in told if key != "id" and told[key] != cells.get(key, told[key])]:
-                            raise UserError(
-                                f"{path}: files of {name}, a name that ends at its first dot, differ in {twice[0]}"
-                            )
-                        cells |= told
+                        _add(facts, told, needs, f"{path}: files of {name}, a name that ends at its first dot,")
+                cells = {"id": name} | facts
                 if place or why:
                     yield number, cells, place or (None, None, why)
                 if not place and cells != {"id": name}:
@@ -121,6 +119,15 @@ def _cells(suffix: str, data: bytes) -> dict[str, str | None]:
         return {}
     cells = {clean(key): cleaned(value) for key, value in facts.items() if key not in PLACE}
     return {key: cell for key, cell in cells.items() if cell is not None or key != "id"}
+
+
+def _add(facts: dict, told: dict, needs: Sequence[str], whose: str) -> None:
+    """Add what a file tells of a product to what others told. Raises a `UserError` where what is needed differs."""
+    new = {key: cell for key, cell in told.items() if cell is not None or key not in facts}
+    for key in new:
+        if key in ("id", *needs) and facts.get(key) not in (None, new[key]):
+            raise UserError(f"{whose} differ in {key}")
+    facts.update(new)
 
 
 def cleaned(value) -> str | None:

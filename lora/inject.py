@@ -113,7 +113,7 @@ def _resolve(model: nn.Module, target_modules: Iterable[str], table: Table) -> d
 
 
 def is_plain(layer: nn.Linear) -> bool:
-    """Who computes W x + b in its place, as LoRA does, would leave out a subclass's own forward, and hooks."""
+    """Whether a layer is W x + b and nothing else: no forward and no hooks of its own, which LoRA would leave out."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return not hooked and type(layer).forward in (nn.Linear.forward, FrozenLinear.forward)
 

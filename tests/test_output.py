@@ -17,6 +17,7 @@ def test_a_parquet_of_several_row_groups_has_each_answer_once_and_in_order(tmp_p
 
 
 def test_results_in_a_folder_count_together_and_as_a_spreadsheet_saves_them(tmp_path):
+    (tmp_path / ".a.csv.part").write_text("of a job that was killed")
     assert labelled_in(tmp_path) == set()
     for name, images in {"a.csv": ["=1.jpg", "2.jpg"], "b.parquet": ["3.jpg"], "c.jsonl": ["4.jpg"]}.items():
         with Output(tmp_path / name, []) as output:
@@ -25,5 +26,5 @@ def test_results_in_a_folder_count_together_and_as_a_spreadsheet_saves_them(tmp_
             )
     assert labelled_in(tmp_path) == {"=1.jpg", "2.jpg", "3.jpg", "4.jpg"}
     table = tmp_path / "a.csv"
-    table.write_text("\ufeff" + table.read_text().replace(",", ";"), encoding="utf-8")
+    table.write_text("\ufeff" + table.read_text().replace(",\n", "\n").replace(",", ";"), encoding="utf-8")
     assert labelled_in(table) == {"=1.jpg", "2.jpg"}

@@ -210,7 +210,7 @@ def test_a_split_without_any_label(command, cache_dir, tmp_path, lacking):
     )
     if lacking == "test":
         assert done.returncode == 0, done.stderr
-        assert "\ntrain rows without a label: masterCategory 3; one is answered all the same" in done.stdout
+        assert "\ntrain rows without a label: masterCategory 3; an answer is given there too" in done.stdout
         assert json.loads((tmp_path / "run" / "metrics.json").read_text())["mean_accuracy"] is None
     else:
         assert done.returncode == 2

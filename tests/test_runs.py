@@ -179,7 +179,7 @@ def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
         (["--layers", "9"], "no target layer is in block 9; there are blocks [0, 1, 2, 3]"),
         (["--lora-plus", "0"], "--lora-plus 0.0 is not a positive number"),
         (["--patch-size", "7"], "64 pixels a side has no whole number of patches of 7"),
-        (["--keep-patches", "0"], "--keep-patches 0.0 is out of its range; see --help"),
+        (["--keep-patches", "0"], "--keep-patches 0.0 is out of its range"),
         (["--drop-patches", "1"], "--drop-patches 1.0 is not a number from 0 to below 1"),
         (["--warp", "1"], "--warp 1.0 is not a number from 0 to below 1"),
         (["--label-smoothing", "-0.1"], "--label-smoothing -0.1 is not a number from 0 to below 1"),

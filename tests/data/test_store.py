@@ -73,7 +73,7 @@ def test_the_canvas_is_the_common_size_but_no_larger_than_the_model_reads(shop, 
 
 def test_what_earlier_stores_take_is_told_once_it_is_much(shop, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("data.store.MUCH", 100_000)
-    for canvas, more in (((80, 60), ""), ((32, 32), "1 more stores"), ((40, 40), "2 more stores"), ((40, 40), "")):
+    for canvas, more in (((80, 60), ""), ((32, 32), "1 more store of"), ((40, 40), "2 more stores"), ((40, 40), "")):
         open_store(shop, canvas, tmp_path / "cache")
         assert more in (said := capsys.readouterr().err) and ("delete" in said) == bool(more)
 

@@ -7,6 +7,7 @@ import unicodedata
 import pytest
 
 from data.catalogue import Skipped
+from data.csv_folder import Names
 from data.sources import load_source
 from data.table import LINES, read_rows
 from data.title_table import TitleTable
@@ -210,12 +211,17 @@ def test_a_picture_is_found_in_its_own_folder_and_no_other(tmp_path):
         r"4,C:\shop\images\500\front.png",
         "5,502/front.png",
         "6,https://cdn.shop.com/images/501/front%2Epng?v=3",
+        "7,https://cdn.shop.com/a/front.png#x",
+        "8,http://[a/b.png",
     ]
     (tmp_path / "items.csv").write_text("\n".join(["id,image", *lines]))
     catalogue = load_source(str(tmp_path), tmp_path / "cache")
-    wanted = ["500/front.png", "501/front.png", "front.png", "500/front.png", "501/front.png"]
-    assert [catalogue.read(row) for row in range(5)] == [(tmp_path / "images" / name).read_bytes() for name in wanted]
-    assert catalogue.skipped == [Skipped("5", "what its column image names is not in images/")]
+    wanted = ["500/front.png", "501/front.png", "front.png", "500/front.png", "501/front.png", "front.png"]
+    assert [catalogue.read(row) for row in range(6)] == [(tmp_path / "images" / name).read_bytes() for name in wanted]
+    assert catalogue.skipped == [Skipped(id, "what its column image names is not in images/") for id in "58"]
+    literal = Names(["a.png", "a%20b.png", "a b.png", "a.png?v=3"])
+    asked = "https://x/a%20b.png", "https://x/images/a.png?v=3", "https://x/a.png?v=4"
+    assert [literal.find(name) for name in asked] == ["a%20b.png", "a.png?v=3", "a.png"]
 
 
 def test_id_and_image_may_be_in_capitals(tmp_path):

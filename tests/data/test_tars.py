@@ -82,7 +82,15 @@ def test_files_that_a_dot_makes_one_product_and_that_say_different_things_are_to
     members |= {"12.7cm-lamp.png": picture(2), "12.7cm-lamp.json": b'{"width": 7}'}
     path = write_tar(tmp_path / "0.tar", members)
     with pytest.raises(UserError, match="files of 12, a name that ends at its first dot, differ in width"):
-        load_source(str(path), tmp_path / "cache")
+        load_source(str(path), tmp_path / "cache", needs=["width"])
+    assert list(load_source(str(path), tmp_path / "cache").ids) == ["12"], "nobody needs it"
+
+
+def test_what_one_file_of_a_product_lacks_another_may_say(tmp_path):
+    members = {"1.png": picture(1), "1.json": b'{"brand": "Puma"}', "1.more.json": b'{"brand": null, "id": "A"}'}
+    path = write_tar(tmp_path / "0.tar", members)
+    catalogue = load_source(str(path), tmp_path / "cache", needs=["brand"])
+    assert (list(catalogue.ids), list(catalogue.columns["brand"])) == (["A"], ["Puma"])
 
 
 def test_an_id_may_be_told(tmp_path):
