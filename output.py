@@ -101,7 +101,7 @@ def labelled_in(path: Path) -> set[str]:
             names.update(_labelled_in(file))
         except OSError as error:
             raise UserError(f"cannot read --skip {file}: {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError, RecursionError, csv.Error, pa.ArrowException) as error:
+        except (ValueError, LookupError, TypeError, RecursionError, csv.Error, pa.ArrowException) as error:
             raise UserError(f"--skip {file} is no file that --out wrote: {error}".splitlines()[0]) from None
     if not all(isinstance(name, str) for name in names):
         raise UserError(f"--skip {path} is no file that --out wrote: an image has no name")
@@ -117,8 +117,9 @@ def _labelled_in(file: Path) -> list[str]:
         if file.suffix.lower() == ".csv":
             mark = max(",;\t", key=lines.readline().count)  # a spreadsheet may have saved it since
             lines.seek(0)
-            rows = csv.DictReader(lines, delimiter=mark)  # empty cells at the end may be gone
-            return [without_apostrophe(row["image"]) for row in rows if not row["error"]]
+            rows = csv.DictReader(lines, delimiter=mark)  # then without the empty error at a row's end
+            whole = (row for row in rows if not row["error"] and row[rows.fieldnames[-2]])
+            return [without_apostrophe(row["image"]) for row in whole]
         answers = [(answer["image"], "attributes" in answer) for answer in map(json.loads, lines)]
     return [name for name, labelled in answers if labelled]
 

@@ -195,7 +195,8 @@ def test_a_name_that_no_parquet_takes_is_one_line(command, demo_run, photos, tmp
     [
         ("gone.csv", None, "cannot read --skip"),
         ("other.csv", "id,name\n1,shirt\n", "is no file that --out wrote"),
-        ("short.csv", "id,image,error\n1\n2,3\n", ""),
+        ("short.csv", "image,usage,usage_decision,error\n1\n2.jpg,Sports\n3.jpg,Sports,", ""),
+        ("error.csv", "error\n\n,\n", "is no file that --out wrote"),
         ("nameless.jsonl", '{"image": 1, "attributes": {}}\n', "is no file that --out wrote: an image has no name"),
         ("deep.jsonl", "[" * 100_000 + "\n", "is no file that --out wrote"),
         ("x" * 300, None, "cannot read --skip"),
@@ -205,6 +206,7 @@ def test_a_name_that_no_parquet_takes_is_one_line(command, demo_run, photos, tmp
     ],
 )
 def test_a_result_to_skip_that_is_none_is_one_line(command, demo_run, photos, tmp_path, name, text, message):
+    (tmp_path / "notes.txt").write_text("of something else")
     if text:
         (tmp_path / name).write_text(text)
     words = ("--checkpoint", demo_run / "best", "--skip", tmp_path / name)
