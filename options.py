@@ -94,7 +94,7 @@ def add_model_options(p: Parser) -> None:
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="leave out the emptiest patches of each picture: 0.5 keeps half of them (default: all)",
+        help="leave out the emptiest patches of each picture: 0.5 keeps half of them (above 0; default: 1, all)",
     )
     group.add_argument(
         "--base", choices=["float", "int8"], default="float", help="how frozen weights are kept while training"

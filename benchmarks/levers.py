@@ -112,7 +112,7 @@ def uncertainty(task: Task) -> None:
 
 def class_counts(task: Task) -> dict[str, Tensor]:
     """How many train rows each class has, (classes,) of each attribute."""
-    device = next(task.model.parameters()).device
+    device = task.device
     return {a["name"]: torch.tensor(a["counts"], dtype=torch.float, device=device) for a in task.config["attributes"]}
 
 

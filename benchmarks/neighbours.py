@@ -46,7 +46,7 @@ def right(task: Task, found: Evaluation) -> np.ndarray:
 @torch.no_grad()
 def main() -> None:
     task = trained("What neighbours give, and what they cost.")
-    model, device = task.model, next(task.model.parameters()).device
+    model, device = task.model, task.device
     if model.neighbours is None:
         raise UserError("the checkpoint has no neighbours; make some with refit.py --neighbours")
     both = right(task, looking := evaluate(task, "val"))

@@ -18,8 +18,9 @@ MAX_PIXELS = 64_000_000  # a 64-megapixel photo decodes to 192 MB; whatever clai
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow reads more; EPS would start Ghostscript
 MACS_OWN = "._"  # how a file begins that macOS puts beside another, of the same suffix but other content
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
-UPRIGHT = {2: Flip.FLIP_LEFT_RIGHT, 3: Flip.ROTATE_180, 4: Flip.FLIP_TOP_BOTTOM}  # what makes a picture so
-LYING = {5: Flip.TRANSPOSE, 6: Flip.ROTATE_270, 7: Flip.TRANSVERSE, 8: Flip.ROTATE_90}  # of one turned on its side
+TURNS = {2: Flip.FLIP_LEFT_RIGHT, 3: Flip.ROTATE_180, 4: Flip.FLIP_TOP_BOTTOM}  # what makes a picture upright
+LYING = {5: Flip.TRANSPOSE, 6: Flip.ROTATE_270, 7: Flip.TRANSVERSE, 8: Flip.ROTATE_90}  # the same of one on its side
+TURNS |= LYING
 WIDTH, HEIGHT = 0x0100, 0x0101  # the tags of a TIFF
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is above our own bound
 
@@ -69,8 +70,8 @@ def decode(source: bytes | Path) -> Image.Image:
         raise ImageError("32 bits a pixel, of no known scale; save it with 8 or 16")
     with _damage_is("truncated or damaged image"):  # decoders raise nearly anything too
         image.load()  # by which a TIFF is turned already
-        if (turn := orientation(image)) in UPRIGHT | LYING:
-            image = image.transpose((UPRIGHT | LYING)[turn])
+        if (lies := orientation(image)) in TURNS:  # Pillow's `exif_transpose` writes all EXIF anew, and fails at some
+            image = image.transpose(TURNS[lies])
         if image.mode.startswith("I;16"):  # 16 bits a pixel: convert("RGB") would clip at 255 where it should scale
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         if image.has_transparency_data:

@@ -32,7 +32,7 @@ class Like(NamedTuple):
 @torch.inference_mode()
 def most_alike(task, rows: Sequence[int]) -> dict[int, list[Like]]:
     """{row of the store: the train pictures that are most like it}, of a `task.Task`; {} without neighbours."""
-    neighbours, device = task.model.neighbours, next(task.model.parameters()).device
+    neighbours = task.model.neighbours
     if neighbours is None:
         return {}
     voters, rows = [], np.unique(np.array(rows, int))
@@ -42,8 +42,8 @@ def most_alike(task, rows: Sequence[int]) -> dict[int, list[Like]]:
         _, alike = task.model.explained(task.preprocess(batch.pixels[part]), batch.tokens[part])
         return neighbours.voters(alike, SHOWN)
 
-    for batch in make_loader(task.store, task.known, epoch_batches(rows, BATCH_SIZE), device):
-        parts, most = in_parts(partial(look, batch.to(device)), len(batch.pixels), most)
+    for batch in make_loader(task.store, task.known, epoch_batches(rows, BATCH_SIZE), task.device):
+        parts, most = in_parts(partial(look, batch.to(task.device)), len(batch.pixels), most)
         voters += itertools.chain(*parts)
     hashes = task.store.hashes.view(np.int64)
     there = np.flatnonzero(np.isin(hashes, [voter.hash for some in voters for voter in some]))

@@ -58,6 +58,7 @@ def test_the_built_in_schema_has_optional_attributes():
         ("title = 3", r'and title = "COLUMN"'),
         ("[attribute.a]", "'attribute' means nothing here"),
         ("attributes.a = 3", "a is no table"),
+        ("[attributes]\na_decision = {}\na = 3", "a is no table"),
         ("[attributes.image]", "image is a column of what infer.py writes; give the attribute another name"),
         ("[attributes.a]\n[attributes.a_decision]", "infer.py writes a_decision of a; give the attribute another name"),
         ("[attributes.a]\n[attributes.a_confidence]", "infer.py writes a_confidence of a"),
