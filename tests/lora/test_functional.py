@@ -139,9 +139,11 @@ def test_torch_compile_passes_over_what_is_kept_in_onednns_layout():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_torch_compile_sees_a_whole_model(dropout, monkeypatch):
+@pytest.mark.parametrize("dora", [False, True])
+def test_torch_compile_sees_a_whole_model(dropout, dora, monkeypatch):
     torch.manual_seed(0)
-    layers = LoRALinear(nn.Linear(6, 8), 2, 3, dropout), nn.GELU(), LoRALinear(nn.Linear(8, 4), 2, 3, dropout)
+    layers = [LoRALinear(nn.Linear(*sizes), 2, 3, dropout, dora=dora) for sizes in ((6, 8), (8, 4))]
+    layers.insert(1, nn.GELU())
     model = nn.Sequential(nn.LayerNorm(6), *layers).double()
     for layer in layers[::2]:
         nn.init.normal_(layer.lora_B)
