@@ -15,7 +15,7 @@ from durable import claim, give_name
 from errors import UserError
 
 READ = 8192  # rows at a time
-VERSION = 3  # of the files: raise it when their cells would be written otherwise
+VERSION = 4  # of the files: raise it when their cells would be written otherwise
 
 
 class Column(Sequence):

@@ -6,6 +6,7 @@ within a few runs, reads each run once.
 """
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,14 +35,23 @@ class File(NamedTuple):
     nbytes: int
     schema: pa.Schema
     filesystem: FileSystem | None  # that of a path which is not on this machine
+    stat: tuple[int, int] | None = None  # size and time of a file on this machine, as it was when it was first opened
 
     def open(self, **options) -> pq.ParquetFile:
+        """Raises a `UserError` where another file has taken its name since: its rows are others."""
+        if self.stat and self.stat != stat_of(self.path):
+            raise UserError(f"{self.path} was replaced meanwhile; start again")
         return pq.ParquetFile(self.path, filesystem=self.filesystem, **options)
 
     @property
     def failures(self) -> tuple[type[Exception], ...]:
         """What reading may raise: over a network, errors of several libraries."""
         return (Exception,) if self.filesystem else (pa.ArrowException, OSError, UnicodeError)
+
+
+def stat_of(path: Path | str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
 
 
 def open_file(path: Path | str, filesystem: FileSystem | None = None) -> File:
@@ -52,6 +62,7 @@ def open_file(path: Path | str, filesystem: FileSystem | None = None) -> File:
     """
     found = File(path, 0, 0, pa.schema([]), filesystem)
     try:
+        found = found._replace(stat=None if filesystem else stat_of(path))
         with found.open() as file:
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             nbytes = sum(group.total_byte_size for group in groups)
@@ -101,13 +112,19 @@ def _texts(files: list[File], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         try:
             with file.open() as opened:
                 for batch in opened.iter_batches(RUN_ROWS, columns=schema.names):
-                    cells = [
-                        [as_text(cell, classes.get(name)) for cell in batch.column(name).to_pylist()]
-                        for name in schema.names
-                    ]
-                    yield pa.record_batch([pa.array(some, pa.string()) for some in cells], schema)
+                    cells = [_cells(file, name, batch.column(name), classes.get(name)) for name in schema.names]
+                    yield pa.record_batch(cells, schema)
         except file.failures as error:
             raise UserError(f"{file.path} cannot be read as parquet: {error}".splitlines()[0]) from None
+
+
+def _cells(file: File, name: str, cells: pa.Array, classes: list[str] | None) -> pa.Array:
+    try:
+        return pa.array([as_text(cell, classes) for cell in cells.to_pylist()], pa.string())
+    except (OverflowError, ValueError) as error:  # of dates, whose years in Python end with 9999
+        if isinstance(error, UnicodeError | pa.ArrowException):
+            raise
+        raise UserError(f"{file.path}: a cell of the column {name} cannot be read ({error}); leave it out") from None
 
 
 class Pictures:

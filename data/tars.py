@@ -10,6 +10,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from data.cells import clean, text
 from data.columns import Opened, check_columns, columns_of, kept
 from data.images import MACS_OWN, ImageError
-from errors import UserError
+from errors import UserError, say_once
 
 TEXT_BYTES = 1 << 20  # of a .txt or .json, at most
 READ = 8192  # products at a time
@@ -27,6 +28,18 @@ NOT_READ, NOT_PLAIN = "of a format that is not read; convert it to JPEG", "not a
 TEXTS = {".json", ".txt", ".cls"}
 # Columns that say where a picture lies, or why it is not read.
 PLACE = {"file #": pa.int64(), "offset #": pa.int64(), "size #": pa.int64(), "why #": pa.string()}
+
+
+class Faults(NamedTuple):
+    """What is wrong with what tars say of products.
+
+    Attributes:
+        differing: columns in which files of one product differ, and which product's do.
+        untold: the .json files that are not read.
+    """
+
+    differing: dict[str, str]
+    untold: list[str]
 
 
 def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
@@ -41,10 +54,17 @@ def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
     """
     schema = None
     if not texts.exists():
-        names = {"id": None} | {name: None for _, cells, _ in _products(paths, needs) for name in cells}
+        faults = Faults({}, [])
+        names = {"id": None} | {name: None for _, cells, _ in _products(paths, faults) for name in cells}
+        if untold := faults.untold:
+            more = f"{len(untold):,} .json files are no JSON object of at most {TEXT_BYTES >> 20} MB"
+            say_once(f"{more}, and left out, such as {untold[0]}")
         check_columns(names, needs, paths[0].parent)
-        schema = pa.schema([*((name, pa.string()) for name in names), *PLACE.items()])
-    table = kept(texts, schema, _batches(paths, needs, schema))
+        schema = pa.schema([*((name, pa.string()) for name in names), *PLACE.items()], faults.differing)
+    table = kept(texts, schema, _batches(paths, schema))
+    for name in ("id", *needs):  # asked of what is kept: who wrote it may have needed other columns
+        if whose := (table.schema.metadata or {}).get(name.encode()):
+            raise UserError(f"{whose.decode()} differ in {name}")
     file, start, size, why = (table.column(name) for name in PLACE)
 
     def read(row: int) -> bytes:
@@ -61,42 +81,28 @@ def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
     return Opened(columns_of(table.drop_columns(list(PLACE))), read, None)
 
 
-def _batches(paths: list[Path], needs: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    products = iter(tqdm(_products(paths, needs), desc="reading tar files", unit="row"))  # one: the bar gives no second
+def _batches(paths: list[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    products = iter(tqdm(_products(paths, Faults({}, [])), desc="reading tar files", unit="row"))  # one bar
     while some := list(itertools.islice(products, READ)):
         rows = [cells | dict(zip(PLACE, (file, *place), strict=True)) for file, cells, place in some]
         yield pa.RecordBatch.from_pylist(rows, schema)
 
 
-def _products(paths: list[Path], needs: Sequence[str]) -> Iterator[tuple[int, dict[str, str | None], tuple]]:
-    """Of each product with a picture: the number of its file, its cells, and the picture's offset, size and None, or
-    None, None and why it is not read.
+def _products(paths: list[Path], faults: Faults) -> Iterator[tuple[int, dict[str, str | None], tuple]]:
+    """Of each product with a picture: the number of its file, its cells, and the place of its picture.
 
     Raises:
-        UserError: a tar is damaged, or what it says of a product lies apart from the picture, or contradicts itself in
-            what is needed.
+        UserError: a tar is damaged, or what it says of a product lies apart from the picture.
     """
     for number, path in enumerate(paths):
         lone = set()  # products without a picture that is read, of which one may lie elsewhere
         try:
             found = members(path, IMAGES | UNREAD | TEXTS)
-            for name, some in itertools.groupby(found, lambda one: product(one[1].name)):
-                facts, place, why = {}, None, None
-                for tar, member in some:
-                    suffix = PurePosixPath(member.name).suffix.lower()
-                    if suffix in UNREAD:
-                        why = NOT_READ
-                    elif not is_plain(member):
-                        why = NOT_PLAIN if suffix in IMAGES else why
-                    elif suffix in IMAGES:
-                        place = place or (member.offset_data, member.size, None)
-                    else:
-                        told = _cells(suffix, tar.extractfile(member).read(TEXT_BYTES))
-                        _add(facts, told, needs, f"{path}: files of {name}, a name that ends at its first dot,")
-                cells = {"id": name} | facts
-                if place or why:
-                    yield number, cells, place or (None, None, why)
-                if not place and cells != {"id": name}:
+            for name, files in itertools.groupby(found, lambda one: product(one[1].name)):
+                facts, place = _product(path, name, files, faults)
+                if place:
+                    yield number, {"id": name} | facts, place
+                if not (place and place[-1] is None) and facts not in ({}, {"id": name}):
                     lone.add(name)
             pictured = (product(member.name) for _, member in members(path, IMAGES) if is_plain(member))
             if lone and (apart := sorted(lone.intersection(pictured))):
@@ -108,26 +114,40 @@ def _products(paths: list[Path], needs: Sequence[str]) -> Iterator[tuple[int, di
             raise UserError(f"{path} cannot be read as tar: {error}") from None
 
 
-def _cells(suffix: str, data: bytes) -> dict[str, str | None]:
+def _product(path: Path, name: str, files: Iterable, faults: Faults) -> tuple[dict[str, str | None], tuple | None]:
+    """What the files of a product say, and its first picture's offset, size and None; or None, None and why none is
+    read; or None, where it has none."""
+    facts, place, why = {}, None, None
+    for tar, member in files:
+        suffix = PurePosixPath(member.name).suffix.lower()
+        if suffix in UNREAD:
+            why = NOT_READ
+        elif not is_plain(member):
+            why = NOT_PLAIN if suffix in IMAGES else why
+        elif suffix in IMAGES:
+            place = place or (member.offset_data, member.size, None)
+        elif (told := _cells(suffix, tar.extractfile(member).read(TEXT_BYTES + 1))) is None:
+            faults.untold.append(f"{clean(member.name)} in {path}")
+        else:
+            told = {key: cell for key, cell in told.items() if cell is not None or key not in facts}
+            for key in (key for key in told if facts.get(key) not in (None, told[key])):
+                faults.differing[key] = f"{path}: files of {name}, a name that ends at its first dot,"
+            facts |= told
+    return facts, place or (why and (None, None, why))
+
+
+def _cells(suffix: str, data: bytes) -> dict[str, str | None] | None:
+    """What a file tells of its product; None where it is a .json that tells nothing that could be columns."""
     if suffix != ".json":
-        return {suffix[1:]: text(data.decode("utf-8", "replace"))}
+        return {suffix[1:]: text(data[:TEXT_BYTES].decode("utf-8", "replace"))}
     try:
         facts = json.loads(data)
     except (ValueError, RecursionError):
-        return {}
-    if not isinstance(facts, dict):
-        return {}
+        return None
+    if not isinstance(facts, dict) or len(data) > TEXT_BYTES:
+        return None
     cells = {clean(key): cleaned(value) for key, value in facts.items() if key not in PLACE}
     return {key: cell for key, cell in cells.items() if cell is not None or key != "id"}
-
-
-def _add(facts: dict, told: dict, needs: Sequence[str], whose: str) -> None:
-    """Add what a file tells of a product to what others told. Raises a `UserError` where what is needed differs."""
-    new = {key: cell for key, cell in told.items() if cell is not None or key not in facts}
-    for key in new:
-        if key in ("id", *needs) and facts.get(key) not in (None, new[key]):
-            raise UserError(f"{whose} differ in {key}")
-    facts.update(new)
 
 
 def cleaned(value) -> str | None:

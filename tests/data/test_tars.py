@@ -84,6 +84,18 @@ def test_files_that_a_dot_makes_one_product_and_that_say_different_things_are_to
     with pytest.raises(UserError, match="files of 12, a name that ends at its first dot, differ in width"):
         load_source(str(path), tmp_path / "cache", needs=["width"])
     assert list(load_source(str(path), tmp_path / "cache").ids) == ["12"], "nobody needs it"
+    with pytest.raises(UserError, match="files of 12, a name that ends at its first dot, differ in width"):
+        load_source(str(path), tmp_path / "cache", needs=["width"])
+
+
+@pytest.mark.parametrize("said", [b"{", b"[1]", json.dumps({"gender": "Men", "thumbnail": "x" * (1 << 20)}).encode()])
+def test_a_json_that_cannot_be_columns_is_told(tmp_path, capsys, said):
+    members = {"1.png": picture(1), "1.json": said, "2.png": picture(2), "2.json": b'{"gender": "Men"}'}
+    catalogue = load_source(str(write_tar(tmp_path / "0.tar", members)), tmp_path / "cache")
+    assert list(catalogue.columns["gender"]) == [None, "Men"]
+    assert (
+        "1 .json files are no JSON object of at most 1 MB, and left out, such as 1.json in " in capsys.readouterr().err
+    )
 
 
 def test_what_one_file_of_a_product_lacks_another_may_say(tmp_path):
