@@ -175,6 +175,7 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
     task = distributed.in_turn(
         lambda: load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device, args.store_gb)
     )
+    distributed.agree(task.config["sha256"], "checkpoint")
     agree_on_rows(task)
     print(f"checkpoint {folder}")
     name, rows = task.catalogue.name, task.store.rows(split)

@@ -127,7 +127,8 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
 def agree_on_rows(task: Task) -> None:
     """Raise a `UserError` where not all processes see the first one's catalogue: rows are shared by their numbers."""
     seen = hashlib.blake2b(digest(task.catalogue.ids).encode(), digest_size=16)
-    for facts in (*map(task.store.rows, SPLITS), task.labels):
+    seen.update(json.dumps([task.config[part] for part in ("attributes", "preprocess", "text")]).encode())
+    for facts in (*map(task.store.rows, SPLITS), *task.known):
         seen.update(np.ascontiguousarray(facts))
     distributed.agree(seen.hexdigest(), "catalogue")
 

@@ -250,6 +250,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         warn_if_slow(args.backbone, device)
         task = distributed.in_turn(make)
         agree_on_rows(task)
+        for part in ("backbone", "teacher"):
+            distributed.agree(task.config[part], part)
     except BaseException:  # Ctrl-C too: nothing was learnt yet
         if not args.resume and distributed.first():
             discard_run(args.out)

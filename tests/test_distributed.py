@@ -14,15 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import distributed
 from errors import UserError
-from models.checkpoint import sealed
+from models.backbone import DEMO_WEIGHTS
+from models.checkpoint import amend_config, read_config, sealed
 from options import parse_args
 from runs import choose, options_text, started_with
 from task import agree_on_rows, load_task
+from tests import twenty_steps
 from tests.faults.conftest import assert_same
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +41,11 @@ def torchrun(processes: int, *words, restarts: int = 0) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    said, _ = process.communicate(timeout=300)
+    try:
+        said, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its own
+        raise
     return process.returncode, said
 
 
@@ -54,7 +60,8 @@ def run(processes: int, *words, **how) -> str:
 def steps(tmp_path_factory):
     """What trains, after 20 steps in fp64 of the same micro-batches, shared by 1, 2 and 3 processes; step by step."""
     folder = tmp_path_factory.mktemp("steps")
-    for processes in (1, 2, 3):
+    twenty_steps.main(folder / "1.safetensors")
+    for processes in (2, 3):
         run(processes, ROOT / "tests" / "twenty_steps.py", folder / f"{processes}.safetensors")
     return {processes: load_file(folder / f"{processes}.safetensors") for processes in (1, 2, 3)}
 
@@ -156,12 +163,12 @@ def workers(process: subprocess.Popen) -> list[int]:
     return sorted(environment, key=lambda pid: int(re.search(r"\0RANK=(\d+)", environment[pid]).group(1)))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_worker_is_started_again_and_goes_on_from_the_last_checkpoint(words, pair, tmp_path, victim):
+def test_a_killed_worker_is_started_again_and_goes_on_from_the_last_checkpoint(words, pair, tmp_path):
+    """The first one; of the others see below."""
     out = tmp_path / "run"
     process = torchrun(2, "train.py", *words, "--batch-size", 8, "--out", out, restarts=1)
     wait_for(process, out, 8)
-    os.kill(workers(process)[victim], signal.SIGKILL)
+    os.kill(workers(process)[0], signal.SIGKILL)
     code, said = finish(process)
     assert code == 0, said
     step = int(re.search(r"going on with .* at step (\d+) of 42", said).group(1))
@@ -170,10 +177,22 @@ def test_a_killed_worker_is_started_again_and_goes_on_from_the_last_checkpoint(w
 
 
 def test_of_three_processes_the_sums_are_the_same_bits_after_a_restart_too(words, tmp_path):
-    """Where three numbers are added their order shows."""
+    """Where three numbers are added their order shows; and each process drops what is its own to drop."""
     whole, out = tmp_path / "whole", tmp_path / "run"
-    run(3, "train.py", *words, "--batch-size", 4, "--out", whole)
-    process = torchrun(3, "train.py", *words, "--batch-size", 4, "--out", out, restarts=1)
+    words = (
+        *words,
+        "--batch-size",
+        4,
+        "--dropout",
+        0.05,
+        "--drop-patches",
+        0.2,
+        "--with-price",
+        "--inputs",
+        "image+title",
+    )
+    run(3, "train.py", *words, "--out", whole)
+    process = torchrun(3, "train.py", *words, "--out", out, restarts=1)
     wait_for(process, out, 8)
     os.kill(workers(process)[1], signal.SIGKILL)
     code, said = finish(process)
@@ -181,18 +200,24 @@ def test_of_three_processes_the_sums_are_the_same_bits_after_a_restart_too(words
     assert_same(out, whole)
 
 
-@pytest.mark.parametrize("processes", [1, 3])
-def test_a_run_goes_on_with_another_number_of_processes(words, alone, tmp_path, processes):
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def stopped(words, tmp_path_factory):
+    """The folder of such a run that was stopped on its way."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
     process = torchrun(2, "train.py", *words, "--batch-size", 8, "--out", out)
     wait_for(process, out, 8)
     process.send_signal(signal.SIGTERM)  # which torchrun passes on: all stop after the same step
     _, said = finish(process)
     assert "stopped and saved" in said
-    step = progress(out)
-    assert 8 <= step < 42
+    assert 8 <= progress(out) < 42
+    return out
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_run_goes_on_with_another_number_of_processes(stopped, alone, tmp_path, processes):
+    out = shutil.copytree(stopped, tmp_path / "run")
     said = run(processes, "train.py", "--resume", "--out", out)
-    assert f"at step {step} of 42" in said
+    assert f"at step {progress(stopped)} of 42" in said
     assert f"(2 x --batch-size 8), shared by {processes} processes" in said
     assert_close(out, alone)
 
@@ -289,6 +314,44 @@ def test_machines_that_see_other_catalogues_are_told(tmp_path):
     code, said = finish(torchrun(2, tmp_path / "ask.py"))
     assert code == 1
     assert "error in process 1: the catalogue of this machine is not the one of the first process" in said
+
+
+def test_a_mistake_that_the_first_process_finds_ends_all_of_them(tmp_path):
+    code, said = finish(torchrun(2, "train.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "run"))
+    assert code == 1
+    assert said.count("error: no such data") == 1
+
+
+OTHERWISE = {  # how the second process reads another file by the same name, as it would on another machine
+    "backbone": "task.create_backbone = lambda name, weights, *sizes: create_backbone(name, other, *sizes)",
+    "checkpoint": "evaluate.load_task = lambda folder, *rest: task.load_task(other, *rest)",
+}
+
+
+@pytest.mark.parametrize("part", OTHERWISE)
+def test_machines_that_have_other_files_by_the_same_names_are_told(words, alone, cache_dir, tmp_path, part):
+    if part == "backbone":
+        script, other = "train", tmp_path / "other.safetensors"
+        weights = load_file(DEMO_WEIGHTS)
+        save_file({name: tensor * 1.01 for name, tensor in weights.items()}, other)
+        options = (*words, "--out", tmp_path / "run")
+    else:
+        script, other = "evaluate", shutil.copytree(alone / "best", tmp_path / "other")
+        amend_config(other, data=read_config(other)["data"] | {"name": "another"})
+        options = ("--checkpoint", alone / "best", "--data", "demo", "--limit", 400, "--cache-dir", cache_dir)
+    (tmp_path / "ask.py").write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"import {script}, task\n"
+        "from models.backbone import create_backbone\n"
+        f"other = Path({str(other)!r})\n"
+        f"if os.environ['RANK'] == '1': {OTHERWISE[part]}\n"
+        f"{script}.main()\n"
+    )
+    code, said = finish(torchrun(2, tmp_path / "ask.py", *options))
+    assert code == 1
+    assert f"error in process 1: the {part} of this machine is not the one of the first process" in said
 
 
 @pytest.mark.parametrize("split", ["labels", "rows"])
