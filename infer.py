@@ -14,9 +14,9 @@ import startup  # noqa: F401
 # isort: split
 import hashlib
 import json
-import os
 import signal
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +29,7 @@ from data.shards import SHARD_ROWS, Row, Shard, Source, open_source
 from data.title_table import TitleTable
 from defaults import AMP, choose_amp
 from distributed import share_cores
+from durable import alone_in
 from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
 from jobs import Crew, Job
 from labeller import Labeller
@@ -121,6 +122,14 @@ def main(argv: list[str] | None = None) -> int:
     crew = Crew.of_torchrun()
     share_cores()
     args = parse_args(argv, crew)
+    with ExitStack() as held:
+        if args.out and args.out.parent in args.skip and args.out.parent.is_dir():
+            held.enter_context(alone_in(args.out.parent))  # what another answers just now is not among its results yet
+        return answer(args, crew)
+
+
+def answer(args, crew: Crew) -> int:
+    """All that the command does; the exit code."""
     folder = find_checkpoint(args.checkpoint)
     config = read_config(folder)
     labelled = set().union(*map(labelled_in, args.skip))
@@ -209,7 +218,7 @@ def facts(args, config: dict, source: Source, titles: TitleTable | None) -> dict
         "independent": args.independent,
         "amp": args.amp,
         "shard_rows": args.shard_rows,
-    }
+    } | ({"hub": source.hub} if source.hub else {})
 
 
 def report(unreadable: int, rows: int) -> int:
@@ -230,7 +239,7 @@ def alone(args, source: Source, answered: Iterator[tuple[list[Row], list[dict]]]
 
     with ExitStack() as stack:
         stack.push(not_written)
-        output = stack.enter_context(Output(args.out, attributes, f".{os.getpid()}")) if args.out else None
+        output = stack.enter_context(Output(args.out, attributes, f".{uuid.uuid4().hex[:8]}")) if args.out else None
         few = source.rows is not None and source.rows <= args.batch_size
         bar = stack.enter_context(tqdm(total=source.rows, unit="img", disable=few))
         for batch, answers in answered:

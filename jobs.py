@@ -10,6 +10,7 @@ may just have finished it; so nothing is done twice, and a killed job is gone on
 
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data.shards import Shard
+from data.sources import in_file_name
 from durable import claim, replace_file
 from errors import UserError, make_folder
 from output import Output
@@ -72,6 +74,8 @@ class Job:
         try:
             with claim(self.locks / "job", wait=True):  # of several that start at once the first one writes it
                 if not path.exists():
+                    if any(self.labels.glob("*.parquet")):  # of whichever checkpoint and inputs
+                        raise UserError(f"{self.labels} holds answers, but {path} is gone; name another --out")
                     replace_file(path, json.dumps(facts, indent=1).encode())
                     return
         except OSError as error:  # of another user's folder, above all
@@ -87,6 +91,7 @@ class Job:
             verb = "differ" if len(differing) > 1 else "differs"
             hint = {
                 ("inputs",): f"; for what is new since, also add --skip {self.folder}",
+                ("inputs", "hub"): f", or go on with {' '.join(found.get('hub') or [])}",
                 ("amp",): f", or go on with --amp {found['amp']}" if found.get("amp") else ", or leave out --amp",
             }.get(tuple(differing), "")
             raise UserError(
@@ -131,7 +136,8 @@ class Job:
             with claim(self.locks / f"{number:05}") as ours:
                 if not ours or path.exists():
                     return False
-                with Output(path, self.attributes) as output:
+                # Each machine's own: where locks do not reach another, two do the same work, but not in one file.
+                with Output(path, self.attributes, f".{in_file_name(platform.node())}") as output:
                     for answers in answer(self.shards[number]):
                         output.write(answers)
                         rows += len(answers)

@@ -71,6 +71,7 @@ class Source:
         names of the rows that are left out.
     files: the picture files among the inputs.
     paths: all files among them, and those that they name.
+    hub: the hub's datasets among them, each with the commit that is read.
     notes: what the user should know about how the inputs were understood.
     """
 
@@ -78,6 +79,7 @@ class Source:
     fingerprint: str
     files: list[Path]
     paths: list[Path]
+    hub: list[str]
     notes: list[str]
 
     @property
@@ -107,14 +109,14 @@ def open_source(
     """
     notes: list[str] = []
     found = {name: None for word in asked for name in find_inputs(word, without, notes)}  # each once
-    shards, facts, files, beside = [], [], [], []
+    shards, facts, files, beside, hub_names = [], [], [], [], []
     for kind, some in itertools.groupby(found, kind_of):
         some = list(some)
         if kind == "hub":
             for name in some:
-                splits, revision = _load_hub(name)
-                facts.append((name, revision))
-                shards += _without(stream_shards(name, splits, title), labelled)
+                hub_names.append(name := hub.pinned(name))
+                facts.append(name)
+                shards += _without(stream_shards(name, _load_hub(name), title), labelled)
             continue
         facts += [(os.fsencode(path), path.stat().st_size if os.path.exists(path) else None) for path in some]
         if kind == "image":
@@ -142,7 +144,8 @@ def open_source(
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=16)
     for name in sorted(labelled):
         digest.update(f"{name}\n".encode())
-    return Source(shards, digest.hexdigest(), files, [*(p for p in found if isinstance(p, Path)), *beside], notes)
+    paths = [*(p for p in found if isinstance(p, Path)), *beside]
+    return Source(shards, digest.hexdigest(), files, paths, hub_names, notes)
 
 
 def _note_left_out(rows: int, left: int, labelled: Set[str], notes: list[str]) -> None:
@@ -254,13 +257,13 @@ def _raise_if_broken(error: Exception, path: Path | str) -> None:
         raise UserError(f"{path} broke off: {os.strerror(error.errno)}; start again") from error
 
 
-def _load_hub(name: str) -> tuple[dict, str]:
-    """The streamed splits of a dataset on the hub, and the commit they are of, which is the same in every process."""
-    repo, revision = hub.pinned(name).removeprefix("hub:").split("@")
+def _load_hub(name: str) -> dict:
+    """The streamed splits of a dataset on the hub, of the commit that is a part of its name."""
+    repo, revision = name.removeprefix("hub:").split("@")
     import datasets
 
     try:
-        return dict(datasets.load_dataset(repo, streaming=True, revision=revision)), revision
+        return dict(datasets.load_dataset(repo, streaming=True, revision=revision))
     except Exception as error:  # of several libraries; whatever it is, there is no dataset
         raise UserError(f"cannot stream {name}: {error}".splitlines()[0]) from error
 

@@ -16,6 +16,7 @@ import torch
 import infer
 from data.images import decode
 from data.shards import Row
+from durable import alone_in
 from labeller import Labeller
 from models.checkpoint import amend_config
 from output import Output
@@ -117,6 +118,18 @@ def test_a_terminated_one_leaves_no_part_of_a_file(command, demo_run, photos, tm
     signal.signal(signal.SIGTERM, before)
     assert done.returncode == 128 + signal.SIGTERM
     assert not list(tmp_path.iterdir())
+
+
+def test_two_that_answer_into_a_folder_whose_results_they_leave_out_do_not_answer_the_same(
+    command, demo_run, photos, tmp_path
+):
+    words = ("infer.py", photos / "0.png", "--checkpoint", demo_run / "best", "--skip", tmp_path)
+    with alone_in(tmp_path):
+        done = command(*words, "--out", tmp_path / "a.csv")
+    assert (done.returncode, f"{tmp_path} is in use by a run that has not ended" in done.stderr) == (2, True)
+    for name, rows in (("a.csv", 1), ("b.csv", 0)):
+        done = command(*words, "--out", tmp_path / name)
+        assert (done.returncode, f"wrote {rows} rows" in done.stderr) == (0, True), done.stderr
 
 
 def test_a_sheet_that_cannot_be_written_does_not_deny_the_answers(command, demo_run, photos, tmp_path):

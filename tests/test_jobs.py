@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import fashion
+from errors import UserError
+from jobs import Crew, Job
 from tests.faults.processes import die_at, finish, start
 
 ROOT = Path(__file__).parents[1]
@@ -155,19 +157,21 @@ def test_two_processes_share_the_work_and_none_is_done_twice(words, whole, tmp_p
 def test_what_a_process_holds_is_waited_for_and_taken_over_when_it_dies(words, whole, tmp_path):
     stopping = functools.partial(die_at, 5, "labeller", "decode", signal.SIGSTOP)
     stopped = start("infer", *words, tmp_path / "job", log=tmp_path / "stopped", fault=stopping)
-    while not (tmp_path / "job" / "labels" / ".00000.parquet.part").exists():
-        stopped.join(0.05)
-        assert stopped.is_alive(), (tmp_path / "stopped").read_text()
-    other = start("infer", *words, tmp_path / "job", log=tmp_path / "log")
     labels = tmp_path / "job" / "labels"
-    while len(list(labels.glob("*.parquet"))) < SHARDS - 1:
-        other.join(0.05)
-        assert other.is_alive(), (tmp_path / "log").read_text()
-    other.join(2)
-    assert other.is_alive(), "it does not end before all is done"
-    assert not (labels / "00000.parquet").exists()
-    stopped.kill()
-    stopped.join()
+    try:
+        while not list(labels.glob(".00000.parquet.*.part")):
+            stopped.join(0.05)
+            assert stopped.is_alive(), (tmp_path / "stopped").read_text()
+        other = start("infer", *words, tmp_path / "job", log=tmp_path / "log")
+        while len(done := list(labels.glob("[0-9]*.parquet"))) < SHARDS - 1:
+            other.join(0.05)
+            assert other.is_alive(), (tmp_path / "log").read_text()
+        other.join(2)
+        assert other.is_alive(), "it does not end before all is done"
+        assert labels / "00000.parquet" not in done
+    finally:  # else the suite would wait for it at its end
+        stopped.kill()
+        stopped.join()
     assert finish(other) == 1
     assert results(tmp_path / "job") == whole
 
@@ -270,9 +274,17 @@ def test_another_job_on_the_same_folder_is_refused(command, mixed, demo_run, wit
     done = command("infer.py", mixed / "photos" / "0.png", *best, *job)
     assert (done.returncode, "job.json is damaged" in done.stderr.splitlines()[-1]) == (2, True)
     (tmp_path / "job" / "job.json").unlink()
+    done = command("infer.py", mixed / "photos" / "1.png", *best, *job)  # whose answers these are nobody knows now
+    assert (done.returncode, "holds answers, but " in done.stderr.splitlines()[-1]) == (2, True), done.stderr
     (tmp_path / "job" / "job.json").mkdir()  # it cannot be read, like one of another user's
     done = command("infer.py", mixed / "photos" / "0.png", *best, *job)
     assert (done.returncode, "error: cannot read " in done.stderr.splitlines()[-1]) == (2, True), done.stderr
+
+
+def test_a_job_on_a_dataset_that_has_moved_on_says_how_to_go_on_with_it(tmp_path):
+    Job(tmp_path, {"inputs": "one", "hub": ["hub:owner/shop@1"]}, [], [], Crew(0, 1, 0))
+    with pytest.raises(UserError, match=r"its inputs, hub differ.*, or go on with hub:owner/shop@1$"):
+        Job(tmp_path, {"inputs": "two", "hub": ["hub:owner/shop@2"]}, [], [], Crew(0, 1, 0))
 
 
 def test_a_lock_that_cannot_be_opened_is_one_line(command, mixed, demo_run, tmp_path):
