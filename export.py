@@ -8,9 +8,11 @@ python export.py --to onnx --out model.onnx              merged backbone, heads 
 import startup  # noqa: F401
 
 # isort: split
+import contextlib
 import importlib.util
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -46,8 +48,9 @@ def export_peft(model: nn.Module, config: dict, out: Path, old: bool) -> None:
     check_hf(base["name"])
     adapter, tensors = to_peft(model.backbone, lambda name: hf_name(name, old), config["lora"]["dropout"])
     out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "adapter_config.json", (json.dumps(adapter, indent=1) + "\n").encode())
-    replace_file(out / "adapter_model.safetensors", tensor_bytes(tensors, metadata={"format": "pt"}))
+    with put_together(out) as folder:
+        (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=1) + "\n", encoding="utf-8")
+        (folder / "adapter_model.safetensors").write_bytes(tensor_bytes(tensors, metadata={"format": "pt"}))
     if base["img_size"] or base["patch_size"]:
         sizes = f"image_size={embed.img_size[0]}, patch_size={embed.patch_size[0]}"
         print(f"ViTModel needs {sizes}, and the embeddings of patches and positions that --to timm writes")
@@ -55,6 +58,15 @@ def export_peft(model: nn.Module, config: dict, out: Path, old: bool) -> None:
         print(f"trained on the fullest {base['keep_patches']:.0%} of each picture's patches; ViTModel takes all")
     since = "up to 5.8" if old else "from 5.9 on"
     print(f"load it, transformers {since}: PeftModel.from_pretrained(ViTModel(...), {str(out)!r})")
+
+
+@contextlib.contextmanager
+def put_together(place: Path) -> Iterator[Path]:
+    """A folder whose files are moved to `place` once all are written: on a full disk the old ones stay, all of them."""
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        yield Path(folder)
+        for file in sorted(Path(folder).iterdir()):
+            give_name(file, place / file.name)
 
 
 class Logits(nn.Module):
@@ -83,7 +95,12 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
         return opset18.TopK(x, length, axis=dim, largest=int(descending))  # of equals, the first come first
 
     images = torch.zeros(2, 3, *config["preprocess"]["size"])
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+    numbers = {a["name"]: {"mean": a["mean"], "std": a["std"]} for a in config["attributes"] if a["kind"] == "number"}
+    about = {"preprocess": config["preprocess"], "labels": labels_of(config)}
+    about |= ({"numbers": numbers} if numbers else {}) | {"paths": config["paths"]}
+    about["calibration"] = config.get("calibration")
+    beside = out.with_suffix(".json")
+    with put_together(out.parent) as folder:
         program = torch.onnx.export(
             Logits(merge_lora(model)).eval(),
             (images,),
@@ -95,15 +112,9 @@ def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         )
         NameFixPass()(program.model)  # an attribute may be called as a value within the graph is, such as cat
-        program.save(Path(folder, out.name), external_data=False)
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # above 2 GB the numbers are in a file of their own
-            give_name(file, out.with_name(file.name))
-    numbers = {a["name"]: {"mean": a["mean"], "std": a["std"]} for a in config["attributes"] if a["kind"] == "number"}
-    about = {"preprocess": config["preprocess"], "labels": labels_of(config)}
-    about |= ({"numbers": numbers} if numbers else {}) | {"paths": config["paths"]}
-    about["calibration"] = config.get("calibration")
-    beside = out.with_suffix(".json")
-    replace_file(beside, (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
+        program.save(folder / out.name, external_data=False)  # above 2 GB the numbers are in a file of their own
+        text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+        (folder / beside.name).write_text(text, encoding="utf-8")
     print(f"what its inputs and outputs mean: {beside}")
 
 

@@ -1,6 +1,8 @@
 """export.py: the merged backbone in timm, PEFT's files, and its errors. PEFT and onnxruntime: tests/interchange."""
 
+import errno
 import json
+import os
 import re
 import shutil
 
@@ -39,6 +41,20 @@ def test_peft_gets_its_two_files(command, demo_run, tmp_path):
         assert name in config["target_modules"]
         tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
         assert tensors[f"base_model.model.{name}.lora_B.weight"].shape == (128, 16)
+
+
+def test_on_a_full_disk_both_files_of_an_earlier_export_stay(command, demo_run, tmp_path, monkeypatch):
+    words = ("export.py", "--checkpoint", demo_run / "best", "--to", "peft", "--out", tmp_path / "adapter")
+    assert command(*words).returncode == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+
+    def full(tensors, metadata):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("export.tensor_bytes", full)
+    done = command(*words, "--old-names")
+    assert (done.returncode, "No space left on device" in done.stderr.splitlines()[-1]) == (2, True), done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
 
 
 @pytest.mark.parametrize(
