@@ -106,11 +106,13 @@ def at_rest(run: Path) -> Iterator[None]:
 
 def _was_stopped(run: Path) -> bool:
     """Whether a run has epochs to go; not where it is none, or older than that is known."""
-    try:
-        config, options = (json.loads((run / name).read_bytes()) for name in ("last/config.json", "options.json"))
-        return config["progress"]["epochs_scored"] < options["epochs"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    for last in ("last", "last.previous"):  # where the first is damaged, a run goes on from the other
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            config, options = (
+                json.loads((run / name).read_bytes()) for name in (f"{last}/config.json", "options.json")
+            )
+            return config["progress"]["epochs_scored"] < options["epochs"]
+    return False
 
 
 @contextlib.contextmanager

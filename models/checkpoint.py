@@ -258,8 +258,9 @@ def find_checkpoint(given: Path | None) -> Path:
 
 
 def newest_checkpoint(runs: Path, which: str) -> Path:
-    """The most recently written `best` or `last` folder of any run."""
-    found = [path.parent for path in runs.glob(f"*/{which}/adapter.safetensors")]
+    """The most recently written `best` or `last` folder of any run, if only its previous one is there."""
+    names = (which, previous_of(Path(which)).name)
+    found = [path.parents[1] / which for name in names for path in runs.glob(f"*/{name}/adapter.safetensors")]
     if not found:
         raise UserError(f"no run under {runs}/ has a {which}/ checkpoint; train one with train.py, or name its folder")
     return max(found, key=_trained_at)

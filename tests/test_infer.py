@@ -195,6 +195,13 @@ def test_calibrating_makes_no_run_the_newest(demo_run, tmp_path):
     assert newest_checkpoint(tmp_path, "best") == tmp_path / "new" / "best"
 
 
+def test_a_run_whose_last_checkpoint_was_damaged_is_still_the_newest(demo_run, tmp_path):
+    for run, which, trained in (("old", "last", 1), ("new", "last.previous", 2)):
+        last = shutil.copytree(demo_run / "last", tmp_path / run / which)
+        os.utime(last / "adapter.safetensors", (trained, trained))
+    assert newest_checkpoint(tmp_path, "last") == tmp_path / "new" / "last"
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_says_the_same_with_about_the_same_confidence(command, demo_run, photos, tmp_path, precision):
     for name, extra in (("full", ()), ("half", ("--amp", precision))):

@@ -66,7 +66,7 @@ def test_what_is_no_better_changes_nothing(command, demo_run, words, tmp_path, m
     """Neither the same, nor worse, nor where as many more labels are asked for as there are."""
     monkeypatch.setattr(refit, name, value)
     shutil.copytree(demo_run / "best", tmp_path / "run" / "best")
-    done = command("refit.py", "--checkpoint", tmp_path / "run" / "best", *words)
+    done = command("refit.py", "--checkpoint", tmp_path / "run" / "best", *words, "--limit", 300)
     assert done.returncode == 0, done.stderr
     was, now = re.search(r"mean accuracy (\S+) before, (\S+) after; .*: \S+ stays as it was", done.stdout).groups()
     assert (was == now) == (value == 0) or name == "FEWER"
@@ -198,6 +198,9 @@ def test_a_run_that_was_stopped_is_resumed_first(demo_run, tmp_path):
         pass
     options = json.loads((demo_run / "options.json").read_text())
     (tmp_path / "run" / "options.json").write_text(json.dumps(options | {"epochs": options["epochs"] + 1}))
+    with pytest.raises(UserError, match="run was stopped before its end: --resume it first"), at_rest(tmp_path / "run"):
+        pass
+    (tmp_path / "run" / "last").rename(tmp_path / "run" / "last.previous")  # as where it goes on from the one before
     with pytest.raises(UserError, match="run was stopped before its end: --resume it first"), at_rest(tmp_path / "run"):
         pass
 
