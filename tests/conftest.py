@@ -1,9 +1,14 @@
 """For all tests: the real catalogue and weights where they lie beside the checkout, and one trained demo run."""
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a hub that can be reached would change what runs choose; read as its library loads
+
+# isort: split
+import functools
 import importlib
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -26,6 +31,12 @@ OWN_PATCHES = {"img_size": None, "patch_size": None, "keep_patches": 1.0}  # of 
 ROOT = Path(__file__).parents[1]
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Draws do not depend on which tests came before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +78,7 @@ def demo_run(command, cache_dir, tmp_path_factory) -> Path:
     """A short but real training run on part of the demo; the run's folder."""
     out = tmp_path_factory.mktemp("runs") / "demo"
     done = command(
-        *("train.py", "--data", "demo", "--limit", 1000, "--epochs", 3, "--amp", "--accum", 2),
+        *("train.py", "--data", "demo", "--limit", 1000, "--epochs", 3, "--accum", 2),
         *("--out", out, "--cache-dir", cache_dir),
     )
     assert done.returncode == 0, done.stderr
@@ -146,9 +157,16 @@ def with_fresh_heads(checkpoint, folder):
 
 
 @pytest.fixture
-def with_neighbours(tmp_path):
+def with_neighbours(looking, tmp_path):
     """`with_neighbours(checkpoint)`: a copy of a checkpoint that keeps 40 pictures of noise, which count by half."""
+    return lambda checkpoint: shutil.copytree(looking(checkpoint), tmp_path / "looking" / "best")
 
+
+@pytest.fixture(scope="session")
+def looking(tmp_path_factory):
+    """`with_neighbours`, of each checkpoint once."""
+
+    @functools.cache
     def make(checkpoint: Path) -> Path:
         model, config = load_checkpoint(checkpoint)
         classes = {a["name"]: len(a["labels"]) for a in config["attributes"] if a["kind"] == "class"}
@@ -162,7 +180,7 @@ def with_neighbours(tmp_path):
         known = {"labels": labels, "values": values, "hashes": torch.arange(40)}
         neighbours = Neighbours.of(classes, numbers, *seen, [f"noise {i}" for i in range(40)], known)
         neighbours.share.fill_(0.5)
-        folder = tmp_path / "looking" / "best"
+        folder = tmp_path_factory.mktemp("looking") / "best"
         save_checkpoint(folder, model, config, {FILE: neighbours.tensors()})
         return folder
 

@@ -37,7 +37,7 @@ def shop(tmp_path_factory):
 def furniture_run(command, shop, cache_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "furniture"
     done = command(
-        *("train.py", "--data", shop, "--attributes", FURNITURE, "--backbone", "demo", "--epochs", 4, "--amp"),
+        *("train.py", "--data", shop, "--attributes", FURNITURE, "--backbone", "demo", "--epochs", 4),
         *("--out", out, "--cache-dir", cache_dir),
     )
     assert done.returncode == 0, done.stderr

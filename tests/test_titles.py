@@ -23,7 +23,7 @@ from infer import find_titles
 from models.checkpoint import read_config
 
 ROOT = Path(__file__).parents[1]
-WORDS = ("train.py", "--data", "demo", "--limit", 600, "--amp", "--epochs")
+WORDS = ("train.py", "--data", "demo", "--limit", 600, "--epochs")
 
 
 def run(command, cache_dir, out, *words, epochs=2):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "infer", "data.fashion"])
+CONTEXT.set_forkserver_preload(["train", "infer", "data.fashion", "datasets"])
 
 
 def _main(script: str, words: list[str], log: str, fault) -> None:

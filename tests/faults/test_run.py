@@ -9,12 +9,14 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
 import train
 from models.checkpoint import sealed
+from state import TrainingState
 from tests.faults.conftest import assert_same
 from tests.faults.processes import die_at, finish, start
 
@@ -72,7 +74,10 @@ def test_a_disk_too_small_for_the_first_save_is_said_to_start_again(options, tmp
 def stopped(options, folder, calls=15):
     """A run killed at the `calls`th step."""
     fault = functools.partial(die_at, calls, "train", "train_step")
-    assert finish(start("train", *options, "--out", folder, log=folder.with_name("log"), fault=fault)) == KILLED
+    process = start("train", *options, "--out", folder, log=folder.with_name("log"), fault=fault)
+    assert finish(process) == KILLED
+    with pytest.raises(ProcessLookupError):  # its group is empty: no worker is left
+        os.killpg(process.pid, 0)
     return folder
 
 
@@ -113,18 +118,23 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(killed, whole, tmp_path, damage):
+def test_a_damaged_newest_checkpoint_is_found_and_moved_aside(killed, tmp_path, capsys, damage):
     run = shutil.copytree(killed, tmp_path / "run")
     DAMAGE[damage](run / "last")
-    fault = functools.partial(die_at, 10, "train", "train_step") if damage != "cut short" else None
-    code = finish(start("train", "--resume", "--out", run, log=tmp_path / "log", fault=fault))
+    assert TrainingState.sound(SimpleNamespace(last=run / "last")) == run / "last.previous"
+    assert f"going on from the one before, {run / 'last.previous'}" in capsys.readouterr().out
+    assert not (run / "last").exists()
+    assert (run / "last.damaged").exists() == (damage != "all gone")
+
+
+def test_from_the_checkpoint_before_a_damaged_one_a_run_ends_as_if_nothing_had_been(killed, whole, tmp_path):
+    run = shutil.copytree(killed, tmp_path / "run")
+    DAMAGE["cut short"](run / "last")
+    assert finish(start("train", "--resume", "--out", run, log=tmp_path / "log")) == 0
     said = (tmp_path / "log").read_text()
     assert f"going on from the one before, {run / 'last.previous'}" in said
     assert "at step 12 of 42" in said
-    assert "Traceback" not in said
-    if damage == "cut short":  # one to the end
-        assert code == 0
-        assert_same(run, whole)
+    assert_same(run, whole)
 
 
 def failing_disk() -> None:
@@ -217,22 +227,14 @@ def test_a_second_signal_ends_it_at_once(options, tmp_path):
     assert "stopped and saved" not in (tmp_path / "log").read_text()
 
 
-def test_nothing_outlives_a_killed_run(options, tmp_path):
-    fault = functools.partial(die_at, 3, "train", "train_step")
-    process = start("train", *options, "--out", tmp_path / "run", log=tmp_path / "log", fault=fault)
-    assert finish(process) == KILLED
-    with pytest.raises(ProcessLookupError):  # its group is empty: no worker is left
-        os.killpg(process.pid, 0)
-
-
 def test_a_second_run_on_the_same_folder_refuses(options, tmp_path):
     stopping = functools.partial(die_at, 3, "train", "train_step", signal.SIGSTOP)
     first = start("train", *options, "--out", tmp_path / "run", log=tmp_path / "log", fault=stopping)
-    while not (tmp_path / "run" / "last").exists():
-        first.join(0.05)
-        assert first.is_alive(), (tmp_path / "log").read_text()
-    before = (tmp_path / "run" / "options.json").read_text()
     try:
+        while not (tmp_path / "run" / "last").exists():
+            first.join(0.05)
+            assert first.is_alive(), (tmp_path / "log").read_text()
+        before = (tmp_path / "run" / "options.json").read_text()
         for words in ((*options, "--seed", 1, "--out", tmp_path / "run"), ("--resume", "--out", tmp_path / "run")):
             assert finish(start("train", *words, log=tmp_path / "second")) == 2
             said = (tmp_path / "second").read_text().splitlines()[-1]

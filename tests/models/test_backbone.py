@@ -17,6 +17,14 @@ from models.backbone import (
 )
 
 
+def test_the_demos_weights_are_made_by_a_script(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("pretrain_demo.HELD_OUT", 8)
+    done = command("pretrain_demo.py", "--scenes", 64, "--epochs", 1, "--out", tmp_path / "demo.safetensors")
+    assert not done.returncode, done.stderr
+    made, committed = (create_backbone("demo", weights)[0] for weights in (tmp_path / "demo.safetensors", None))
+    assert not torch.equal(made.cls_token, committed.cls_token)
+
+
 def test_demo_backbone_is_small_pretrained_and_loads():
     model, fingerprint = create_backbone(DEMO)
     assert DEMO_WEIGHTS.stat().st_size <= 4_000_000
