@@ -11,7 +11,7 @@ from models.backbone import DEMO, bare_backbone
 
 HUB_DATA, HUB_BACKBONE = "ashraq/fashion-product-images-small", "vit_base_patch16_224"
 AMP = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
-LARGE = 40e6  # parameters from which training on a CPU takes days
+LARGE = 40e6  # parameters from which training on a CPU takes many hours
 
 
 def choose_source(args: argparse.Namespace) -> None:
@@ -51,5 +51,5 @@ def warn_if_slow(backbone: str, device: torch.device) -> None:
     with torch.device("meta"):
         size = sum(p.numel() for p in bare_backbone(backbone).parameters())
     if device.type == "cpu" and size > LARGE:
-        print(f"hint: no GPU here, and {backbone} has {size / 1e6:.0f} M parameters: training may take days.")
+        print(f"hint: no GPU here, and {backbone} has {size / 1e6:.0f} M parameters: training takes many hours.")
         print("      --backbone vit_tiny_patch16_224 --img-size 112 suits a CPU.")

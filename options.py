@@ -79,7 +79,9 @@ def add_prediction_options(p: Parser) -> None:
 
 def add_model_options(p: Parser) -> None:
     group = p.add_argument_group("the backbone")
-    group.add_argument("--backbone", type=named, help=f"timm ViT by name, or demo (default: {HUB_BACKBONE})")
+    group.add_argument(
+        "--backbone", type=named, help=f"timm ViT by name, or demo (default: {HUB_BACKBONE}; for the demo, its own)"
+    )
     group.add_argument(
         "--weights", type=Path, help="the backbone's base weights, a safetensors file (default: the hub's)"
     )

@@ -246,8 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--neighbours",
         action=argparse.BooleanOptionalAction,
-        help="keep descriptions, ids, labels and numbers of the train pictures, and look at those most alike, or none "
-        "any more (default: if it has some already)",
+        help="keep descriptions, ids, labels, numbers and hashes of the train pictures, and look at those most "
+        "alike, or none any more (default: if it has some already)",
     )
     args = parser.parse_args(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:

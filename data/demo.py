@@ -14,7 +14,7 @@ from errors import Parser, UserError, exits_cleanly, positive_int
 
 @exits_cleanly
 def main():
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description="Draw a few articles of one of the repo's catalogues: a table beside images/.")
     parser.add_argument("--catalogue", choices=("fashion", "furniture"), default="fashion", help="(default: fashion)")
     parser.add_argument("--out", type=Path, required=True, help="folder for a CSV file and images/")
     parser.add_argument("--rows", type=positive_int, default=8, help="how many articles to draw")
