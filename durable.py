@@ -53,10 +53,14 @@ def replace_csv(path: Path, rows: Iterable[Iterable]) -> None:
     replace_file(path, text.getvalue().encode())
 
 
+def sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def give_name(part: Path, path: Path) -> None:
     """Rename a finished file, once the disk has it: there is never half a file of that name."""
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
+    sync_file(part)
     os.replace(part, path)
     sync_folder(path.parent)
 
@@ -106,18 +110,20 @@ def at_rest(run: Path) -> Iterator[None]:
 
 def _was_stopped(run: Path) -> bool:
     """Whether a run has epochs to go; not where it is none, or older than that is known."""
-    for last in ("last", "last.previous"):  # where the first is damaged, a run goes on from the other
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            config, options = (
-                json.loads((run / name).read_bytes()) for name in (f"{last}/config.json", "options.json")
-            )
-            return config["progress"]["epochs_scored"] < options["epochs"]
-    return False
+    last = "last.previous" if (run / "last.damaged").is_dir() and not (run / "last").is_dir() else "last"
+    try:
+        config, options = (json.loads((run / name).read_bytes()) for name in (f"{last}/config.json", "options.json"))
+        return config["progress"]["epochs_scored"] < options["epochs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, why: str = "in use by a run that has not ended; name another folder") -> Iterator[None]:
     """Hold a folder for this process. The system lets go of it when the process ends, however it ends.
+
+    Args:
+        why: what to say of it if it cannot.
 
     Raises:
         UserError: another process holds it.
@@ -128,5 +134,5 @@ def alone_in(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"cannot write to --out {folder}: {error.strerror}") from None
         if not ours:
-            raise UserError(f"--out {folder} is in use by a run that has not ended; name another folder")
+            raise UserError(f"--out {folder} is {why}")
         yield

@@ -43,7 +43,7 @@ from models.checkpoint import amend_config, find_checkpoint, read_config
 from models.decode import Answers, Decoder
 from models.schema import learnt_from
 from report.page import write_report
-from task import Task, agree_on_rows, load_task
+from task import Task, agree_on, load_task
 
 NAMED = 3  # labels that the checkpoint does not know, of an attribute
 SCORED = 50_000  # rows of a split, at most, by which training and refitting judge: their outputs have to fit in memory
@@ -176,7 +176,7 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
         lambda: load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device, args.store_gb)
     )
     distributed.agree(task.config["sha256"], "checkpoint")
-    agree_on_rows(task)
+    agree_on(task)
     print(f"checkpoint {folder}")
     name, rows = task.catalogue.name, task.store.rows(split)
     if args.calibrate and split == "all" and same_catalogue(task, args.limit):

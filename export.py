@@ -20,7 +20,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import nn
 
 from arguments import add_checkpoint_options
-from durable import give_name, replace_file
+from durable import give_name, replace_file, sync_file
 from errors import Parser, UserError, check_writable, exits_cleanly
 from lora import merge_lora, to_peft
 from models.backbone import DEMO, DEMO_ARCHITECTURE, DEMO_BACKBONE, DEMO_WEIGHTS, check_hf, hf_name
@@ -62,10 +62,13 @@ def export_peft(model: nn.Module, config: dict, out: Path, old: bool) -> None:
 
 @contextlib.contextmanager
 def put_together(place: Path) -> Iterator[Path]:
-    """A folder whose files are moved to `place` once all are written: on a full disk the old ones stay, all of them."""
+    """A folder whose files are moved to `place` once the disk has all: if it is full the old ones stay, all of them."""
     with tempfile.TemporaryDirectory(dir=place) as folder:
         yield Path(folder)
-        for file in sorted(Path(folder).iterdir()):
+        files = sorted(Path(folder).iterdir(), reverse=True)  # a .json, which says what the others are, comes last
+        for file in files:
+            sync_file(file)
+        for file in files:
             give_name(file, place / file.name)
 
 

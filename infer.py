@@ -14,9 +14,9 @@ import startup  # noqa: F401
 # isort: split
 import hashlib
 import json
+import os
 import signal
 import sys
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -123,8 +123,12 @@ def main(argv: list[str] | None = None) -> int:
     share_cores()
     args = parse_args(argv, crew)
     with ExitStack() as held:
-        if args.out and args.out.parent in args.skip and args.out.parent.is_dir():
-            held.enter_context(alone_in(args.out.parent))  # what another answers just now is not among its results yet
+        beside = os.path.dirname(os.path.realpath(args.out)) if args.out and not args.job else None
+        if any(os.path.isdir(folder) and os.path.realpath(folder) == beside for folder in args.skip):
+            # What another answers just now is not among its results yet.
+            held.enter_context(
+                alone_in(Path(beside), "where another infer.py puts its answers just now; wait for that")
+            )
         return answer(args, crew)
 
 
@@ -239,7 +243,7 @@ def alone(args, source: Source, answered: Iterator[tuple[list[Row], list[dict]]]
 
     with ExitStack() as stack:
         stack.push(not_written)
-        output = stack.enter_context(Output(args.out, attributes, f".{uuid.uuid4().hex[:8]}")) if args.out else None
+        output = stack.enter_context(Output(args.out, attributes)) if args.out else None
         few = source.rows is not None and source.rows <= args.batch_size
         bar = stack.enter_context(tqdm(total=source.rows, unit="img", disable=few))
         for batch, answers in answered:

@@ -10,7 +10,6 @@ may just have finished it; so nothing is done twice, and a killed job is gone on
 
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,7 +20,6 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data.shards import Shard
-from data.sources import in_file_name
 from durable import claim, replace_file
 from errors import UserError, make_folder
 from output import Output
@@ -91,7 +89,7 @@ class Job:
             verb = "differ" if len(differing) > 1 else "differs"
             hint = {
                 ("inputs",): f"; for what is new since, also add --skip {self.folder}",
-                ("inputs", "hub"): f", or go on with {' '.join(found.get('hub') or [])}",
+                ("inputs", "hub"): f", or go on with {' '.join(found['hub'])}" if found.get("hub") else "",
                 ("amp",): f", or go on with --amp {found['amp']}" if found.get("amp") else ", or leave out --amp",
             }.get(tuple(differing), "")
             raise UserError(
@@ -117,6 +115,8 @@ class Job:
                     time.sleep(PAUSE)  # others hold the rest; if they die it is ours
                     self._show(bar)
             self._show(bar)
+        for part in self.labels.glob(".*.part"):  # of processes that were killed
+            part.unlink(missing_ok=True)
 
     def tally(self) -> Tally:
         """Rows of all that is done, and how many of them are errors."""
@@ -136,8 +136,7 @@ class Job:
             with claim(self.locks / f"{number:05}") as ours:
                 if not ours or path.exists():
                     return False
-                # Each machine's own: where locks do not reach another, two do the same work, but not in one file.
-                with Output(path, self.attributes, f".{in_file_name(platform.node())}") as output:
+                with Output(path, self.attributes) as output:
                     for answers in answer(self.shards[number]):
                         output.write(answers)
                         rows += len(answers)

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import uuid
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,14 +26,14 @@ class Output:
 
     Args:
         attributes: a checkpoint's.
-        mark: what tells the file from another's meanwhile, where nothing keeps two from writing it.
     """
 
     KINDS = (".csv", ".jsonl", ".parquet")
 
-    def __init__(self, path: Path, attributes: list[dict], mark: str = ""):
+    def __init__(self, path: Path, attributes: list[dict]):
         self.path, self.kind = path, path.suffix.lower()
-        self.part = path.with_name(f".{path.name}{mark}.part")  # hidden: readers of a folder of parquet pass over it
+        # Hidden: readers of a folder of parquet pass over it. Its own: a lock need not reach to other machines.
+        self.part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
         classes = [a["name"] for a in attributes if a["kind"] == "class"]
         numbers = [a["name"] for a in attributes if a["kind"] == "number"]
         said = ((name, f"{name}_confidence", f"{name}_decision") for name in classes)

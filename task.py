@@ -124,8 +124,11 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     return Task(model, config, preprocess, catalogue, store, known, teacher)
 
 
-def agree_on_rows(task: Task) -> None:
-    """Raise a `UserError` where not all processes see the first one's catalogue: rows are shared by their numbers."""
+def agree_on(task: Task) -> None:
+    """Raise a `UserError` where not all processes have the first one's weights, teacher and catalogue, whose rows are
+    shared by their numbers."""
+    for part in ("backbone", "teacher"):
+        distributed.agree(task.config[part], part)
     seen = hashlib.blake2b(digest(task.catalogue.ids).encode(), digest_size=16)
     seen.update(json.dumps([task.config[part] for part in ("attributes", "preprocess", "text")]).encode())
     for facts in (*map(task.store.rows, SPLITS), *task.known):

@@ -38,7 +38,7 @@ from models.checkpoint import amend_config, load_checkpoint, load_tensors, read_
 from runs import Board, Stopped, StopRequest, choose, discard_run, holds_run, keep_options
 from state import TrainingState, check_finite
 from step import learning_rate, parameter_groups, train_step, windows
-from task import AMP, Task, agree_on_rows, setup
+from task import AMP, Task, agree_on, setup
 
 MOVED = 2**31  # added to a step's seed for how pictures are moved about, which is not to draw what dropout draws
 LOG_EVERY = 10  # steps: reading a loss makes a GPU wait
@@ -249,9 +249,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     try:
         warn_if_slow(args.backbone, device)
         task = distributed.in_turn(make)
-        agree_on_rows(task)
-        for part in ("backbone", "teacher"):
-            distributed.agree(task.config[part], part)
+        agree_on(task)
     except BaseException:  # Ctrl-C too: nothing was learnt yet
         if not args.resume and distributed.first():
             discard_run(args.out)

@@ -40,7 +40,7 @@ class File(NamedTuple):
     def open(self, **options) -> pq.ParquetFile:
         """Raises a `UserError` where another file has taken its name since: its rows are others."""
         if self.stat and self.stat != stat_of(self.path):
-            raise UserError(f"{self.path} was replaced meanwhile; start again")
+            raise UserError(f"{self.path} was replaced meanwhile; start again, a run with --resume")
         return pq.ParquetFile(self.path, filesystem=self.filesystem, **options)
 
     @property
@@ -114,6 +114,8 @@ def _texts(files: list[File], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
                 for batch in opened.iter_batches(RUN_ROWS, columns=schema.names):
                     cells = [_cells(file, name, batch.column(name), classes.get(name)) for name in schema.names]
                     yield pa.record_batch(cells, schema)
+        except UserError:
+            raise
         except file.failures as error:
             raise UserError(f"{file.path} cannot be read as parquet: {error}".splitlines()[0]) from None
 

@@ -46,7 +46,8 @@ class Row(NamedTuple):
 
     Attributes:
         name: what an answer calls it: the file; of a CSV file its `id`; of parquet and the hub too, else image.path,
-            else FILE#ROW; of a tar the member's name, which in a set of tars is there once.
+            else FILE#ROW, where the hub's FILE has its commit; of a tar the member's name, which in a set of tars is
+            there once.
         picture: encoded, or the file it lies in, or the reason why there is none.
         title: None where none is given, or nobody asked for titles.
     """

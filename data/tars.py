@@ -9,8 +9,8 @@ import itertools
 import json
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -30,16 +30,19 @@ TEXTS = {".json", ".txt", ".cls"}
 PLACE = {"file #": pa.int64(), "offset #": pa.int64(), "size #": pa.int64(), "why #": pa.string()}
 
 
-class Faults(NamedTuple):
+@dataclass
+class Faults:
     """What is wrong with what tars say of products.
 
     Attributes:
         differing: columns in which files of one product differ, and which product's do.
-        untold: the .json files that are not read.
+        unread: how many .json files are not read.
+        first: one of these.
     """
 
-    differing: dict[str, str]
-    untold: list[str]
+    differing: dict[str, str] = field(default_factory=dict)
+    unread: int = 0
+    first: str = ""
 
 
 def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
@@ -54,11 +57,11 @@ def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
     """
     schema = None
     if not texts.exists():
-        faults = Faults({}, [])
+        faults = Faults()
         names = {"id": None} | {name: None for _, cells, _ in _products(paths, faults) for name in cells}
-        if untold := faults.untold:
-            more = f"{len(untold):,} .json files are no JSON object of at most {TEXT_BYTES >> 20} MB"
-            say_once(f"{more}, and left out, such as {untold[0]}")
+        if faults.unread:
+            what = f"{faults.unread:,} .json files are no JSON object of at most {TEXT_BYTES >> 20} MB"
+            say_once(f"{what}, and left out, such as {faults.first}")
         check_columns(names, needs, paths[0].parent)
         schema = pa.schema([*((name, pa.string()) for name in names), *PLACE.items()], faults.differing)
     table = kept(texts, schema, _batches(paths, schema))
@@ -82,7 +85,7 @@ def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
 
 
 def _batches(paths: list[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    products = iter(tqdm(_products(paths, Faults({}, [])), desc="reading tar files", unit="row"))  # one bar
+    products = iter(tqdm(_products(paths, Faults()), desc="reading tar files", unit="row"))  # one bar
     while some := list(itertools.islice(products, READ)):
         rows = [cells | dict(zip(PLACE, (file, *place), strict=True)) for file, cells, place in some]
         yield pa.RecordBatch.from_pylist(rows, schema)
@@ -127,11 +130,12 @@ def _product(path: Path, name: str, files: Iterable, faults: Faults) -> tuple[di
         elif suffix in IMAGES:
             place = place or (member.offset_data, member.size, None)
         elif (told := _cells(suffix, tar.extractfile(member).read(TEXT_BYTES + 1))) is None:
-            faults.untold.append(f"{clean(member.name)} in {path}")
+            faults.unread += 1
+            faults.first = faults.first or f"{clean(member.name)} in {path}"
         else:
             told = {key: cell for key, cell in told.items() if cell is not None or key not in facts}
             for key in (key for key in told if facts.get(key) not in (None, told[key])):
-                faults.differing[key] = f"{path}: files of {name}, a name that ends at its first dot,"
+                faults.differing[key] = f"{clean(path.name)}: files of {name}, a name that ends at its first dot,"
             facts |= told
     return facts, place or (why and (None, None, why))
 

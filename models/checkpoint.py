@@ -260,15 +260,15 @@ def find_checkpoint(given: Path | None) -> Path:
 def newest_checkpoint(runs: Path, which: str) -> Path:
     """The most recently written `best` or `last` folder of any run, if only its previous one is there."""
     names = (which, previous_of(Path(which)).name)
-    found = [path.parents[1] / which for name in names for path in runs.glob(f"*/{name}/adapter.safetensors")]
+    found = [path for name in names for path in runs.glob(f"*/{name}/adapter.safetensors")]
     if not found:
         raise UserError(f"no run under {runs}/ has a {which}/ checkpoint; train one with train.py, or name its folder")
-    return max(found, key=_trained_at)
+    return max(found, key=_trained_at).parents[1] / which
 
 
-def _trained_at(folder: Path) -> float:
-    """Calibrating writes config.json anew, but not the adapter. A folder that a run replaces just now is the newest."""
+def _trained_at(adapter: Path) -> float:
+    """Calibrating writes config.json anew, but not the adapter. One that a run replaces just now is the newest."""
     try:
-        return (folder / "adapter.safetensors").stat().st_mtime
+        return adapter.stat().st_mtime
     except FileNotFoundError:
         return math.inf

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from models.backbone import DEMO_WEIGHTS
 from models.checkpoint import amend_config, read_config, sealed
 from options import parse_args
 from runs import choose, options_text, started_with
-from task import agree_on_rows, load_task
+from task import agree_on, load_task
 from tests import twenty_steps
 from tests.faults.conftest import assert_same
 
@@ -354,18 +355,28 @@ def test_machines_that_have_other_files_by_the_same_names_are_told(words, alone,
     assert f"error in process 1: the {part} of this machine is not the one of the first process" in said
 
 
-@pytest.mark.parametrize("split", ["labels", "rows"])
-def test_what_processes_agree_on_is_the_rows_of_each_split_and_their_labels(alone, cache_dir, monkeypatch, split):
+OTHER = {
+    "labels": lambda task: task.known._replace(labels=task.known.labels + 1),
+    "numbers": lambda task: task.known._replace(numbers=np.ones((400, 1))),
+    "tokens": lambda task: task.known._replace(tokens=np.ones((400, 1), np.int32)),
+}
+
+
+@pytest.mark.parametrize("other", [*OTHER, "rows", "attributes", "preprocess", "backbone", "teacher"])
+def test_what_processes_agree_on_is_all_that_training_follows_from(alone, cache_dir, monkeypatch, other):
     seen = []
     monkeypatch.setattr(distributed, "agree", lambda fact, what: seen.append(fact))
     task = load_task(alone / "best", None, "demo", cache_dir, 400, torch.device("cpu"), 100)
-    agree_on_rows(task)
-    if split == "labels":
-        task.labels[5] = 0
-    else:
+    agree_on(task)
+    first, seen[:] = [*seen], []
+    if other == "rows":
         task.store.ok[7] = False
-    agree_on_rows(task)
-    assert seen[0] != seen[1]
+    elif other in OTHER:
+        task = task._replace(known=OTHER[other](task))
+    else:
+        task.config[other] = "another"
+    agree_on(task)
+    assert seen != first
 
 
 def test_a_signal_within_a_window_of_two_processes_does_not_wait_for_its_end(words, tmp_path):

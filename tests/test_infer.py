@@ -196,10 +196,12 @@ def test_calibrating_makes_no_run_the_newest(demo_run, tmp_path):
 
 
 def test_a_run_whose_last_checkpoint_was_damaged_is_still_the_newest(demo_run, tmp_path):
-    for run, which, trained in (("old", "last", 1), ("new", "last.previous", 2)):
+    for run, which, trained in (("old", "last.previous", 1), ("middle", "last", 2), ("new", "last.previous", 3)):
         last = shutil.copytree(demo_run / "last", tmp_path / run / which)
         os.utime(last / "adapter.safetensors", (trained, trained))
     assert newest_checkpoint(tmp_path, "last") == tmp_path / "new" / "last"
+    shutil.rmtree(tmp_path / "new")
+    assert newest_checkpoint(tmp_path, "last") == tmp_path / "middle" / "last"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -126,7 +126,7 @@ def test_two_that_answer_into_a_folder_whose_results_they_leave_out_do_not_answe
     words = ("infer.py", photos / "0.png", "--checkpoint", demo_run / "best", "--skip", tmp_path)
     with alone_in(tmp_path):
         done = command(*words, "--out", tmp_path / "a.csv")
-    assert (done.returncode, f"{tmp_path} is in use by a run that has not ended" in done.stderr) == (2, True)
+    assert (done.returncode, f"{tmp_path} is where another infer.py puts its answers" in done.stderr) == (2, True)
     for name, rows in (("a.csv", 1), ("b.csv", 0)):
         done = command(*words, "--out", tmp_path / name)
         assert (done.returncode, f"wrote {rows} rows" in done.stderr) == (0, True), done.stderr
@@ -143,7 +143,7 @@ def test_a_sheet_that_cannot_be_written_does_not_deny_the_answers(command, demo_
 
 
 def test_two_that_write_to_one_name_mix_no_rows(tmp_path):
-    with Output(tmp_path / "labels.csv", [], ".1") as one, Output(tmp_path / "labels.csv", [], ".2") as other:
+    with Output(tmp_path / "labels.csv", []) as one, Output(tmp_path / "labels.csv", []) as other:
         for _ in range(3):
             for output, name in ((one, "one"), (other, "other")):
                 output.write([{"image": name * 3000, "error": "x"}] * 5)

@@ -200,7 +200,10 @@ def test_a_run_that_was_stopped_is_resumed_first(demo_run, tmp_path):
     (tmp_path / "run" / "options.json").write_text(json.dumps(options | {"epochs": options["epochs"] + 1}))
     with pytest.raises(UserError, match="run was stopped before its end: --resume it first"), at_rest(tmp_path / "run"):
         pass
-    (tmp_path / "run" / "last").rename(tmp_path / "run" / "last.previous")  # as where it goes on from the one before
+    (tmp_path / "run" / "last").rename(tmp_path / "run" / "last.previous")
+    with at_rest(tmp_path / "run"):  # whose last/ somebody has deleted
+        pass
+    (tmp_path / "run" / "last.damaged").mkdir()
     with pytest.raises(UserError, match="run was stopped before its end: --resume it first"), at_rest(tmp_path / "run"):
         pass
 

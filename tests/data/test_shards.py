@@ -424,6 +424,18 @@ def test_the_hub_is_named_by_a_word_of_its_own(monkeypatch, name, message):
         open_source([name])
 
 
+def test_rows_of_the_hub_without_a_name_are_called_by_its_commit(monkeypatch, tmp_path):
+    """Else an earlier commit's answer would stand for another picture; and a job goes on with the commit it names."""
+    pq.write_table(pa.table({"image": [{"bytes": picture(1), "path": None}]}), tmp_path / "0.parquet")
+    splits = datasets.load_dataset("parquet", data_files=str(tmp_path / "0.parquet"), streaming=True)
+    monkeypatch.setattr(shards.hub, "pinned", lambda name: name if "@" in name else f"{name}@{'0' * 40}")
+    monkeypatch.setattr(shards, "_load_hub", lambda name: splits)
+    typed, full = open_source(["hub:a/b"]), open_source([f"hub:a/b@{'0' * 40}"])
+    assert typed.hub == full.hub == [f"hub:a/b@{'0' * 40}"]
+    assert typed.fingerprint == full.fingerprint
+    assert [row.name for row in typed.shards[0].read()] == [f"hub:a/b@{'0' * 40}/train-0#0"]
+
+
 def test_the_real_catalogue_from_the_middle_of_a_row_group(shared):
     """Its files are one row group of 19,962 rows each."""
     folder = shared / "data" / "fashion-product-images-small"

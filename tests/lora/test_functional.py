@@ -18,6 +18,7 @@ from lora import (
     merge_lora,
     start_at_principal,
 )
+from lora.dropout import TAPE
 from lora.functional import _LoRALinearFunction
 
 CPU = torch.device("cpu")
@@ -371,6 +372,18 @@ def test_dropout_statistics(p, draw, columns):
         assert abs((a * b).mean()) < 4 / math.sqrt(a.numel()), "neighbours are independent"
     another = (draw((rows, columns), p) - p) / sigma
     assert abs((z * another).mean()) < 4 / math.sqrt(z.numel()), "so are draws"
+
+
+def test_dropout_of_more_elements_than_the_tape_has():
+    torch.manual_seed(0)
+    numel = 2 * TAPE + 1000
+    dropped = draw_dropped(numel, 0.05, CPU)
+    assert (dropped.diff() > 0).all() and dropped[0] >= 0 and dropped[-1] < numel
+    mask = torch.zeros(numel).index_fill_(0, dropped.long(), 1)
+    first, second = ((mask[start : start + TAPE] - 0.05) / math.sqrt(0.05 * 0.95) for start in (0, TAPE))
+    assert abs(first.mean()) < 1e-3 and abs(second.mean()) < 1e-3, "each is the whole tape, from another place on"
+    assert abs((first * second).mean()) < 4 / math.sqrt(TAPE)
+    assert 0 < mask[2 * TAPE :].sum() < 100
 
 
 def test_dropout_of_few_elements():
