@@ -128,7 +128,7 @@ def agree_on(task: Task) -> None:
     """Raise a `UserError` where not all processes have the first one's weights, teacher and catalogue, whose rows are
     shared by their numbers."""
     for part in ("backbone", "teacher"):
-        distributed.agree(task.config[part], part)
+        distributed.agree(task.config.get(part), part)
     seen = hashlib.blake2b(digest(task.catalogue.ids).encode(), digest_size=16)
     seen.update(json.dumps([task.config[part] for part in ("attributes", "preprocess", "text")]).encode())
     for facts in (*map(task.store.rows, SPLITS), *task.known):

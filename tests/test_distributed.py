@@ -379,6 +379,11 @@ def test_what_processes_agree_on_is_all_that_training_follows_from(alone, cache_
     assert seen != first
 
 
+def test_a_checkpoint_from_before_there_were_teachers_is_agreed_on_too(alone, cache_dir, with_config):
+    best = with_config(alone / "best", lambda config: config.pop("teacher"))
+    agree_on(load_task(best, None, "demo", cache_dir, 400, torch.device("cpu"), 100))
+
+
 def test_a_signal_within_a_window_of_two_processes_does_not_wait_for_its_end(words, tmp_path):
     out = tmp_path / "run"
     process = torchrun(2, "train.py", *words, "--limit", 2000, "--batch-size", 1, "--accum", 1000, "--out", out)
