@@ -11,6 +11,7 @@ import startup  # noqa: F401
 import contextlib
 import importlib.util
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import nn
 
 from arguments import add_checkpoint_options
-from durable import give_name, replace_file, sync_file
+from durable import replace_file, sync_file, sync_folder
 from errors import Parser, UserError, check_writable, exits_cleanly
 from lora import merge_lora, to_peft
 from models.backbone import DEMO, DEMO_ARCHITECTURE, DEMO_BACKBONE, DEMO_WEIGHTS, check_hf, hf_name
@@ -69,7 +70,8 @@ def put_together(place: Path) -> Iterator[Path]:
         for file in files:
             sync_file(file)
         for file in files:
-            give_name(file, place / file.name)
+            os.replace(file, place / file.name)
+        sync_folder(place)
 
 
 class Logits(nn.Module):

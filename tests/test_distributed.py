@@ -149,18 +149,8 @@ def test_a_killed_worker_is_started_again_and_goes_on_from_the_last_checkpoint(w
 def test_of_three_processes_the_sums_are_the_same_bits_after_a_restart_too(words, tmp_path):
     """Where three numbers are added their order shows; and each process drops what is its own to drop."""
     whole, out = tmp_path / "whole", tmp_path / "run"
-    words = (
-        *words,
-        "--batch-size",
-        4,
-        "--dropout",
-        0.05,
-        "--drop-patches",
-        0.2,
-        "--with-price",
-        "--inputs",
-        "image+title",
-    )
+    words = (*words, "--batch-size", 4, "--dropout", 0.05, "--drop-patches", 0.2)
+    words += ("--with-price", "--inputs", "image+title")
     run(3, "train.py", *words, "--out", whole)
     process = torchrun(3, "train.py", *words, "--out", out, restarts=1)
     wait_for(process, out, 8)
