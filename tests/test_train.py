@@ -228,7 +228,7 @@ def test_without_a_test_a_run_is_trained_calibrated_and_scored_on_no_test_row(co
 
 
 def test_the_defaults_are_those_of_the_recipe():
-    """But for the learning rate: see `benchmarks/README.md`."""
+    """But for the learning rate: see `benchmarks/quality.md`."""
     args = vars(parse_args([]))
     wanted = {"rank": 16, "alpha": 32, "dropout": 0.05, "targets": ["query", "key", "value", "dense"], "epochs": 5}
     wanted |= {"batch_size": 16, "accum": 1, "lr": 1e-3, "seed": 0, "amp": None, "data": None, "backbone": None}
