@@ -11,15 +11,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from errors import UserError
+from errors import UserError, told
 
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write and wait until the disk has it; a rename that follows cannot overtake the bytes."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(data)
+    sync_file(path)
 
 
 def sync_folder(folder: Path) -> None:
@@ -40,11 +38,10 @@ def replace_file(path: Path, data: bytes) -> None:
         return
     part = path.with_name(path.name + ".part")
     try:
-        write_synced(part, data)
-        os.replace(part, path)
+        part.write_bytes(data)
+        give_name(part, path)
     finally:
         part.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def replace_csv(path: Path, rows: Iterable[Iterable]) -> None:
@@ -97,10 +94,8 @@ def at_rest(run: Path) -> Iterator[None]:
         UserError: the run has not ended, or was stopped before its end, or may not be written to.
     """
     with contextlib.ExitStack() as stack:
-        try:
+        with told(f"cannot write to {run}", "; name a copy of its checkpoint"):
             still = not (lock := run / ".lock").exists() or stack.enter_context(claim(lock))
-        except OSError as error:
-            raise UserError(f"cannot write to {run}: {error.strerror}; name a copy of its checkpoint") from None
         if not still:
             raise UserError(f"{run} is a run that has not ended; wait for it, or name a copy of its checkpoint")
         if _was_stopped(run):  # --resume would put the next good epoch in the place of what is made here
@@ -129,10 +124,8 @@ def alone_in(folder: Path, why: str = "in use by a run that has not ended; name 
         UserError: another process holds it.
     """
     with contextlib.ExitStack() as stack:
-        try:
+        with told(f"cannot write --out {folder}"):
             ours = stack.enter_context(claim(folder / ".lock"))
-        except OSError as error:
-            raise UserError(f"cannot write to --out {folder}: {error.strerror}") from None
         if not ours:
             raise UserError(f"--out {folder} is {why}")
         yield

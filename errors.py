@@ -2,13 +2,14 @@
 keeps its traceback."""
 
 import argparse
+import contextlib
 import errno
 import functools
 import io
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from memory import ran_out
@@ -76,13 +77,25 @@ def fraction(text: str) -> float:
     return value
 
 
+def first_line(error: object) -> str:
+    """What an error says, where libraries say more than one line, or nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def told(what: str, then: str = "") -> Iterator[None]:
+    """Make an `OSError` a `UserError`: `what` could not be done, why, and what to do `then`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {os.strerror(error.errno) if error.errno else error}{then}") from None
+
+
 def make_folder(path: Path, option: str) -> None:
     """Make a folder for results now, or raise a `UserError`."""
-    try:
+    with told(f"cannot write {option} {path}"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {option} {path}: {error.strerror}") from None
-    check_writable(path / "file", option)
+        tempfile.TemporaryFile(dir=path).close()
 
 
 def check_writable(path: Path, option: str, inputs: Iterable[Path | None] = ()) -> None:
@@ -91,10 +104,8 @@ def check_writable(path: Path, option: str, inputs: Iterable[Path | None] = ()) 
         raise UserError(f"cannot write {option} {path}: it is a folder")
     if path.exists() and any(read and os.path.exists(read) and path.samefile(read) for read in inputs):
         raise UserError(f"{option} {path} would replace what is read; give another name")
-    try:
+    with told(f"cannot write {option} {path}"):
         tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UserError(f"cannot write {option} {path}: {error.strerror}") from None
 
 
 def exits_cleanly(main):

@@ -13,7 +13,7 @@ import contextlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,6 @@ from data.attributes import MISSING, UNSEEN
 from data.batches import Batch, epoch_batches, make_loader
 from data.catalogue import skipped_why
 from data.columns import Chosen
-from data.preprocess import Preprocess
 from data.split import SPLITS, at_most
 from durable import at_rest, replace_file
 from errors import Parser, UserError, check_writable, exits_cleanly, fraction, make_folder
@@ -74,8 +73,7 @@ def evaluate(task: Task, split: str, batch_size: int = 64, joint: bool = True, m
     """
     rows = task.store.rows(split) if most is None else choice(task, split, most)
     padded = np.resize(rows, math.ceil(len(rows) / distributed.world()) * distributed.world())  # equally many for each
-    loader = make_loader(task.store, task.known, epoch_batches(distributed.share(padded), batch_size), task.device)
-    logits = predict(merge_lora(task.model), loader, task.preprocess, task.device, split)
+    logits = predict(merge_lora(task.model), task, distributed.share(padded), batch_size, split)
     logits = {name: distributed.unshared(part, len(rows)) for name, part in logits.items()}  # and none counts twice
     return judge(task, split, rows, logits, joint)
 
@@ -129,20 +127,19 @@ def score_numbers(task: Task, rows: np.ndarray, outputs: dict[str, Tensor]) -> d
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, loader: Iterable[Batch], preprocess: Preprocess, device: torch.device, what: str
-) -> dict[str, Tensor]:
-    """The model's outputs {attribute: (N, ·)} of a loader's rows, in order, fp32 on the CPU."""
+def predict(model: nn.Module, task: Task, rows: np.ndarray, batch_size: int, what: str) -> dict[str, Tensor]:
+    """A model's outputs {name: (N, ·)} for rows of the task's store, in order, fp32 on the CPU."""
+    loader = make_loader(task.store, task.known, epoch_batches(rows, batch_size), task.device)
     model.eval()
 
     def said(batch: Batch, part: slice) -> dict[str, Tensor]:
-        outputs = model(preprocess(batch.pixels[part]), batch.tokens[part])
+        outputs = model(task.preprocess(batch.pixels[part]), batch.tokens[part])
         together = torch.cat([*outputs.values()], dim=1).float().cpu()  # at once: a GPU is waited for each time
         return dict(zip(outputs, together.split([output.shape[1] for output in outputs.values()], dim=1), strict=True))
 
     found, most = [], None
     for batch in tqdm(loader, desc=what, unit="batch", leave=False, disable=not distributed.first()):
-        parts, most = in_parts(partial(said, batch.to(device)), len(batch.pixels), most)
+        parts, most = in_parts(partial(said, batch.to(task.device)), len(batch.pixels), most)
         found += parts
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 

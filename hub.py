@@ -9,7 +9,7 @@ from functools import cache
 
 import huggingface_hub.constants
 
-from errors import UserError
+from errors import UserError, first_line
 
 ENDPOINT = huggingface_hub.constants.ENDPOINT
 TIMEOUT = 8  # seconds in all, name resolution included
@@ -62,4 +62,4 @@ def pinned(spec: str) -> str:
     try:
         return f"{spec}@{HfApi(endpoint=ENDPOINT).dataset_info(named[1]).sha}"
     except Exception as error:  # of several libraries; whatever it is, there is no dataset
-        raise UserError(f"cannot read {spec}: {error}".splitlines()[0]) from error
+        raise UserError(f"cannot read {spec}: {first_line(error)}") from error

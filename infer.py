@@ -28,9 +28,9 @@ from arguments import MIXED, add_checkpoint_options
 from data.shards import SHARD_ROWS, Row, Shard, Source, open_source
 from data.title_table import TitleTable
 from defaults import AMP, choose_amp
-from distributed import share_cores
+from distributed import local_rank, share_cores
 from durable import alone_in
-from errors import Parser, UserError, check_writable, exits_cleanly, positive_int
+from errors import Parser, UserError, check_writable, exits_cleanly, positive_int, told
 from jobs import Crew, Job
 from labeller import Labeller
 from models.checkpoint import find_checkpoint, read_config
@@ -151,7 +151,7 @@ def answer(args, crew: Crew) -> int:
     notes = [f"checkpoint {folder}", *source.notes, *notes_of(args, config, source, title_of)]
     if crew.rank == 0:
         print(*notes, sep="\n", file=sys.stderr)
-    labeller = load_labeller(args, folder, crew)
+    labeller = load_labeller(args, folder)
     if labeller.config != config:
         raise UserError(f"{folder} was replaced meanwhile, as by a run that goes on; start again")
     if args.job:
@@ -184,10 +184,10 @@ def notes_of(args, config: dict, source: Source, title_of: Callable[[Row], str |
     return notes
 
 
-def load_labeller(args, folder: Path, crew: Crew) -> Labeller:
+def load_labeller(args, folder: Path) -> Labeller:
     """The checkpoint on this process's device; `args.amp` becomes what it computes in."""
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", crew.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local_rank() % torch.cuda.device_count()) if cuda else torch.device("cpu")
     args.amp = choose_amp(device) if args.amp == "auto" else args.amp
     joint, dtype = not args.independent, AMP[args.amp] or torch.float32
     return Labeller(folder, args.weights, device, joint, args.top_k, args.batch_size, dtype)
@@ -269,10 +269,8 @@ def alone(args, source: Source, answered: Iterator[tuple[list[Row], list[dict]]]
 
         captions = [[(f"{name}: {caption(said)}", QUIET) for name, said in a["attributes"].items()] for _, a in sheet]
         drawn = contact_sheet([picture for picture, _ in sheet], captions)
-        try:
+        with told(f"cannot write --plot {args.plot}"):
             drawn.savefig(args.plot)
-        except OSError as error:
-            raise UserError(f"cannot write --plot {args.plot}: {error.strerror}") from None
         print(f"drew {len(sheet)} of {rows:,} pictures to {args.plot}", file=sys.stderr)
     return report(unreadable, rows)
 

@@ -21,25 +21,23 @@ from tqdm import tqdm
 
 from data.shards import Shard
 from durable import claim, replace_file
-from errors import UserError, make_folder
+from errors import UserError, first_line, make_folder, told
 from output import Output
 
 FORMAT = 1  # of a job's folder
 PAUSE = 1.0  # seconds between looks at what others do
-FROM_TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # its variables, and what holds without it
 
 
 class Crew(NamedTuple):
-    """Which of how many processes this is: over all machines, and on this one."""
+    """Which of how many processes this is, over all machines."""
 
     rank: int
     size: int
-    local_rank: int
 
     @classmethod
     def of_torchrun(cls) -> "Crew":
         """As torchrun tells it; the first of one where it was not used."""
-        return cls(*(int(os.environ.get(name, default)) for name, default in FROM_TORCHRUN.items()))
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 class Tally(NamedTuple):
@@ -69,20 +67,17 @@ class Job:
 
     def _agree(self, facts: dict) -> None:
         path = self.folder / "job.json"
+        # Another user's folder, above all, cannot be written; of several that start at once the first one writes it.
+        with told(f"cannot write --out {self.folder}"), claim(self.locks / "job", wait=True):
+            if not path.exists():
+                if any(self.labels.glob("*.parquet")):  # of whichever checkpoint and inputs
+                    raise UserError(f"{self.labels} holds answers, but {path} is gone; name another --out")
+                replace_file(path, json.dumps(facts, indent=1).encode())
+                return
         try:
-            with claim(self.locks / "job", wait=True):  # of several that start at once the first one writes it
-                if not path.exists():
-                    if any(self.labels.glob("*.parquet")):  # of whichever checkpoint and inputs
-                        raise UserError(f"{self.labels} holds answers, but {path} is gone; name another --out")
-                    replace_file(path, json.dumps(facts, indent=1).encode())
-                    return
-        except OSError as error:  # of another user's folder, above all
-            raise UserError(f"cannot write to --out {self.folder}: {error.strerror or error}") from None
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            with told(f"cannot read {path}"):
+                found = json.loads(path.read_text(encoding="utf-8"))
             differing = [name for name in facts | found if facts.get(name) != found.get(name)]
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
         except (ValueError, TypeError):
             raise UserError(f"{path} is damaged; name another --out, or delete {self.folder}") from None
         if differing:
@@ -132,22 +127,18 @@ class Job:
         path, rows, looked = self.labels / self.files[number], 0, time.monotonic()
         if path.exists():
             return False
-        try:
-            with claim(self.locks / f"{number:05}") as ours:
-                if not ours or path.exists():
-                    return False
-                with Output(path, self.attributes) as output:
-                    for answers in answer(self.shards[number]):
-                        output.write(answers)
-                        rows += len(answers)
-                        if time.monotonic() > looked + PAUSE:
-                            self._show(bar, rows)
-                            looked = time.monotonic()
-        except OSError as error:  # of writing; inputs that cannot be read are answers
-            reason = os.strerror(error.errno) if error.errno else error
-            raise UserError(
-                f"cannot write to --out {self.folder}: {reason}; start the command again to go on"
-            ) from None
+        # What fails is writing: inputs that cannot be read are answers.
+        failing = told(f"cannot write --out {self.folder}", "; start the command again to go on")
+        with failing, claim(self.locks / f"{number:05}") as ours:
+            if not ours or path.exists():
+                return False
+            with Output(path, self.attributes) as output:
+                for answers in answer(self.shards[number]):
+                    output.write(answers)
+                    rows += len(answers)
+                    if time.monotonic() > looked + PAUSE:
+                        self._show(bar, rows)
+                        looked = time.monotonic()
         return True
 
     def _count(self) -> None:
@@ -157,8 +148,7 @@ class Job:
             try:
                 errors = pq.read_table(path, columns=["error"])["error"]
             except (pa.ArrowException, OSError) as error:
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
-                raise UserError(f"{path} is damaged; delete it and start again ({reason})") from None
+                raise UserError(f"{path} is damaged; delete it and start again ({first_line(error)})") from None
             self.tallies[name] = Tally(len(errors), len(errors) - errors.null_count)
 
     def _show(self, bar: tqdm, here: int = 0) -> None:

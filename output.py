@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from data.cells import inert, without_apostrophe
 from durable import give_name
-from errors import UserError
+from errors import UserError, first_line
 
 # Of Parquet: a row group for each batch would need more room for its columns' places than for answers.
 GROUP_ROWS = 4096
@@ -103,7 +103,7 @@ def labelled_in(path: Path) -> set[str]:
         except OSError as error:
             raise UserError(f"cannot read --skip {file}: {error.strerror or error}") from None
         except (ValueError, LookupError, TypeError, RecursionError, csv.Error, pa.ArrowException) as error:
-            raise UserError(f"--skip {file} is no file that --out wrote: {error}".splitlines()[0]) from None
+            raise UserError(f"--skip {file} is no file that --out wrote: {first_line(error)}") from None
     if not all(isinstance(name, str) for name in names):
         raise UserError(f"--skip {path} is no file that --out wrote: an image has no name")
     return {name for name in names if "\ufffd" not in name}  # which stands for a letter that is not known

@@ -18,7 +18,6 @@ import startup  # noqa: F401
 import argparse
 import copy
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from arguments import add_catalogue_options, add_checkpoint_options
 from calibration import TARGET_PRECISION, calibrate, fit_temperature
 from data.attributes import HARDLY_MEANT
-from data.batches import Rows, epoch_batches, make_loader
+from data.batches import Rows, epoch_batches
 from data.catalogue import skipped_why
 from data.split import at_most
 from durable import at_rest
@@ -41,7 +40,7 @@ from lora import merge_lora
 from models.checkpoint import find_checkpoint, previous_of, read_config, save_checkpoint
 from models.classifier import AttributeClassifier, attribute_losses
 from models.hog import hog
-from models.neighbours import FILE, Neighbours
+from models.neighbours import FILE, Alike, Neighbours
 from models.schema import learnt_from
 from step import MAX_GRAD_NORM, learning_rate, parameter_groups
 from task import Task, load_task
@@ -77,8 +76,7 @@ class Looking(nn.Module):
 
 def embed(task: Task, rows: np.ndarray, batch_size: int, what: str, look: bool) -> Seen:
     """Of rows of the store, on the CPU; without edges where nothing is to `look` at them."""
-    loader = make_loader(task.store, task.known, epoch_batches(rows, batch_size), task.device)
-    seen = predict(Looking(merge_lora(task.model), look), loader, task.preprocess, task.device, what)
+    seen = predict(Looking(merge_lora(task.model), look), task, rows, batch_size, what)
     return Seen(*(tensor.clone() for tensor in seen.values()))  # for autograd too
 
 
@@ -118,17 +116,14 @@ def train_once(heads: nn.Module, embeddings: Tensor, known: Rows, seed: int) -> 
 def answers(model: AttributeClassifier, seen: Seen) -> dict[str, Tensor]:
     """{attribute: logits (N, ·)} of pictures that were embedded."""
     logits = model.heads(seen.embedding)
-    if model.neighbours is None:
-        return logits
-    said = [model.neighbours(model.neighbours.nearest(*part), z) for part, z in parts(seen, logits)]
-    return {name: torch.cat([one[name] for one in said]) for name in logits}
+    return logits if model.neighbours is None else model.neighbours(nearest(model.neighbours, seen), logits)
 
 
-def parts(seen: Seen, logits: dict[str, Tensor]) -> Iterator[tuple[Seen, dict[str, Tensor]]]:
-    """Of so many pictures that what they are compared with fits in memory."""
-    for start in range(0, len(seen.embedding), AT_ONCE):
-        some = slice(start, start + AT_ONCE)
-        yield Seen(*(tensor[some] for tensor in seen)), {name: z[some] for name, z in logits.items()}
+def nearest(neighbours: Neighbours, seen: Seen) -> Alike:
+    """Looked up for `AT_ONCE` pictures at a time, as each is compared with all that are kept."""
+    pieces = zip(*(tensor.split(AT_ONCE) for tensor in seen), strict=True)
+    found = [neighbours.nearest(*piece) for piece in pieces]
+    return Alike(*map(torch.cat, zip(*found, strict=True)))
 
 
 @torch.inference_mode()
@@ -147,14 +142,10 @@ def look_up(task: Task, rows: np.ndarray, of_train: Seen, val: np.ndarray, of_va
     for i, name in enumerate(classes):
         neighbours.temperature[i] = fit_temperature(logits[name], true["labels"][:, i])
     truths = [*true["labels"].unbind(1), *true["values"].unbind(1)]
-    found = [[] for _ in truths]
-    for (part, z), *these in zip(parts(of_val, logits), *(truth.split(AT_ONCE) for truth in truths), strict=True):
-        heard = neighbours.heard(neighbours.nearest(*part), z).values()
-        for pairs, pair, truth in zip(found, heard, these, strict=True):
-            pairs.append(held_against(truth, pair))
-    for i, pairs in enumerate(found):
+    heard = neighbours.heard(nearest(neighbours, of_val), logits).values()
+    for i, (truth, pair) in enumerate(zip(truths, heard, strict=True)):
         fit = fit_share if i < len(classes) else fit_share_of_number
-        neighbours.share[i] = fit(*torch.cat(pairs, dim=1))
+        neighbours.share[i] = fit(*held_against(truth, pair))
     return neighbours
 
 

@@ -16,7 +16,7 @@ import hub
 from data.cells import clean
 from defaults import choose_amp, choose_source
 from durable import alone_in, replace_file
-from errors import UserError
+from errors import UserError, make_folder, told
 from models.checkpoint import fresh_of, newest_checkpoint, previous_of
 from options import INHERITED, MOVABLE, PATHS, parse_args
 
@@ -57,10 +57,7 @@ def run_folder(args: argparse.Namespace) -> Path:
     out = args.out or Path("runs") / f"{args.backbone.replace('/', '--')}-{datetime.now():%Y%m%d-%H%M%S}"
     if clean(str(out)) != str(out):
         raise UserError(f"--out {out}: the name is not UTF-8, and TensorBoard takes no other; name another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
+    make_folder(out, "--out")
     return out
 
 
@@ -119,10 +116,8 @@ def open_run(args: argparse.Namespace) -> argparse.Namespace:
 
 def keep_options(args: argparse.Namespace) -> None:
     """Write them where `--resume`, and whoever looks for the base weights, will read them."""
-    try:
+    with told(f"cannot write --out {args.out}"):
         replace_file(args.out / "options.json", options_text(args).encode())
-    except OSError as error:
-        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
 
 
 def _has_options_of_a_run(path: Path, args: argparse.Namespace) -> bool:

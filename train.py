@@ -29,7 +29,7 @@ from data.batches import epoch_batches, make_loader
 from data.preprocess import CHANCES
 from defaults import warn_if_slow
 from durable import replace_file
-from errors import UserError, exits_cleanly
+from errors import UserError, exits_cleanly, first_line
 from evaluate import SCORED, Evaluation, evaluate
 from figures import label_sheet
 from memory import ran_out
@@ -90,7 +90,7 @@ def train_epoch(
             saving = state.step % args.save_every == 0
             if step % LOG_EVERY == 0 or saving or stopping or state.step % epoch_steps == 0:
                 # Before a save, so that what is saved is good.
-                read = check_finite(unread, state, task.names, task.store.ids)
+                read = check_finite(unread, state, task.names, task.catalogue.ids)
                 unread.clear()
             if step % LOG_EVERY == 0 and figures is not None and board:
                 show_step(state, board, bar, step, lr, read[-1], weights)
@@ -270,7 +270,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     except RuntimeError as error:
         cause = getattr(error, "inner_exception", error)  # of a failed compilation
         if cause is not error and not ran_out(cause):
-            reason = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+            reason = f"{type(cause).__name__}: {first_line(cause)}"
             raise UserError(f"--compile: {reason}; without it: {again} --no-compile") from None
         if not ran_out(cause):
             raise

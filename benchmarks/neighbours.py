@@ -22,18 +22,17 @@ from common import in_turn, machine, markdown, ratios, spread, trained
 from errors import UserError, exits_cleanly
 from evaluate import Evaluation, evaluate
 from lora import keep_base_in, merge_lora
-from refit import AT_ONCE, embed
+from refit import embed, nearest
 from task import Task
 
 BATCHES = (1, 64)
 ROUNDS = 9
 
 
-def nearest(task: Task, rows: np.ndarray) -> Tensor:
+def alike_the_nearest(task: Task, rows: np.ndarray) -> Tensor:
     """(N,) how alike the nearest train picture is that is not the very same."""
-    seen, looked_up = embed(task, rows, 64, "val", True), copy.deepcopy(task.model.neighbours).cpu()
-    pieces = zip(*(part.split(AT_ONCE) for part in seen), strict=True)
-    return torch.cat([looked_up.nearest(*piece).cosines.amax(1) for piece in pieces])
+    looked_up = copy.deepcopy(task.model.neighbours).cpu()
+    return nearest(looked_up, embed(task, rows, 64, "val", True)).cosines.amax(1)
 
 
 def right(task: Task, found: Evaluation) -> np.ndarray:
@@ -50,7 +49,7 @@ def main() -> None:
     if model.neighbours is None:
         raise UserError("the checkpoint has no neighbours; make some with refit.py --neighbours")
     both = right(task, looking := evaluate(task, "val"))
-    alike = nearest(task, looking.rows)
+    alike = alike_the_nearest(task, looking.rows)
     shares = model.neighbours.share.clone()
     model.neighbours.share.zero_()
     alone = right(task, evaluate(task, "val"))

@@ -5,11 +5,11 @@
 That is the demo's catalogue, see `data.fashion`; `--catalogue furniture` draws the other one, see `data.furniture`.
 """
 
-import csv
 from pathlib import Path
 
 from data import fashion, furniture
-from errors import Parser, UserError, exits_cleanly, positive_int
+from durable import replace_csv
+from errors import Parser, UserError, exits_cleanly, make_folder, positive_int
 
 
 @exits_cleanly
@@ -25,19 +25,13 @@ def main():
     table = args.out / ("items.csv" if args.catalogue == "furniture" else "styles.csv")
     if table.exists() or (args.out / "images").exists():
         raise UserError(f"--out {args.out} holds a catalogue already; name another folder")
-    try:
-        (args.out / "images").mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+    make_folder(args.out / "images", "--out")
     rows, draw = [], furniture.draw if args.catalogue == "furniture" else fashion.draw
     for index in range(args.rows):
         row, image = draw(index, args.seed)
         image.save(args.out / "images" / row.get("image", f"{row['id']}.jpg"), quality=92)
         rows.append(row)
-    with open(table, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    replace_csv(table, [rows[0], *(row.values() for row in rows)])
     print(f"drew {len(rows)} articles to {args.out / 'images'}, their labels to {table}")
 
 

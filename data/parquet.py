@@ -19,7 +19,7 @@ from pyarrow.fs import FileSystem
 
 from data.columns import Opened, as_text, cell_names, check_columns, class_names, columns_of, kept
 from data.images import ImageError
-from errors import UserError
+from errors import UserError, first_line
 
 READ = 64  # rows at a time: of pictures of 5 MB that is 320 MB
 BUFFER = 1 << 20  # bytes of a column that are read ahead
@@ -68,7 +68,7 @@ def open_file(path: Path | str, filesystem: FileSystem | None = None) -> File:
             nbytes = sum(group.total_byte_size for group in groups)
             found = found._replace(rows=file.metadata.num_rows, nbytes=nbytes, schema=file.schema_arrow)
     except found.failures as error:
-        raise UserError(f"{path} cannot be read as parquet: {error}".splitlines()[0]) from None
+        raise UserError(f"{path} cannot be read as parquet: {first_line(error)}") from None
     if twice := [name for name, times in Counter(found.schema.names).items() if times > 1]:
         raise UserError(f"{path} has the column {twice[0]} twice")
     if "image" not in found.schema.names:
@@ -117,7 +117,7 @@ def _texts(files: list[File], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         except UserError:
             raise
         except file.failures as error:
-            raise UserError(f"{file.path} cannot be read as parquet: {error}".splitlines()[0]) from None
+            raise UserError(f"{file.path} cannot be read as parquet: {first_line(error)}") from None
 
 
 def _cells(file: File, name: str, cells: pa.Array, classes: list[str] | None) -> pa.Array:
@@ -184,9 +184,9 @@ class Pictures:
                     yield cells["image"] and cells["image"]["bytes"]
             except file.failures as error:
                 if file.filesystem or getattr(error, "errno", None):  # a network or disk that fails is not the rows'
-                    reason = f"{error}".partition("\n")[0]
+                    reason = first_line(error)
                     raise UserError(f"{file.path} broke off: {reason}; start again, a run with --resume") from error
-                yield from [f"damaged parquet: {error}".splitlines()[0]] * (file.rows - row)
+                yield from [f"damaged parquet: {first_line(error)}"] * (file.rows - row)
 
 
 def rows(file: File, start: int, stop: int, columns: Iterable[str] = ("image.bytes",)) -> Iterator[dict]:

@@ -40,8 +40,6 @@ class Preprocess:
     std: tuple[float, float, float]
 
     def __post_init__(self):
-        if self.interpolation not in ("bicubic", "bilinear"):
-            raise ValueError(f"interpolation is {self.interpolation!r}: bicubic or bilinear")
         for name in ("canvas", "size", "mean", "std"):  # JSON gives lists; tuples compare and hash
             object.__setattr__(self, name, tuple(getattr(self, name)))
 

@@ -36,7 +36,7 @@ from data.inputs import find_inputs, kind_of
 from data.parquet import File, open_file
 from data.parquet import rows as parquet_rows
 from data.tars import IMAGES, NOT_PLAIN, NOT_READ, UNREAD, is_plain, members, product, read_titles
-from errors import UserError
+from errors import UserError, first_line, told
 
 SHARD_ROWS = 4096
 
@@ -173,10 +173,8 @@ def _file_rows(paths: list[Path]) -> Iterator[Row]:
 
 
 def _open_csv(table: Path, title: str | None, notes: list[str]) -> Catalogue:
-    try:
+    with told(f"cannot read {table}"):
         catalogue = open_csv(table)
-    except OSError as error:
-        raise UserError(f"cannot read {table}: {error.strerror}") from None
     if title and title not in catalogue.columns:
         notes.append(f"{table} lacks the column of titles, {title}: its pictures are read without")
     return catalogue
@@ -221,7 +219,7 @@ def _parquet_rows(file: File, start: int, stop: int, title: str | None) -> Itera
             number += 1
     except file.failures as error:
         _raise_if_broken(error, file.path)
-        reason = f"damaged parquet: {error}".splitlines()[0]
+        reason = f"damaged parquet: {first_line(error)}"
         yield from (Row(f"{file.path}#{n}", reason) for n in range(number, stop))
 
 
@@ -266,7 +264,7 @@ def _load_hub(name: str) -> dict:
     try:
         return dict(datasets.load_dataset(repo, streaming=True, revision=revision))
     except Exception as error:  # of several libraries; whatever it is, there is no dataset
-        raise UserError(f"cannot stream {name}: {error}".splitlines()[0]) from error
+        raise UserError(f"cannot stream {name}: {first_line(error)}") from error
 
 
 def stream_shards(name: str, splits: dict, title: str | None = None) -> list[Shard]:
@@ -296,5 +294,4 @@ def _stream_rows(part, name: str, title: str | None) -> Iterator[Row]:
             yield _row(cells, f"{name}#{number}", title)
             number += 1
     except Exception as error:  # of several libraries; a network that fails is no property of the rows
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{name} broke off after {number:,} rows: {reason}; start again") from error
+        raise UserError(f"{name} broke off after {number:,} rows: {first_line(error)}; start again") from error

@@ -25,7 +25,7 @@ from data.images import MACS_OWN, ImageError, no_image
 from data.inputs import all_files
 from data.parquet import BUFFER, open_parquet
 from data.tars import open_tars
-from errors import UserError, say_once
+from errors import UserError, first_line, say_once
 
 NAME_BYTES = 80  # of a catalogue's name, in the names of files: some disks take 143 in all
 
@@ -136,7 +136,7 @@ def _hub(repo_id: str) -> Catalogue:
         table = datasets.concatenate_datasets(list(splits.values()))
     except Exception as error:  # of several libraries; whatever it is, there is no catalogue
         if online:
-            raise UserError(f"cannot load {repo_id} from the hub: {error}".splitlines()[0]) from error
+            raise UserError(f"cannot load {repo_id} from the hub: {first_line(error)}") from error
         raise UserError(
             f"{repo_id}: no such folder, and the hub cannot be reached; use --data FOLDER or --data demo"
         ) from error
@@ -153,7 +153,7 @@ def _streamed(spec: str, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     try:
         paths = sorted(files.glob(f"datasets/{repo}@{commit}/**/*.parquet"))
     except Exception as error:  # of several libraries; whatever it is, there is no catalogue
-        raise UserError(f"cannot read {spec}: {error}".splitlines()[0]) from error
+        raise UserError(f"cannot read {spec}: {first_line(error)}") from error
     if not paths:
         raise UserError(f"{spec} holds no parquet files; {repo} alone is downloaded, whatever it holds")
     texts = cache_dir / "columns" / f"{in_file_name(repo)}-{commit}-{VERSION}.arrow"
@@ -188,7 +188,7 @@ def _demo(cache_dir: Path) -> Catalogue:
     try:
         table = _quiet_datasets().Dataset.from_generator(_drawings, gen_kwargs=given, cache_dir=str(folder))
     except Exception as error:  # the library wraps what a disk says
-        reason = f"{error.__cause__ or error}".partition("\n")[0]
+        reason = first_line(error.__cause__ or error)
         raise UserError(f"cannot draw the demo into {folder}: {reason}; make room, or delete that folder") from error
     return _from_table("demo", table, f"demo-{fashion.ROWS}-{version}")
 

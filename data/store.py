@@ -14,7 +14,6 @@ import platform
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +47,6 @@ class ImageStore:
     """The decoded catalogue; row i of every array is row i of the catalogue.
 
     Attributes:
-        ids: the product id of each row.
         pixels: uint8 (N, H, W, 3), indexed by rows: read-only and memory-mapped, black where the picture could not be
             read; or `OnDemand` where none are kept.
         hashes: uint64 (N,), of the pixels at native size; 0 where there are none.
@@ -59,7 +57,6 @@ class ImageStore:
         run: how many neighbouring rows are best read together; None where any row is at hand.
     """
 
-    ids: Sequence[str]
     pixels: "np.ndarray | OnDemand"
     hashes: np.ndarray
     ok: np.ndarray
@@ -163,7 +160,6 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, m
     ok = np.ones(len(catalogue), dtype=bool)
     ok[list(failures)] = False
     return ImageStore(
-        ids=catalogue.ids,
         pixels=pixels,
         hashes=hashes,
         ok=ok,

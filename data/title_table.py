@@ -4,7 +4,7 @@ from pathlib import Path, PurePosixPath
 
 from data.table import composed, read_rows
 from data.tars import IMAGES
-from errors import UserError
+from errors import UserError, told
 
 
 class TitleTable:
@@ -24,7 +24,7 @@ class TitleTable:
     def __init__(self, path: Path, column: str):
         by_id: dict[str, str | None] = {}
         by_image: dict[str, str | None] = {}
-        try:
+        with told(f"cannot read --titles {path}"):
             for _, cells in read_rows(path, [column]):
                 if isinstance(cells, str):
                     continue
@@ -34,8 +34,6 @@ class TitleTable:
                     if name := composed(cells.get(key) or ""):
                         for spelt in (_plain(name), str(PurePosixPath(name))):
                             titles[spelt] = cells[column] or titles.get(spelt)  # a product may be told of once
-        except OSError as error:
-            raise UserError(f"cannot read --titles {path}: {error.strerror}") from None
         self.titles = by_id, by_image
 
     def __call__(self, name: str) -> str | None:

@@ -105,7 +105,7 @@ def test_workers_killed_at_random_moments_and_started_again_end_with_the_same_fi
     ("module", "name", "count", "after"),
     [
         ("jobs", "replace_file", 1, False),  # job.json is not there yet
-        ("durable", "write_synced", 1, True),  # it is, but by another name
+        ("durable", "sync_file", 1, True),  # it is, but by another name
         ("output", "give_name", 2, False),  # a file of answers is whole but has no name
         ("output", "give_name", 2, True),
         ("os", "fsync", 4, True),
@@ -193,7 +193,7 @@ def small_disk() -> None:
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(words, whole, tmp_path):
     assert finish(start("infer", *words, tmp_path / "job", log=tmp_path / "log", fault=small_disk)) == 2
     said = (tmp_path / "log").read_text().splitlines()[-1]
-    assert said.startswith(f"error: cannot write to --out {tmp_path / 'job'}: ")
+    assert said.startswith(f"error: cannot write --out {tmp_path / 'job'}: ")
     assert said.endswith("File too large; start the command again to go on")
     assert results(tmp_path / "job") == {}
     assert finish(start("infer", *words, tmp_path / "job", log=tmp_path / "log")) == 1
@@ -282,16 +282,16 @@ def test_another_job_on_the_same_folder_is_refused(command, mixed, demo_run, wit
 
 
 def test_a_job_on_a_dataset_that_has_moved_on_says_how_to_go_on_with_it(tmp_path):
-    Job(tmp_path, {"inputs": "one", "hub": ["hub:owner/shop@1"]}, [], [], Crew(0, 1, 0))
+    Job(tmp_path, {"inputs": "one", "hub": ["hub:owner/shop@1"]}, [], [], Crew(0, 1))
     with pytest.raises(UserError, match=r"its inputs, hub differ.*, or go on with hub:owner/shop@1$"):
-        Job(tmp_path, {"inputs": "two", "hub": ["hub:owner/shop@2"]}, [], [], Crew(0, 1, 0))
+        Job(tmp_path, {"inputs": "two", "hub": ["hub:owner/shop@2"]}, [], [], Crew(0, 1))
 
 
 def test_a_lock_that_cannot_be_opened_is_one_line(command, mixed, demo_run, tmp_path):
     (tmp_path / "job" / "locks" / "job").mkdir(parents=True)  # as one of another user's can't be
     done = command("infer.py", mixed / "photos", "--checkpoint", demo_run / "best", "--out", tmp_path / "job")
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: cannot write to --out {tmp_path / 'job'}: "), done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: cannot write --out {tmp_path / 'job'}: "), done.stderr
 
 
 @pytest.mark.parametrize(

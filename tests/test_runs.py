@@ -163,7 +163,7 @@ def test_a_mistake_does_not_burn_the_out_folder(command, cache_dir, tmp_path):
         (["--rank", "0"], "--rank: 0 is not a whole number above 0"),
         (["--weights", "notes.txt"], "notes.txt is not a safetensors file"),
         (["--weights", "gone.safetensors"], "gone.safetensors"),
-        (["--out", "/proc/run"], "cannot write to --out /proc/run"),
+        (["--out", "/proc/run"], "cannot write --out /proc/run"),
         (["--epochs", "two"], "--epochs: two is not a whole number above 0"),
         (["--img-size", "60"], "60 pixels a side has no whole number of patches of 8"),
         (["--resume", "--out", "nothing", "--limit", "50"], "leave out --limit"),
