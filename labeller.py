@@ -105,7 +105,7 @@ class Labeller:
         tokens = None
         if self.read_titles:
             tokens = torch.from_numpy(self.read_titles([row.title for row in rows])[0]).to(self.device)
-        outputs, alike = self.model.explained(self.preprocess(pixels.to(self.device)).to(self.dtype), tokens)
+        outputs, alike = self.model.explained(self.preprocess(pixels.to(self.device)), tokens)
         outputs = {name: output.float().cpu() for name, output in outputs.items()}  # a GPU is slow at many small things
         finite = torch.cat([*outputs.values()], dim=1).isfinite().all(1)
         if not finite.all():

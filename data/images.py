@@ -21,7 +21,8 @@ ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 TURNS = {2: Flip.FLIP_LEFT_RIGHT, 3: Flip.ROTATE_180, 4: Flip.FLIP_TOP_BOTTOM}  # what makes a picture upright
 LYING = {5: Flip.TRANSPOSE, 6: Flip.ROTATE_270, 7: Flip.TRANSVERSE, 8: Flip.ROTATE_90}  # the same of one on its side
 TURNS |= LYING
-WIDTH, HEIGHT = 0x0100, 0x0101  # the tags of a TIFF
+WIDTH, HEIGHT, BITS, PHOTOMETRIC = 0x0100, 0x0101, 0x0102, 0x0106  # the tags of a TIFF
+WHITE_IS_ZERO = 0  # of the last
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is above our own bound
 
 
@@ -70,14 +71,25 @@ def decode(source: bytes | Path) -> Image.Image:
         raise ImageError("32 bits a pixel, of no known scale; save it with 8 or 16")
     with _damage_is("truncated or damaged image"):  # decoders raise nearly anything too
         image.load()  # by which a TIFF is turned already
-        if (lies := orientation(image)) in TURNS:  # Pillow's `exif_transpose` writes all EXIF anew, and fails at some
-            image = image.transpose(TURNS[lies])
+        lies = orientation(image)
         if image.mode.startswith("I;16"):  # 16 bits a pixel: convert("RGB") would clip at 255 where it should scale
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            image = in_8_bits(image)
+        if lies in TURNS:  # Pillow's `exif_transpose` writes all EXIF anew, and fails at some
+            image = image.transpose(TURNS[lies])
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits a pixel, or a TIFF of 12, with its transparent level, if it has one, white."""
+    tags, levels = getattr(image, "tag_v2", {}), np.asarray(image).astype(np.int64)
+    grey = (levels * 255 // (2 ** tags.get(BITS, (16,))[0] - 1)).clip(0, 255)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # which Pillow sees to in 8 bits alone
+        grey = 255 - grey
+    grey[levels == image.info.get("transparency")] = 255
+    return Image.fromarray(grey.astype(np.uint8))
 
 
 def orientation(image: Image.Image) -> int:

@@ -31,7 +31,7 @@ from errors import UserError, say_once
 
 STORE_GB = 100.0  # decoded pictures that need more are not kept
 # Raise it when decoding, hashing, the layout or which rows a source has changes: older stores are then built anew.
-STORE_VERSION = 4
+STORE_VERSION = 5
 MUCH = 10**9  # bytes
 SIZE_SAMPLE = 500  # pictures whose headers choose the canvas
 CHUNK, CHUNKS = 64, 64  # rows that a thread decodes before it reports, at most; how many such are handed out at once

@@ -13,16 +13,17 @@ def forward_features(backbone: VisionTransformer, images: Tensor, keep: float = 
     arXiv:2111.06377), and what a picture's empty patches would say is where the kept ones are not.
 
     Args:
-        images: (B, 3, S, S), normalised.
+        images: (B, 3, S, S), normalised, in fp32 whatever the backbone computes in.
         drop: share of those patches to leave out by chance, for training: less work, and harder to learn by heart
             (PatchDropout, Liu et al. 2022, arXiv:2208.07220).
 
     Returns:
         (B, prefix + K, d) tokens after the last norm, K = (1 - drop) of keep of all patches, at least one.
     """
+    seen = images.to(next(backbone.patch_embed.parameters()).dtype)  # contrast goes by what is not rounded
     if keep == 1 and not drop:
-        return backbone.forward_features(images)
-    tokens = backbone._pos_embed(backbone.patch_embed(images))  # (B, prefix + patches, d)
+        return backbone.forward_features(seen)
+    tokens = backbone._pos_embed(backbone.patch_embed(seen))  # (B, prefix + patches, d)
     prefix, patches = tokens.tensor_split([backbone.num_prefix_tokens], dim=1)
     if keep < 1:
         chosen = by_contrast(images, backbone.patch_embed.grid_size)[:, : max(1, round(keep * patches.shape[1]))]

@@ -23,8 +23,10 @@ class TextEncoder(nn.Module):
         self.places = nn.Embedding(length, WIDTH)
         for table in (self.words, self.places):
             nn.init.normal_(table.weight, std=0.02)
-        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, DROPOUT, "gelu", batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        like = (WIDTH, HEADS, 4 * WIDTH, DROPOUT, "gelu")
+        layers = [nn.TransformerEncoderLayer(*like, batch_first=True, norm_first=True) for _ in range(LAYERS)]
+        self.layers = nn.TransformerEncoder(layers[0], LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        self.layers.layers = nn.ModuleList(layers)  # torch copies the first, so all would start with the same weights
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.words(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device))  # (B, T, WIDTH)

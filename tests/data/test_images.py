@@ -1,4 +1,5 @@
 import io
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,18 @@ def test_16_bits_are_scaled_not_clipped():
     levels = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
     image = decode(encoded(Image.fromarray(levels), "png"))
     assert np.asarray(image)[0, :, 0].tolist() == [0, 1, 128, 255]
+    negative = decode(encoded(Image.fromarray(levels), "tiff", tiffinfo={262: 0}))  # WhiteIsZero
+    assert np.asarray(negative)[0, :, 0].tolist() == [255, 254, 127, 0]
+    keyed = decode(encoded(Image.fromarray(levels), "png", transparency=0))
+    assert np.asarray(keyed)[0, :, 0].tolist() == [255, 1, 128, 255]
+
+
+def test_12_bits_are_scaled():
+    tags = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 3)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    pixels = bytes([0xFF, 0xF0, 0x00])  # white, black
+    tiff = b"II*\0" + struct.pack("<I", 12) + pixels + b"\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+    assert np.asarray(decode(tiff))[0, :, 0].tolist() == [255, 0]
 
 
 @pytest.mark.parametrize(("mode", "colour", "kind"), [("CMYK", (0, 255, 255, 0), "jpeg"), ("L", 90, "png")])

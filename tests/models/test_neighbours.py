@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from data.shards import Row
 from errors import UserError
+from labeller import Labeller
 from lora import merge_lora
 from models.checkpoint import load_checkpoint, read_config, sealed
+from models.hog import hog
 from models.neighbours import COMPONENTS, FILE, ID_BYTES, NEAREST, Neighbours, _whitening
 from teacher import load_teacher
 
@@ -140,6 +144,17 @@ def test_it_stays_in_fp32_and_comes_with_every_copy(with_neighbours, demo_run):
         alone = model(images)
     assert any((exact[name].softmax(1) - z.softmax(1)).abs().max() > 0.05 for name, z in alone.items())
     assert load_teacher(folder, None, {"backbone": {"fingerprint": None}}, None)[0].neighbours is None
+
+
+def test_edges_are_of_the_pictures_before_they_are_rounded(with_neighbours, demo_run, monkeypatch):
+    """In bf16 near white every other level of grey is lost, and a picture of the bank would not be known again."""
+    labeller = Labeller(with_neighbours(demo_run / "best"), None, torch.device("cpu"), True, 3, 8, torch.bfloat16)
+    pixels = np.random.default_rng(0).integers(240, 256, (*labeller.preprocess.canvas, 3), dtype=np.uint8)
+    looked_at = []
+    monkeypatch.setattr("models.classifier.hog", lambda images: looked_at.append(images) or hog(images))
+    (answer,) = labeller([Row("white.jpg", pixels)])
+    assert answer["like"]
+    torch.testing.assert_close(looked_at, [labeller.preprocess(torch.from_numpy(pixels)[None])], rtol=0, atol=0)
 
 
 def without(name):

@@ -5,6 +5,11 @@ import torch
 from models.text import TextEncoder
 
 
+def test_layers_start_apart():
+    first, second = TextEncoder(vocab=9, length=6, pad=0).layers.layers
+    assert not torch.equal(first.linear1.weight, second.linear1.weight)
+
+
 @torch.no_grad()
 def test_the_order_of_words_counts_and_padding_does_not():
     torch.manual_seed(0)
