@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.cells import inert, without_apostrophe
+from data.table import is_windows
 from durable import give_name
 from errors import UserError, first_line
 
@@ -114,7 +115,9 @@ def _labelled_in(file: Path) -> list[str]:
         columns = pq.read_table(file, columns=["image", "error"])
         rows = zip(columns["image"].to_pylist(), columns["error"].to_pylist(), strict=True)
         return [name for name, error in rows if error is None]
-    with open(file, newline="", encoding="utf-8-sig") as lines:  # Excel puts a byte order mark first
+    windows = file.suffix.lower() == ".csv" and is_windows(file)
+    # Excel puts a byte order mark first, or saves what it can in its own way.
+    with open(file, newline="", encoding="cp1252" if windows else "utf-8-sig") as lines:
         if file.suffix.lower() == ".csv":
             mark = max(",;\t", key=lines.readline().count)  # a spreadsheet may have saved it since
             lines.seek(0)

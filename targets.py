@@ -52,6 +52,12 @@ def fit_targets(
     if any(lacking.values()):
         rows = ", ".join(f"{name} {rows:,}" for name, rows in lacking.items() if rows)
         print(f"train rows without a label: {rows}; an answer is given there too, so where none applies label that")
+    for name, rows in lacking.items():
+        if rows > len(train_rows) / 2:
+            few = f"{len(train_rows) - rows:,} of {len(train_rows):,}"
+            print(
+                f"hint: {name} has a label in {few} train rows; a cell meant for those below must be filled down"
+            )
     for name, m in maps.items():
         for alike in nearly_alike(m.labels):
             print(f"hint: {name} has {' and '.join(map(repr, alike))}, as classes of their own; are they one?")

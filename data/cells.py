@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,6 +10,9 @@ from errors import UserError, say_once
 
 NULLS = {"", "na", "n/a", "#n/a", "<na>", "nan", "none", "null"}
 THOUSANDS = re.compile(r"-?[1-9]\d{0,2}\.\d{3}")  # 1.250, which may be either
+POINTED = re.compile(r"-?[1-9]\d{0,2}(\.\d{3})+")  # the same, and 1.250.000
+DECIMAL_COMMA = re.compile(r"-?([1-9]\d{0,2}(\.\d{3})+|\d+),\d+")  # 1.250,00 or 12,5
+COMMA_OF_EITHER = re.compile(r"-?[1-9]\d{0,2},\d{3}")  # 1,250
 NAMED = 5  # cells, in a message
 
 
@@ -41,12 +44,15 @@ def without_apostrophe(cell: str) -> str:
     return cell[1:] if cell.startswith("'") and inert(cell[1:]) == cell else cell
 
 
-def to_numbers(cells: Iterable[str | None], column: str, ids: Sequence[str]) -> np.ndarray:
-    """A column's numbers, float64 (N,), NaN where there is none.
+def to_numbers(cells: Sequence[str | None], column: str, ids: Sequence[str]) -> np.ndarray:
+    """A column's numbers, float64 (N,), NaN where there is none; also with decimal commas, as spreadsheets write them.
 
     Raises:
         UserError: cells are no numbers; the message says how many, and names the first.
     """
+    if _has_decimal_commas(cells):
+        say_once(f"column {column}: commas are read as decimal points")
+        cells = (text and text.replace(".", "").replace(",", ".") for text in cells)
     found, bad, first = np.empty(len(ids)), 0, []
     either, decimal = None, False  # a number that points of thousands may be in; whether others say that they are not
     for row, (text, id) in enumerate(zip(cells, ids, strict=True)):
@@ -62,10 +68,19 @@ def to_numbers(cells: Iterable[str | None], column: str, ids: Sequence[str]) -> 
     if bad:
         several = f"{bad:,} cells that are no numbers" if bad > 1 else "a cell that is no number"
         more = f" and {bad - NAMED:,} more" if bad > NAMED else ""
-        raise UserError(f"column {column} has {several}: {', '.join(first)}{more}; mend or empty what is named")
+        hint = "write 1250.00 without a currency or thousands' marks, or empty the cell"
+        raise UserError(f"column {column} has {several}: {', '.join(first)}{more}; {hint}")
     if either and not decimal:
         say_once(f"column {column}: {either} is read as {float(either):g}; if points mark thousands, take them out")
     return found
+
+
+def _has_decimal_commas(cells: Sequence[str | None]) -> bool:
+    """Whether all that holds a comma is a number with a decimal one, for some beyond doubt, and no point is decimal."""
+    commas = [text for text in cells if text and "," in text]
+    if not all(map(DECIMAL_COMMA.fullmatch, commas)) or all(map(COMMA_OF_EITHER.fullmatch, commas)):
+        return False
+    return all(POINTED.fullmatch(text) for text in cells if text and "." in text and "," not in text)
 
 
 def _number(text: str | None) -> float:

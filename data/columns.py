@@ -74,8 +74,9 @@ class Opened(NamedTuple):
 def check_columns(found: Collection[str], required: Sequence[str], where: object) -> None:
     """Raise a `UserError` where not all columns that are required are found."""
     if missing := [name for name in dict.fromkeys(required) if name not in found]:
+        hint = "; rename to id the one that tells rows apart" * (missing[0] == "id")
         raise UserError(
-            f"{where} lacks the column {', '.join(missing)}{nearest(missing[0], found)}; it has {', '.join(found)}"
+            f"{where} lacks the column {', '.join(missing)}{nearest(missing[0], found)}; it has {', '.join(found)}{hint}"
         )
 
 

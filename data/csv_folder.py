@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -9,19 +10,21 @@ from urllib.parse import unquote
 from data.catalogue import Catalogue, Skipped, stat_fingerprint
 from data.images import MACS_OWN, ImageError
 from data.inputs import all_files
-from data.table import composed, read_rows
+from data.table import TABLES, composed, read_rows
 from data.tars import IMAGES
-from errors import UserError
+from errors import UserError, say_once
+
+URLS = re.compile(r"[\s,;|]+(?=\w+://)")  # what stands between the URLs in one cell
 
 
 def find_csv(path: Path) -> Path | None:
     """The CSV file named by itself or by its folder: `styles.csv` there, or the only one beside a folder `images/`."""
-    if path.suffix.lower() == ".csv" and path.is_file():
+    if path.suffix.lower() in TABLES and path.is_file():
         return path
     if (styles := path / "styles.csv").is_file():
         return styles
     tables = sorted(path.glob("*.*")) if (path / "images").is_dir() else []
-    tables = [table for table in tables if table.suffix.lower() == ".csv" and not table.name.startswith(MACS_OWN)]
+    tables = [table for table in tables if table.suffix.lower() in TABLES and not table.name.startswith(MACS_OWN)]
     if len(tables) > 1:
         tables = [table for table in tables if not _written_by_us(table)]
     if len(tables) > 1:
@@ -37,27 +40,41 @@ def _written_by_us(table: Path) -> bool:
 
 
 def open_csv(table: Path) -> Catalogue:
-    """A CSV file beside `images/`. A row's picture is the file there that its `image` names, or ID.jpg or the like."""
+    """A CSV file beside `images/`. A row's picture is the file there that its `image` names, or ID.jpg or the like.
+
+    Where `image` holds several URLs, the first names the picture: shops put the main one there. Rows whose different
+    URLs all lead to one file are skipped, as it can be the picture of one of them at most.
+    """
     images = table.parent / "images"
     if not images.is_dir():
         raise UserError(f"{table.parent} has {table.name} but no folder images/")
     files = {str(path.relative_to(images)): path.stat() for path in all_files(images)}
     names = Names(files)
-    rows, skipped, seen, pictures = [], [], set(), []
+    found, skipped, seen, several = [], [], set(), 0
     for number, row in read_rows(table):
         if isinstance(row, str):
             skipped.append(Skipped(f"line {number}", row))
-        elif not row["id"]:
+            continue
+        cell = row.get("image") or ""
+        name = URLS.split(cell)[0]
+        if not row["id"]:
             skipped.append(Skipped(f"line {number}", "no id"))
-        elif (picture := names.find(row["image"]) if row.get("image") else names.spelt(row["id"])) is None:
-            lacking = "what its column image names is not in images/" if row.get("image") else "no such file in images/"
+        elif (picture := names.find(name) if name else names.spelt(row["id"])) is None:
+            lacking = "what its column image names is not in images/" if name else "no such file in images/"
             skipped.append(Skipped(row["id"], lacking))
         elif row["id"] in seen:
             skipped.append(Skipped(row["id"], f"line {number} has an id that came before"))
         else:
             seen.add(row["id"])
-            rows.append(row)
-            pictures.append(picture)
+            found.append((row, picture, name))
+            several += name != cell
+    if several:
+        say_once(f"{table}: column image names several pictures in {several:,} rows; the first is taken")
+    doubtful = _meant_by_several((picture, name) for _, picture, name in found if "://" in name)
+    reason = "URLs of other rows end in the same name; keep the folders of URLs in images/, or name the file in image"
+    skipped += [Skipped(row["id"], reason) for row, picture, _ in found if picture in doubtful]
+    rows = [row for row, picture, _ in found if picture not in doubtful]
+    pictures = [picture for _, picture, _ in found if picture not in doubtful]
     ids = [row["id"] for row in rows]
     # Of no label, as an edit of one leaves what was decoded as it is, nor of files that no row means.
     facts = stat_fingerprint({picture: files[picture] for picture in pictures}), ids, pictures
@@ -90,18 +107,26 @@ class Names:
         self.in_any_case = {name: files.pop() for name, files in meant.items() if len(files) == 1}
 
     def find(self, name: str) -> str | None:
-        """Of a name with its suffix, before which `images/`, and what leads there, may stand; of a URL also by its last
-        part, as it is written or as it is meant."""
+        """Of a name with its suffix, before which `images/`, and what leads there, may stand; of a URL by as much of
+        its end as is there, as it is written or as it is meant."""
         asked, url = [], "://" in name
         for way in (name, unquote(re.split("[?#]", name)[0])) if url else (name,):
             parts = PurePosixPath(way.replace("\\", "/")).parts
-            asked += [parts, *(parts[i + 1 :] for i, part in enumerate(parts) if part.casefold() == "images")]
-            asked += [parts[-1:]] * url
+            begin = [i + 1 for i, part in enumerate(parts) if url or part.casefold() == "images"]
+            asked += [parts[i:] for i in (0, *begin) if parts[i:]]
         return next(filter(None, (self.spelt(str(PurePosixPath(*some))) for some in asked)), None)
 
     def spelt(self, name: str) -> str | None:
         """Of this very name, with or without its suffix; else in how its accents are written, else in case, another."""
         return self.exact.get(name) or self.exact.get(composed(name)) or self.in_any_case.get(composed(name).casefold())
+
+
+def _meant_by_several(found: Iterable[tuple[str, str]]) -> set[str]:
+    """Of (file, URL) the files that URLs of different paths lead to, on whatever server."""
+    paths = defaultdict(set)
+    for file, url in found:
+        paths[file].add(unquote(re.split("[?#]", url.partition("://")[2].partition("/")[2])[0]).casefold())
+    return {file for file, some in paths.items() if len(some) > 1}
 
 
 def _read_file(path: Path) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from errors import FAILING, UserError
 
@@ -52,11 +52,23 @@ def _damage_is(reason: str) -> Iterator[None]:
 
 def _open(source: bytes | Path) -> Image.Image:
     """Read the header only. Raises `ImageError` for what is no image or too big."""
-    with _damage_is("not an image"):
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        with _damage_is("not an image"):
+            image = Image.open(file, formats=FORMATS)
+    except ImageError as error:
+        if isinstance(error.__cause__, UnidentifiedImageError) and _is_heif(source):
+            raise ImageError("a HEIC or AVIF picture, which is not read: convert it to JPEG") from error
+        raise
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} megapixels")
     return image
+
+
+def _is_heif(source: bytes | Path) -> bool:
+    """As phones name such a picture .jpg when it is sent on. Its first box says of which kinds it is."""
+    head = source[:32] if isinstance(source, bytes) else source.open("rb").read(32)
+    return head[4:8] == b"ftyp" and any(kind in head for kind in (b"heic", b"heix", b"mif1", b"avif"))
 
 
 def decode(source: bytes | Path) -> Image.Image:

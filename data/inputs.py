@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from data.images import MACS_OWN
+from data.table import TABLES
 from data.tars import IMAGES, UNREAD
 from errors import UserError, say_once
 
 KINDS = {"image": IMAGES, "parquet": {".parquet"}, "tar": {".tar"}}  # that folders are searched for
 SOUGHT = set().union(*KINDS.values())
-CSV = ".csv"
 NAMED = 5  # kinds of other files
 JOB = ("labels", "locks")  # folders of a job: results of an earlier run are parquet too
 
@@ -22,7 +22,7 @@ def kind_of(name: str | Path) -> str:
     """Of an input: "hub", "parquet", "tar", "csv", or "image", which is any other file that a user named."""
     if isinstance(name, str):
         return "hub"
-    kinds = KINDS | {"csv": {CSV}}
+    kinds = KINDS | {"csv": set(TABLES)}
     return next((kind for kind, suffixes in kinds.items() if name.suffix.lower() in suffixes), "image")
 
 
@@ -59,7 +59,8 @@ def find_inputs(word: str, without: Iterable[Path], notes: list[str]) -> list[st
         matches = [p for p in matches if real(p.parent) not in results]
     matches = [p for p in matches if os.path.isfile(p) or not os.path.exists(p)]
     matches = [p for p in matches if not p.name.startswith(MACS_OWN)]
-    tables = sorted(path.glob(f"*{CSV}")) if is_folder and os.path.isdir(path / "images") else []
+    beside = path.glob("*") if is_folder and os.path.isdir(path / "images") else []
+    tables = sorted(p for p in beside if p.suffix.lower() in TABLES)
     _note_others(word, len(path.parts) if is_folder else -1, matches, tables, notes)
     by_kind = {kind: sorted(p for p in matches if p.suffix.lower() in KINDS[kind]) for kind in KINDS}
     chosen, *others = [kind for kind, some in by_kind.items() if some] or [None]

@@ -63,7 +63,8 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
             f"cannot read {spec}, or not unpack it into {cache_dir} (--cache-dir names another folder): {error}"
         ) from error
     if not len(catalogue):
-        raise UserError(f"{spec} has no rows with an image ({skipped_why(catalogue.skipped)})")
+        hint = "; a column image names each row's picture, or it is images/ID.jpg" if find_csv(Path(spec)) else ""
+        raise UserError(f"{spec} has no rows with an image ({skipped_why(catalogue.skipped)}){hint}")
     check_columns(catalogue.columns, needs, catalogue.name)
     catalogue = replace(catalogue, name=clean(catalogue.name), read=_identified(catalogue))
     return catalogue if limit is None or limit >= len(catalogue) else _take(catalogue, limit)
@@ -116,6 +117,8 @@ def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     suffix = next((s for s, files in found.items() if files), None)
     if others := sum(map(len, found.values())) - len(found.get(suffix, [])):
         say_once(f"{path}: took the {suffix} files; {others:,} .tar left out")
+    if suffix is None and path.is_file():
+        raise UserError(f"{path} is no table, parquet or tar file; save a table as CSV, in UTF-8, with the suffix .csv")
     if suffix is None:
         raise UserError(f"{path} holds neither a CSV file with images/ nor *.parquet nor *.tar")
     files, root = found[suffix], path if path.is_dir() else path.parent

@@ -15,6 +15,7 @@ from data.cells import text
 from data.columns import check_columns
 from errors import UserError, say_once
 
+TABLES = (".csv", ".tsv")  # how files of them end
 UNQUOTED = "productDisplayName"  # of Kaggle's columns the one whose commas are not quoted, nor does it hold line breaks
 LINES = 500  # of a row, at most
 OF_NO_LETTER = re.compile(rb"[\x00\x81\x8d\x8f\x90\x9d]")  # in Windows-1252
@@ -32,7 +33,7 @@ def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int
     that lack cells are too, as they may be the rest of its cell. So is a row of too many cells.
     """
     with table.open("rb") as lines:
-        if _is_windows(table):
+        if is_windows(table):
             say_once(f"{table} is not in UTF-8: read as Windows-1252")
             lines = (line.decode("cp1252").encode() for line in lines)
         first, marks, begin = next(lines, b"").removeprefix(codecs.BOM_UTF8), SEPARATORS, 2
@@ -74,7 +75,7 @@ class _Head(NamedTuple):
     title: int | None
 
 
-def _is_windows(table: Path) -> bool:
+def is_windows(table: Path) -> bool:
     """Whether a file has letters beyond ASCII, all of them Windows-1252's and in most lines none of UTF-8: as Excel
     saves "CSV". There two letters (`É®`) may by chance be one of UTF-8's, but hardly one that Windows-1252 has too:
     where lines with such a letter are a tenth of the others it is UTF-8, and these are damage; if fewer, they were

@@ -28,3 +28,5 @@ def test_results_in_a_folder_count_together_and_as_a_spreadsheet_saves_them(tmp_
     table = tmp_path / "a.csv"
     table.write_text("\ufeff" + table.read_text().replace(",\n", "\n").replace(",", ";"), encoding="utf-8")
     assert labelled_in(table) == {"=1.jpg", "2.jpg"}
+    table.write_text(table.read_text("utf-8-sig").replace("2.jpg", "gr\xfcn.jpg"), encoding="cp1252")
+    assert labelled_in(table) == {"=1.jpg", "gr\xfcn.jpg"}

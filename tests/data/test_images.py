@@ -104,6 +104,14 @@ def test_other_colour_modes_become_rgb(mode, colour, kind):
     assert np.allclose(image.getpixel((8, 8)), (254, 0, 0) if mode == "CMYK" else (90, 90, 90), atol=3)
 
 
+def test_what_phones_take_is_named():
+    for brand in (b"heic", b"avif"):
+        with pytest.raises(ImageError, match="HEIC or AVIF"):
+            decode(b"\0\0\0\x18ftyp" + brand + bytes(40))
+    with pytest.raises(ImageError, match=r"^not an image$"):
+        decode(b"\0\0\0\x18ftypmp42" + bytes(40))
+
+
 def test_first_frame_of_an_animation():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime")]
     assert decode(encoded(frames[0], "gif", save_all=True, append_images=frames[1:])).getpixel((0, 0)) == (255, 0, 0)

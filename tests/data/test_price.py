@@ -44,5 +44,5 @@ def test_a_price_depends_on_the_id_alone_never_on_the_order():
 
 
 def test_a_year_that_is_no_number_is_named():
-    with pytest.raises(UserError, match=r"column year has a cell that is no number: 'soon' \(id 0\); mend"):
+    with pytest.raises(UserError, match=r"column year has a cell that is no number: 'soon' \(id 0\); write"):
         simulate(rows(("Apparel", "Topwear", "Shirts", "soon")))

@@ -159,7 +159,7 @@ def test_one_value_too_large_for_arithmetic_is_far_off_in_silence(recwarn):
 @pytest.mark.parametrize("text", ["wide", "1,200", "nan cm", "inf", "-inf", "NaN", "12_5"])
 def test_a_number_that_is_none_is_named(text):
     columns = {"id": ["a", "b", "c"], "cm": ["1", "2", text]}
-    with pytest.raises(UserError, match=rf"column cm has a cell that is no number: '{text}' \(id c\); mend"):
+    with pytest.raises(UserError, match=rf"column cm has a cell that is no number: '{text}' \(id c\); write"):
         fit_scales(read_numbers(columns, WIDTH), [0, 1], WIDTH)
 
 
@@ -167,7 +167,7 @@ def test_of_many_numbers_that_are_none_the_first_are_named():
     for count, more in (8, ""), (9, " and 1 more"):
         columns = {"id": list("abcdefghi")[:count], "cm": ["1", "x", None, "3", "y", "z", "u", "v", "w"][:count]}
         named = "'x' (id b), 'y' (id e), 'z' (id f), 'u' (id g), 'v' (id h)"
-        message = f"column cm has {count - 3} cells that are no numbers: {named}{more}; mend or empty what is named"
+        message = f"column cm has {count - 3} cells that are no numbers: {named}{more}; write 1250.00 without"
         with pytest.raises(UserError, match=re.escape(message)):
             read_numbers(columns, WIDTH)
 
@@ -182,6 +182,27 @@ def test_a_number_without_variety_is_an_error():
         fit_scales(read_numbers({"id": list("abc"), "cm": ["2", "2.0", "3"]}, WIDTH), [0, 1], WIDTH)
     with pytest.raises(UserError, match="no train row has a value of width"):
         fit_scales(read_numbers({"id": list("abc"), "cm": [None, None, "3"]}, WIDTH), [0, 1], WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("cells", "numbers"),
+    [
+        (["1.000,00", "12,5", None, "7", "-1.250", "1.250.000"], [1000, 12.5, None, 7, -1250, 1250000]),
+        (["1,250", "12,5"], [1.25, 12.5]),
+        (["1,250", "2,400"], None),  # thousands as well
+        (["12,5", "12.5"], None),
+        (["12,5", "1,5 cm"], None),
+        (["1,250.00"], None),
+    ],
+)
+def test_decimal_commas_are_read_where_they_can_be_nothing_else(capsys, cells, numbers):
+    if numbers is None:
+        with pytest.raises(UserError, match=r"no number.*; write 1250\.00 without a currency"):
+            to_numbers(cells, "price", range(len(cells)))
+        return
+    wanted = np.array(numbers, dtype=float)
+    assert np.array_equal(to_numbers(cells, "price", range(len(cells))), wanted, equal_nan=True)
+    assert capsys.readouterr().err == "column price: commas are read as decimal points\n"
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,40 @@ def test_a_picture_is_the_file_of_that_very_name_else_of_one_that_is_spelt_other
     assert catalogue.skipped == [lacking], "two files differ from it in case alone"
 
 
+def test_a_url_names_the_file_at_its_end_and_of_several_in_a_cell_the_first_does(tmp_path, capsys):
+    images = tmp_path / "shop" / "images"
+    for i, name in enumerate(["a.jpg", "b.jpg", "2026/09/front.jpg", "cdn.x/2026/10/front.jpg"]):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).write_bytes(picture(i, (6, 8)))
+    cells = {
+        "several": '"https://x/a.jpg?v=1, https://x/b.jpg"',
+        "bars": "https://x/b.jpg|https://x/a.jpg",
+        "first gone": "https://x/gone.jpg;https://x/a.jpg",
+        "folders": "https://x/uploads/2026/09/front.jpg",
+        "server": "https://cdn.x/2026/10/front.jpg?w=80",
+        "other folder": "https://x/2026/11/front.jpg",
+    }
+    lines = [f'"{id}",{cell if cell.startswith(chr(34)) else chr(34) + cell + chr(34)}' for id, cell in cells.items()]
+    (images.parent / "items.tsv").write_text("id,image\n" + "\n".join(lines))
+    catalogue = load_source(str(images.parent), tmp_path)
+    found = {id: catalogue.read(i) for i, id in enumerate(catalogue.ids)}
+    assert found == {id: picture(i, (6, 8)) for id, i in {"several": 0, "bars": 1, "folders": 2, "server": 3}.items()}
+    assert {skipped.id for skipped in catalogue.skipped} == {"first gone", "other folder"}
+    assert capsys.readouterr().err.endswith("column image names several pictures in 2 rows; the first is taken\n")
+
+
+def test_a_file_that_different_urls_end_in_is_the_picture_of_none(tmp_path):
+    images = tmp_path / "shop" / "images"
+    images.mkdir(parents=True)
+    for i, name in enumerate(["front.jpg", "side.jpg"]):
+        (images / name).write_bytes(picture(i, (6, 8)))
+    rows = ["1,https://x/09/front.jpg", "2,https://x/10/front.jpg", "3,https://x/side.jpg?v=1", "4,https://y/side.jpg"]
+    (images.parent / "items.csv").write_text("\n".join(["id,image", *rows]))
+    catalogue = load_source(str(images.parent), tmp_path)
+    assert (list(catalogue.ids), [skipped.id for skipped in catalogue.skipped]) == (["3", "4"], ["1", "2"])
+    assert "URLs of other rows end in the same name" in catalogue.skipped[0].reason
+
+
 def test_an_edited_label_leaves_the_fingerprint_and_another_row_changes_it(tmp_path):
     folder = write_kaggle(tmp_path / "shop", [picture(i, (6, 8)) for i in range(3)])
     table, before = folder / "styles.csv", load_source(str(folder), tmp_path)
@@ -188,10 +222,10 @@ def test_limit_is_spread_and_stable(tmp_path):
         ("nothing", r"no such data: 'nothing'"),
         ("~nobody-of-this-name/shop", r"no such data: '~nobody-of-this-name/shop'"),
         ("EMPTY", r"holds neither a CSV file with images/ nor \*.parquet"),
-        ("TEXT", r"holds neither a CSV file with images/ nor \*.parquet"),
+        ("TEXT", r"is no table, parquet or tar file; save a table as CSV"),
         ("BROKEN", r"broken.parquet cannot be read as parquet"),
         ("NO_IMAGES", r"has styles.csv but no folder images/"),
-        ("NO_ROWS", r"no rows with an image \(1 skipped, 1 of them as 100: no such file in images/\)"),
+        ("NO_ROWS", r"an image \(1 skipped, 1 of them as 100: no such file in images/\); a column image names"),
     ],
 )
 def test_a_source_that_is_none_says_what_to_do(tmp_path, spec, message):
