@@ -39,7 +39,7 @@ def read_options(run: Path) -> dict:
 
 
 def levers(run: Path, options: dict) -> dict:
-    """What of a run's options, with the weights of the attributes' losses, makes it another recipe."""
+    """The options of a run that define its recipe, with the weights of the attributes' losses."""
     weights = {f"loss of {a['name']}": a["weight"] for a in read_config(run / "best")["attributes"]}
     recipe = options | {"init_from": "a run" if options["init_from"] else None}
     return {name.replace("_", "-"): v for name, v in recipe.items() if name not in NO_LEVERS} | weights
