@@ -32,7 +32,7 @@ class Labeller:
     Args:
         folder: the checkpoint's.
         weights: the backbone's base weights, as `load_checkpoint` takes them.
-        joint: let the attributes of a path fit together.
+        joint: choose the labels of a hierarchy so that they form a known path.
         top_k: guesses for each attribute, and train pictures.
         batch_size: pictures at a time; halved as often as memory runs out.
         dtype: of the whole computation; under autocast the tokens would be in fp32 between layers, which in bf16 takes

@@ -165,7 +165,7 @@ def in_processes(commands: Mapping[Path, list], jobs: int, what: str) -> None:
 
 
 def ratios(above: list[float], below: list[float]) -> list[float]:
-    """Round by round."""
+    """The ratios of two lists, round by round."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
