@@ -15,8 +15,7 @@ LARGE = 40e6  # parameters from which training on a CPU takes many hours
 
 
 def choose_source(args: argparse.Namespace) -> None:
-    """Choose the hub's catalogue and ViT-B/16, or the embedded demo if the hub is out of reach and nothing else was
-    named."""
+    """Choose the hub's catalogue and ViT-B/16, or the demo if the hub is out of reach and nothing else was named."""
     if not (args.data or args.backbone or args.weights) and not hub.reachable():
         print(f"The hub ({hub.ENDPOINT}) cannot be reached: training on the embedded demo instead of {HUB_DATA}.")
         print("For files of your own: --data FOLDER --backbone NAME --weights FILE")

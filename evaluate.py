@@ -111,8 +111,7 @@ def judge(task: Task, split: str, rows: np.ndarray, logits: dict[str, Tensor], j
 
 
 def inputs_of(config: dict) -> str:
-    """What the model is given, since scores from pictures alone and from titles, which leak labels, must never be
-    mixed."""
+    """What the model is given: scores from pictures alone and from titles, which leak labels, must never be mixed."""
     leaks = {None: "", True: ", leaks masked", False: ", leaks and all"}[config["text"] and config["text"]["mask"]]
     return config["inputs"] + leaks
 

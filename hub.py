@@ -1,5 +1,4 @@
-"""Find out within seconds, not after a minute of retries, whether the hub can be reached; and pin datasets to a
-commit."""
+"""Find out in seconds, not after a minute of retries, if the hub can be reached; and pin datasets to a commit."""
 
 import http.client
 import re
@@ -18,8 +17,7 @@ TIMEOUT = 8  # seconds in all, name resolution included
 
 @cache
 def reachable() -> bool:
-    """Whether the hub answers one request. If not, the hub's libraries are told to use their caches and not to
-    retry."""
+    """Whether the hub answers one request. If not, its libraries are told to use their caches and not to retry."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     answered = threading.Event()

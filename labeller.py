@@ -1,5 +1,4 @@
-"""A checkpoint ready to answer: it takes pictures and titles and gives an object for each, as `infer.py --json` prints
-it."""
+"""A checkpoint ready to answer: takes pictures and titles, gives an object for each, as `infer.py --json` prints it."""
 
 import math
 from collections.abc import Iterable, Iterator

@@ -1,5 +1,4 @@
-"""Make glibc keep the memory that a process frees (elsewhere nothing is done); use smaller batches when there is no
-more."""
+"""Make glibc keep memory that a process frees (elsewhere nothing is done); use smaller batches when it runs out."""
 
 import ctypes
 import sys
@@ -46,8 +45,7 @@ def in_parts(answer: Callable[[slice], Any], count: int, most: int | None) -> tu
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether memory ran out. For a GPU, torch mostly has an exception class for that, for a CPU only the message
-    tells."""
+    """Whether memory ran out. For a GPU torch mostly has an exception class, for a CPU only the message tells."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     words = "out of memory", "defaultcpuallocator", "alloc_failed"  # of CUDA and NCCL, of torch on a CPU, of CUBLAS
     return named or any(some in str(error).lower() for some in words)

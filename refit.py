@@ -96,8 +96,7 @@ def train_heads(heads: nn.Module, embeddings: Tensor, known: Rows) -> None:
 
 
 def train_once(heads: nn.Module, embeddings: Tensor, known: Rows, seed: int) -> None:
-    """Train heads, in place. All attributes have equal weight: there are no adapters that one could pull away from
-    another."""
+    """Train heads, in place. All attributes have equal weight: here none can pull adapters away from another."""
     torch.manual_seed(seed)
     labels, numbers = torch.from_numpy(known.labels.astype(np.int64)), torch.from_numpy(known.numbers)
     optimizer = torch.optim.AdamW(parameter_groups(dict(heads.named_parameters())), fused=True)
@@ -133,8 +132,7 @@ def parts(seen: Seen, logits: dict[str, Tensor]) -> Iterator[tuple[Seen, dict[st
 
 @torch.inference_mode()
 def look_up(task: Task, rows: np.ndarray, of_train: Seen, val: np.ndarray, of_val: Seen) -> Neighbours:
-    """Make neighbours of train pictures (rows of the store), with the shares that bring answers on validation rows
-    closest to the truth."""
+    """Make neighbours of train pictures (rows of the store), with the shares that suit validation rows best."""
 
     def known(which: np.ndarray) -> dict[str, Tensor]:
         labels, numbers = task.labels[which].astype(np.int64), task.known.numbers[which]
@@ -209,8 +207,7 @@ def refit(task: Task, rows: np.ndarray, batch_size: int, look: bool) -> tuple[di
 
 
 def known_rows(task: Task, split: str) -> np.ndarray:
-    """The rows of a split with a label or number that the model predicts; if they are too many, a fixed choice of
-    them."""
+    """The rows of a split with a label or number that the model predicts; of too many a fixed choice."""
     rows = task.store.rows(split)
     labels, numbers, _ = (array[rows] for array in task.known)
     rows = rows[(labels >= 0).any(1) | np.isfinite(numbers).any(1)]
@@ -235,8 +232,7 @@ def comparison(before: dict, after: dict) -> str:
 
 
 def share_accepted(scores: dict) -> float:
-    """The share of labels accepted, over the attributes that any validation row has a label of; of others nothing is
-    known."""
+    """The share of labels accepted, over the attributes that any validation row has a label of."""
     names = [name for name, a in scores["attributes"].items() if a["rows"] and "accuracy" in a]
     return float(np.mean([scores["calibration"]["attributes"][name]["accepted"] for name in names]))
 

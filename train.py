@@ -46,8 +46,7 @@ STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMP
 
 
 def micro_batch_size(args: argparse.Namespace) -> int:
-    """Pictures in a micro-batch of all processes; a run that is resumed with more or fewer processes keeps the
-    number."""
+    """Pictures in a micro-batch of all processes; a run resumed with more or fewer processes keeps the number."""
     return args.batch_size * args.processes
 
 
