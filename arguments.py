@@ -1,4 +1,4 @@
-"""What several commands are asked for alike."""
+"""The options that several commands share."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ PRECISIONS = ("bf16", "fp16", "auto")
 
 
 def precision(text: str) -> str:
-    """An option's type."""
+    """An option's type: one of `PRECISIONS`."""
     if text not in PRECISIONS:
         raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(PRECISIONS)}; it may stand before --amp")
     return text
@@ -21,20 +21,20 @@ MIXED = {"nargs": "?", "const": "auto", "type": precision, "metavar": "|".join(P
 
 
 def add_checkpoint_options(p: Parser) -> None:
-    """Of every command that reads what training made."""
+    """Add the options of every command that reads a checkpoint."""
     p.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the newest run's best)")
     p.add_argument("--weights", type=Path, help="the backbone's base weights, a safetensors file")
 
 
 def add_catalogue_options(p: Parser) -> None:
-    """Of every command that looks at a labelled catalogue with what training made."""
+    """Add the options of every command that applies a checkpoint to a labelled catalogue."""
     p.add_argument("--data", type=named, required=True, help=SOURCES)
     p.add_argument("--batch-size", type=positive_int, default=64, help="pictures at a time (default: %(default)s)")
     add_row_options(p)
 
 
 def add_row_options(p: Parser) -> None:
-    """Of every command that decodes a catalogue: which rows of it, and where they are kept."""
+    """Add the options of every command that decodes a catalogue: which rows to use, and where to keep them."""
     p.add_argument("--limit", type=positive_int, help="use only this many rows of the catalogue")
     p.add_argument(
         "--cache-dir", type=Path, default=default_cache_dir(), help="for decoded images (default: %(default)s)"

@@ -17,7 +17,7 @@ from models.decode import AT_ONCE, Answers, Decoder
 from models.schema import labels_of
 
 TARGET_PRECISION = 0.98
-LUCKY = 0.05  # the chance that a threshold passes which, were it the only one, should not
+LUCKY = 0.05  # the chance that a threshold passes that should not, were it the only one tried
 BINS = 15  # of equal width, as Guo et al. have them
 COOLEST, HOTTEST = 0.05, 20.0
 
@@ -80,21 +80,21 @@ def coverage_curve(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarra
 def precision_threshold(confidence: np.ndarray, right: np.ndarray, target: float) -> float | None:
     """The lowest threshold whose precision, were it the only one tried, is at least `target` with 95 % certainty.
 
-    The plain fraction would promise too much: as often as not it is too high by chance, and of a few rows more so. A
-    precision of just `target` would give m = rows · (1 - target) mistakes on average; as few as were made it must give
-    at most 5 % of the time. That is asked of Poisson's distribution, in which few mistakes are a little likelier than
-    in the binomial one (Anderson and Samuels 1967).
+    The plain fraction would promise too much: as often as not it is too high by chance, the more so the fewer the rows.
+    A precision of just `target` would give m = rows · (1 - target) mistakes on average; the chance that it gives as few
+    as were made must be at most 5 %. This chance is taken from Poisson's distribution, in which few mistakes are a
+    little likelier than in the binomial one (Anderson and Samuels 1967).
 
     Of many thresholds some pass by luck. Where precision clearly falls as confidence does, that makes little
-    difference: the promise is broken in 5 % of samples or so. Where it is nearly the same everywhere and just too low,
-    it is in 20 % of samples of 2,000 rows, and of larger ones more often (`tests/test_calibration.py` draws some).
-    Testing each at 1 % would end that, and accept much less.
+    difference: the promise is broken in 5 % of samples or so. Where precision is nearly the same everywhere and just
+    too low, the promise is broken in 20 % of samples of 2,000 rows, and more often in larger ones
+    (`tests/test_calibration.py` draws some). Testing each at 1 % would end that, and accept much less.
 
     Rows are taken to be independent. Where many of them share a picture they are right or wrong together, and a
     threshold promises too much.
 
-    It is above 0.5, as an answer more likely wrong than right is for a person even where the others make up for it.
-    None where no threshold is enough.
+    The threshold is always above 0.5: an answer more likely wrong than right is for a person to review, even where
+    other answers make up for it. None where no threshold is enough.
     """
     thresholds, rows, hits = coverage_curve(confidence, right)
     mistakes, expected = torch.from_numpy(rows - hits).double(), torch.from_numpy(rows * (1 - target))
@@ -106,8 +106,8 @@ def precision_threshold(confidence: np.ndarray, right: np.ndarray, target: float
 def calibrate(logits: Mapping[str, Tensor], labels: np.ndarray, config: dict, target: float = TARGET_PRECISION) -> dict:
     """A checkpoint's `calibration`: temperatures, then thresholds for the answers those give, decoded either way.
 
-    An attribute of which no row has a label that the model knows keeps its temperature in `config`, and where none has
-    any label its thresholds too, if they are for the same target.
+    An attribute keeps its temperature in `config` if no row has a label of it that the model knows. If no row has any
+    label of it, it keeps its thresholds too, provided that they are for the same target.
 
     Args:
         logits: {attribute: (N, classes)} of rows the model was not trained on.
@@ -142,8 +142,8 @@ def calibration_scores(answers: Answers, raw: Answers, labels: np.ndarray, names
     """What calibration is worth on rows with labels (N, A): error before and after, and what needs no person.
 
     `accepted` are shares of all rows, labelled or not; `precision` is over those accepted whose label is known.
-    `rows_accepted` and `paths_accepted` are the shares of rows of which nothing, or nothing in a hierarchy, is left to
-    review; the latter is None where there is no hierarchy.
+    `rows_accepted` and `paths_accepted` are the shares of rows in which all labels, or all those in a hierarchy, are
+    accepted; the latter is None where there is no hierarchy.
     """
     accepted = answers.accepted.numpy()
     known, right = labels != MISSING, answers.labels.numpy() == labels

@@ -1,4 +1,4 @@
-"""What a run takes where nothing was said: source, backbone, precision."""
+"""A run's defaults that depend on the machine: source, backbone, precision."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ LARGE = 40e6  # parameters from which training on a CPU takes many hours
 
 
 def choose_source(args: argparse.Namespace) -> None:
-    """The hub's catalogue and ViT-B/16; the embedded demo where the hub is out of reach and nothing else was named."""
+    """Choose the hub's catalogue and ViT-B/16, or the demo if the hub is out of reach and nothing else was named."""
     if not (args.data or args.backbone or args.weights) and not hub.reachable():
         print(f"The hub ({hub.ENDPOINT}) cannot be reached: training on the embedded demo instead of {HUB_DATA}.")
         print("For files of your own: --data FOLDER --backbone NAME --weights FILE")
@@ -25,16 +25,17 @@ def choose_source(args: argparse.Namespace) -> None:
 
 
 def choose_amp(device: torch.device) -> str | None:
-    """What `--amp` alone means: bf16 where the device has it, else fp16.
+    """The precision that `--amp` alone stands for; None is fp32.
 
-    A CPU without bf16 instructions is a hundred times slower in either than in fp32, so there it means fp32, None.
+    A GPU gets bf16 if it has it, else fp16. A CPU gets bf16 only if a matrix product is at least as fast in it as in
+    fp32, else fp32: on an Intel Xeon without AMX bf16 took 1.4 to 2.5 times as long (`benchmarks/training.md`).
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
-    def seconds(dtype: torch.dtype) -> float:  # of a matrix product: no list of CPU flags is as sure
+    def seconds(dtype: torch.dtype) -> float:  # of a matrix product: surer than any list of CPU flags
         square, times = torch.ones(256, 256, dtype=dtype), []
-        for _ in range(8):  # the others of several processes start meanwhile
+        for _ in range(8):  # some may be slowed by other processes that start
             start = time.perf_counter()
             square @ square
             times.append(time.perf_counter() - start)
@@ -47,7 +48,7 @@ def choose_amp(device: torch.device) -> str | None:
 
 
 def warn_if_slow(backbone: str, device: torch.device) -> None:
-    """Say so before anything is downloaded or decoded."""
+    """Warn that training takes many hours, before anything is downloaded or decoded."""
     with torch.device("meta"):
         size = sum(p.numel() for p in bare_backbone(backbone).parameters())
     if device.type == "cpu" and size > LARGE:

@@ -46,7 +46,7 @@ def local_rank() -> int:
 def restarted() -> bool:
     """Whether torchrun has started these processes anew after one failed (`--max-restarts`).
 
-    Asked of all: the torchrun of a machine whose own processes were well may not have counted.
+    All processes are asked: torchrun may not count the restart on a machine whose own processes did not fail.
     """
     return any_of(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
 
@@ -65,7 +65,7 @@ def share_cores() -> None:
 
 @contextlib.contextmanager
 def joined() -> Iterator[torch.device]:
-    """While entered, this process is one of torchrun's, if that started it; gives the device to work on.
+    """While entered, this process belongs to torchrun's group, if that started it; yields the device to work on.
 
     Only the first process's standard output is shown.
 
@@ -83,7 +83,7 @@ def joined() -> Iterator[torch.device]:
     if alone:
         yield device
         return
-    _start("cpu:gloo,cuda:nccl" if gpus else "gloo")  # gloo too beside NCCL, for what is on the CPU
+    _start("cpu:gloo,cuda:nccl" if gpus else "gloo")  # gloo too, for tensors on the CPU
     try:
         with contextlib.ExitStack() as quiet:
             if not first():
@@ -91,15 +91,16 @@ def joined() -> Iterator[torch.device]:
                 quiet.enter_context(contextlib.redirect_stdout(nowhere))
             yield device
     finally:
-        if sys.exc_info()[0] is None:  # otherwise the others are not waiting to say goodbye
+        if sys.exc_info()[0] is None:  # otherwise the others are not there to end the group with
             dist.destroy_process_group()
 
 
 def _start(backend: str) -> None:
     """Meet the other processes.
 
-    The addresses where they meet outlive a restart in torchrun's store, where they still name the processes that are
-    gone (pytorch/pytorch#135712). The count of restarts tells them apart, on one machine; on several it may differ.
+    The addresses in torchrun's store outlive a restart and then still name the processes that are gone
+    (pytorch/pytorch#135712). On one machine a prefix with the count of restarts tells them apart; on several the count
+    may differ.
     """
     if may_restart() and os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
         raise UserError(
@@ -113,7 +114,7 @@ def _start(backend: str) -> None:
 
 
 def decided(decide: Callable[[], T]) -> T:
-    """What `decide()` gives in the first process, in all of them. Where it raises there, torchrun ends the others."""
+    """Run `decide()` in the first process; all get its result. If it raises there, torchrun ends the others."""
     box = [decide() if first() else None]
     if world() > 1:
         dist.broadcast_object_list(box)
@@ -121,7 +122,7 @@ def decided(decide: Callable[[], T]) -> T:
 
 
 def agree(fact: object, what: str) -> None:
-    """Raise a `UserError` where this process has not the first one's `fact`: machines may see other files."""
+    """Raise a `UserError` if this process's `fact` is not the first one's: machines may see different files."""
     if decided(lambda: fact) != fact:
         raise UserError(f"the {what} of this machine is not the one of the first process; make them alike")
 
@@ -129,7 +130,7 @@ def agree(fact: object, what: str) -> None:
 def in_turn(make: Callable[[], T]) -> T:
     """`make()` in the first process, then in the first of each other machine, then in all others.
 
-    So what the first leaves on a disk, such as decoded pictures, the others find there.
+    So the others find what the first leaves on a disk, such as decoded pictures.
     """
     turn = 0 if first() else 1 if local_rank() == 0 else 2
     for now in range(3):
@@ -140,7 +141,7 @@ def in_turn(make: Callable[[], T]) -> T:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether any of the processes has the flag up."""
+    """Whether the flag is true in any of the processes."""
     raised = torch.tensor(int(flag))
     if world() > 1:
         dist.all_reduce(raised, dist.ReduceOp.MAX)
@@ -153,7 +154,7 @@ def wait_for_all() -> None:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum of each process's tensor, in place."""
+    """Sum a tensor over all processes, in place."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -165,7 +166,7 @@ def share(rows: T) -> T:
 
 
 def unshared(part: Tensor, count: int) -> Tensor:
-    """The inverse of `share`: `count` rows in their order, of parts that padding has made equally long."""
+    """The inverse of `share`: the first `count` rows in order, from parts that were padded to equal length."""
     if world() == 1:
         return part[:count]
     parts = [torch.empty_like(part) for _ in range(world())]
@@ -174,11 +175,10 @@ def unshared(part: Tensor, count: int) -> Tensor:
 
 
 def in_step(model: nn.Module) -> nn.Module:
-    """The model as `exchange` takes it. Only what trains has gradients, so adapters and heads alone are exchanged.
+    """Wrap the model for `exchange`. Only what is trained has gradients, so only adapters and heads are exchanged.
 
-    With `find_unused_parameters`, though all are used: without it DDP would bring gradients into another order after
-    the first step of a process. From three addends on their sum depends on it, and a run would not be the same after a
-    restart.
+    `find_unused_parameters` is set although all are used: without it, DDP reorders gradients after a process's first
+    step. From three processes on, their sum depends on that order, and a run would not be the same after a restart.
     """
     if world() == 1:
         return model
@@ -190,7 +190,8 @@ def in_step(model: nn.Module) -> nn.Module:
 
 
 def exchange(model: nn.Module, now: bool) -> contextlib.AbstractContextManager:
-    """A backward pass in it exchanges gradients, those of earlier passes too, or keeps them for a later one.
+    """A context whose backward pass exchanges gradients `now`, with those of earlier passes, or keeps them for a later
+    one.
 
     Args:
         model: from `in_step`.

@@ -64,13 +64,13 @@ def give_name(part: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def claim(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock file for this process, unless another does; gives whether it is ours.
+    """Hold a lock file for this process, unless another does; yields whether it is ours.
 
     The system lets go of it when the process ends, however it ends. The file itself stays: whoever deleted it could
     delete one that others hold.
 
     Raises:
-        UserError: the file system has no locks. One that is a file alone would outlive a killed process.
+        UserError: the file system has no locks. (A lock that is just a file would outlive a killed process.)
     """
     lock = FileLock(path, fallback_to_soft=False)
     try:
@@ -88,7 +88,7 @@ def claim(path: Path, wait: bool = False) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def at_rest(run: Path) -> Iterator[None]:
-    """Hold the folder of a run, if it is one, which has ended: what is in it stays as it is meanwhile.
+    """Hold the folder of a run that has ended, so that nothing in it changes meanwhile; other folders are left alone.
 
     Raises:
         UserError: the run has not ended, or was stopped before its end, or may not be written to.
@@ -104,7 +104,7 @@ def at_rest(run: Path) -> Iterator[None]:
 
 
 def _was_stopped(run: Path) -> bool:
-    """Whether a run has epochs to go; not where it is none, or older than that is known."""
+    """Whether a run has epochs left; False for a folder that is no run, or of a run too old to say."""
     last = "last.previous" if (run / "last.damaged").is_dir() and not (run / "last").is_dir() else "last"
     try:
         config, options = (json.loads((run / name).read_bytes()) for name in (f"{last}/config.json", "options.json"))
@@ -118,7 +118,7 @@ def alone_in(folder: Path, why: str = "in use by a run that has not ended; name 
     """Hold a folder for this process. The system lets go of it when the process ends, however it ends.
 
     Args:
-        why: what to say of it if it cannot.
+        why: what the error says of the folder.
 
     Raises:
         UserError: another process holds it.

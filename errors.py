@@ -1,5 +1,5 @@
-"""What a user can get wrong, or the machine refuses, ends a command with one line and exit code 2; everything else
-keeps its traceback."""
+"""Mistakes of the user and refusals of the machine end a command with one line and exit code 2; every other error keeps
+its traceback."""
 
 import argparse
 import contextlib
@@ -14,15 +14,15 @@ from pathlib import Path
 
 from memory import ran_out
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a user's share of it, a file
-BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)  # a path that even asking about may raise
-FAILING = {  # of a disk, a network or this process, not of a file: it may be over soon
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room: on a disk, in a user's share of it, in a file
+BARRED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)  # may be raised by merely asking about a path
+FAILING = {  # the fault of a disk, a network or this process, not of a file: it may be over soon
     *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     *(errno.ESTALE, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
 }
 
-MOST = 10**12  # that a number of anything can be
+MOST = 10**12  # the largest count of anything that an option takes
 
 
 class UserError(Exception):
@@ -30,20 +30,20 @@ class UserError(Exception):
 
 
 def say_once(note: str) -> None:
-    """Say what a user should know, on stderr; of torchrun's processes, which all read the same, the first says it."""
+    """Print a note to stderr; of torchrun's processes, which all have the same to say, only the first does."""
     if not int(os.environ.get("RANK", 0)):
         print(note, file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
-    """Options, with a mistake in them told in one line like any other, not below a page of usage."""
+    """A parser that reports a mistake in one line like any other, not below a page of usage."""
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the options)")
 
 
 def positive_int(text: str) -> int:
-    """An option's type."""
+    """An option's type: a whole number from 1 to `MOST`."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     if int(text) > MOST:
@@ -52,14 +52,14 @@ def positive_int(text: str) -> int:
 
 
 def named(text: str) -> str:
-    """An option's type."""
+    """An option's type: any text but an empty one."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text
 
 
 def gigabytes(text: str) -> float:
-    """An option's type."""
+    """An option's type: a number from 0 on."""
     value = float(text)
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
@@ -67,7 +67,7 @@ def gigabytes(text: str) -> float:
 
 
 def fraction(text: str) -> float:
-    """An option's type."""
+    """An option's type: a number above 0 and below 1."""
     try:
         value = float(text)
     except ValueError:
@@ -99,7 +99,7 @@ def make_folder(path: Path, option: str) -> None:
 
 
 def check_writable(path: Path, option: str, inputs: Iterable[Path | None] = ()) -> None:
-    """Raise a `UserError` now, not after the work, where a file of this name could not be made, or is itself read."""
+    """Raise a `UserError` now, not after the work, if the file could not be written, or is one of the inputs."""
     if path.is_dir():
         raise UserError(f"cannot write {option} {path}: it is a folder")
     if path.exists() and any(read and os.path.exists(read) and path.samefile(read) for read in inputs):
@@ -109,15 +109,15 @@ def check_writable(path: Path, option: str, inputs: Iterable[Path | None] = ()) 
 
 
 def exits_cleanly(main):
-    """Decorate a command's `main`: what `line_of` has a line for becomes that line on stderr and exit code 2, Ctrl-C
-    exit code 130, and output that nobody reads any more 141: what shells say of both signals."""
+    """Decorate a command's `main`. An error that `line_of` has a line for becomes that line on stderr and exit code 2;
+    Ctrl-C gives exit code 130, and output that nobody reads any more 141, as shells report both signals."""
 
     @functools.wraps(main)
     def command(*args, **kwargs):
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # the shell closed it (`>&-`), so what is printed goes nowhere
                 setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
-        if isinstance(sys.stdout, io.TextIOWrapper):  # in no locale is a name a reason to end, and JSON is UTF-8
+        if isinstance(sys.stdout, io.TextIOWrapper):  # no name ends a command in any locale, and JSON is UTF-8
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
         try:
             code = main(*args, **kwargs)
@@ -125,7 +125,7 @@ def exits_cleanly(main):
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             code = 130
-        except BrokenPipeError:  # as of `| head`: nobody reads on, and what is still to be flushed goes nowhere
+        except BrokenPipeError:  # as with `| head`: nobody reads on, and what is still to be flushed goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 141
         except Exception as error:
@@ -140,8 +140,8 @@ def exits_cleanly(main):
 
 
 def line_of(error: Exception) -> str | None:
-    """What a command ends with: of a `UserError`, of a full disk or memory, of a disk or network that fails, of a path
-    that may not be entered or is no text. None of a mistake of ours, which keeps its traceback."""
+    """The line that a command ends with: for a `UserError`, a full disk or memory, a disk or network that fails, a path
+    that may not be entered or is no text. None for a bug, which keeps its traceback."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, UnicodeEncodeError) and error.reason.startswith("surrogates"):  # bytes that are no UTF-8

@@ -44,8 +44,8 @@ from models.schema import learnt_from
 from report.page import write_report
 from task import Task, agree_on, load_task
 
-NAMED = 3  # labels that the checkpoint does not know, of an attribute
-SCORED = 50_000  # rows of a split, at most, by which training and refitting judge: their outputs have to fit in memory
+NAMED = 3  # labels unknown to the checkpoint, of each attribute
+SCORED = 50_000  # rows of a split, at most, that training and refitting score: outputs must fit in memory
 
 
 class Evaluation(NamedTuple):
@@ -53,9 +53,9 @@ class Evaluation(NamedTuple):
 
     Attributes:
         scores: the metrics, as `metrics.json` holds them.
-        rows: (N,) in the store, those that were scored.
-        logits: {attribute: (N, classes)}, of a number (N, 1), scaled; fp32, on the CPU.
-        answers: what the scores are of.
+        rows: (N,) the rows of the store that were scored.
+        logits: {attribute: (N, classes)}, for a number (N, 1), standardised; fp32, on the CPU.
+        answers: the decoded answers that were scored.
     """
 
     scores: dict
@@ -65,11 +65,11 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(task: Task, split: str, batch_size: int = 64, joint: bool = True, most: int | None = None) -> Evaluation:
-    """Score the model on one split, with LoRA merged away: the same answers, sooner. Processes share the rows, and
-    each gets the whole result.
+    """Score the model on one split, with LoRA merged, which gives the same answers faster. Processes share the rows,
+    and each gets the whole result.
 
     Args:
-        most: rows; of a split that has more, see `choice`.
+        most: how many rows to score at most, chosen by `choice`; default: all.
     """
     rows = task.store.rows(split) if most is None else choice(task, split, most)
     padded = np.resize(rows, math.ceil(len(rows) / distributed.world()) * distributed.world())  # equally many for each
@@ -79,8 +79,8 @@ def evaluate(task: Task, split: str, batch_size: int = 64, joint: bool = True, m
 
 
 def choice(task: Task, split: str, most: int) -> np.ndarray:
-    """The rows of a split; where they are more than `most`, so many of those of which anything is known: first of those
-    with the label of a class, then of those with a number alone."""
+    """The rows of a split. If there are more than `most`, so many of those with anything to score: first those with the
+    label of a class, then those with only a number."""
     rows = task.store.rows(split)
     if len(rows) <= most:
         return rows
@@ -109,7 +109,7 @@ def judge(task: Task, split: str, rows: np.ndarray, logits: dict[str, Tensor], j
 
 
 def inputs_of(config: dict) -> str:
-    """What the model is given: figures of pictures alone and of titles, which leak labels, must never be mixed."""
+    """What the model is given: scores from pictures alone and from titles, which leak labels, must never be mixed."""
     leaks = {None: "", True: ", leaks masked", False: ", leaks and all"}[config["text"] and config["text"]["mask"]]
     return config["inputs"] + leaks
 
@@ -134,7 +134,7 @@ def predict(model: nn.Module, task: Task, rows: np.ndarray, batch_size: int, wha
 
     def said(batch: Batch, part: slice) -> dict[str, Tensor]:
         outputs = model(task.preprocess(batch.pixels[part]), batch.tokens[part])
-        together = torch.cat([*outputs.values()], dim=1).float().cpu()  # at once: a GPU is waited for each time
+        together = torch.cat([*outputs.values()], dim=1).float().cpu()  # one copy, as each waits for the GPU
         return dict(zip(outputs, together.split([output.shape[1] for output in outputs.values()], dim=1), strict=True))
 
     found, most = [], None
@@ -145,15 +145,15 @@ def predict(model: nn.Module, task: Task, rows: np.ndarray, batch_size: int, wha
 
 
 def same_catalogue(task: Task, limit: int | None) -> bool:
-    """Whether the checkpoint has learnt from these very files, on both sides perhaps a choice of their rows. A copy of
-    them is not told from another catalogue."""
+    """Whether the checkpoint was trained on these very files, even if on another choice of their rows. A copy of the
+    files counts as another catalogue."""
     found = task.catalogue.fingerprint.removesuffix(f"-{limit}")
     return any(one.startswith(found) for one in learnt_from(task.config))
 
 
 def unknown_labels(task: Task, rows: np.ndarray) -> Iterator[str]:
-    """A line for each attribute of which these rows have labels that training never had; not of those that are found
-    inside a longer text, such as brands."""
+    """A line for each attribute for which these rows have labels that training never had. Attributes found inside a
+    longer text, such as brands, are left out."""
     for column, a in enumerate(a for a in task.config["attributes"] if a["kind"] == "class"):
         if a["derive"] is None and len(unseen := rows[task.labels[rows, column] == UNSEEN]):
             labels = Counter(Chosen(task.catalogue.columns[a["column"]], unseen))
@@ -164,7 +164,7 @@ def unknown_labels(task: Task, rows: np.ndarray) -> Iterator[str]:
 def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device) -> None:
     """What the command does, in each of the processes that share the rows."""
     args.data, folder = distributed.decided(lambda: (hub.pinned(args.data), args.checkpoint))
-    calibrated, joint = "calibration" in read_config(folder), not args.independent  # a folder without any is told here
+    calibrated, joint = "calibration" in read_config(folder), not args.independent  # raises without one
     if args.report and not args.calibrate and not calibrated:
         raise UserError(f"--report: {folder} is not calibrated; do so first with --calibrate, on validation rows")
     if args.calibrate:
@@ -189,7 +189,7 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
         if distributed.first():
             amend_config(folder, calibration=fitted)
         print(f"calibrated on {len(rows):,} rows of {name}, {split}; kept in {folder / 'config.json'}")
-        if split == "all" and task.config["data"].get("name") == name:  # other files than then, or it were refused
+        if split == "all" and task.config["data"].get("name") == name:  # in other files, or it had been refused
             print(f"hint: {folder} was trained on a {name} too; if on some of these rows, thresholds promise too much")
         known = (task.labels[rows] >= 0).any(0)
         if untouched := [a for a, some in zip(task.classes, known, strict=True) if not some]:

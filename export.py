@@ -63,7 +63,7 @@ def export_peft(model: nn.Module, config: dict, out: Path, old: bool) -> None:
 
 @contextlib.contextmanager
 def put_together(place: Path) -> Iterator[Path]:
-    """A folder whose files are moved to `place` once the disk has all: if it is full the old ones stay, all of them."""
+    """A folder whose files are moved to `place` once the disk has all of them; if it is full, all the old ones stay."""
     with tempfile.TemporaryDirectory(dir=place) as folder:
         yield Path(folder)
         files = sorted(Path(folder).iterdir(), reverse=True)  # a .json, which says what the others are, comes last
@@ -88,7 +88,8 @@ class Logits(nn.Module):
 def export_onnx(model: nn.Module, config: dict, out: Path) -> None:
     """`images` (batch, 3, S, S), resized and normalised as the file beside it says, -> the logits of each attribute.
 
-    That file also holds what makes answers of logits: temperatures and thresholds, and the paths that labels may form.
+    That file also holds what turns logits into answers: temperatures and thresholds, and the paths that labels may
+    form.
     """
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise UserError(f"--to onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")

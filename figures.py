@@ -1,4 +1,4 @@
-"""Contact sheets: pictures with what was said of them, for `infer.py --plot` and for TensorBoard."""
+"""Contact sheets: pictures with their answers, for `infer.py --plot` and for TensorBoard."""
 
 import math
 
@@ -42,7 +42,8 @@ def contact_sheet(pictures: list[np.ndarray], captions: list[list[tuple[str, str
 def label_sheet(
     pictures: list[np.ndarray], labels: np.ndarray, predicted: np.ndarray, classes: dict[str, list[str]]
 ) -> Figure:
-    """Pictures with each attribute as the model sees it, and in brackets what it is where that was missed.
+    """Pictures with the label that the model gives for each attribute and, where that is wrong, the true one in
+    brackets.
 
     Args:
         labels, predicted: (N, A) class indices; a negative label is unknown.

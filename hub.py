@@ -1,4 +1,4 @@
-"""Whether the hub can be reached, known within seconds instead of a minute of retries; and what is newest there."""
+"""Find out in seconds, not after a minute of retries, if the hub can be reached; and pin datasets to a commit."""
 
 import http.client
 import re
@@ -17,7 +17,7 @@ TIMEOUT = 8  # seconds in all, name resolution included
 
 @cache
 def reachable() -> bool:
-    """One request to the hub. Where it fails, the hub's libraries are told to use their caches and not to retry."""
+    """Whether the hub answers one request. If not, its libraries are told to use their caches and not to retry."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     answered = threading.Event()
@@ -32,7 +32,7 @@ def reachable() -> bool:
             return
         answered.set()
 
-    # A thread of its own, because a name look-up that hangs knows no timeout.
+    # A thread of its own, because no timeout ends a name look-up that hangs.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(TIMEOUT)
@@ -42,11 +42,11 @@ def reachable() -> bool:
 
 
 def pinned(spec: str) -> str:
-    """hub:OWNER/NAME -> hub:OWNER/NAME@COMMIT, the newest, so that whoever reads it later reads the same; of all else,
-    and of a commit that was given, itself.
+    """hub:OWNER/NAME -> hub:OWNER/NAME@COMMIT with the newest commit, so that whoever reads it later reads the same.
+    Any other source, and one that names its commit already, is returned as it is.
 
     Raises:
-        UserError: it is written otherwise, the hub cannot be reached, or has no such dataset.
+        UserError: `spec` is malformed, or the hub cannot be reached or has no such dataset.
     """
     if not spec.startswith("hub:"):
         return spec

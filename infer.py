@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def answer(args, crew: Crew) -> int:
-    """All that the command does; the exit code."""
+    """Do what the command does; returns the exit code."""
     folder = find_checkpoint(args.checkpoint)
     config = read_config(folder)
     labelled = set().union(*map(labelled_in, args.skip))
@@ -168,7 +168,7 @@ def answer(args, crew: Crew) -> int:
 
 
 def notes_of(args, config: dict, source: Source, title_of: Callable[[Row], str | None]) -> list[str]:
-    """What is to be known of the answers before there are any."""
+    """Notes for the user, before there are answers."""
     notes = []
     if config["text"]:
         notes.append(f"answers from {config['inputs']}")
@@ -185,7 +185,7 @@ def notes_of(args, config: dict, source: Source, title_of: Callable[[Row], str |
 
 
 def load_labeller(args, folder: Path) -> Labeller:
-    """The checkpoint on this process's device; `args.amp` becomes what it computes in."""
+    """The checkpoint on this process's device; sets `args.amp` to the precision it computes in."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank() % torch.cuda.device_count()) if cuda else torch.device("cpu")
     args.amp = choose_amp(device) if args.amp == "auto" else args.amp
@@ -202,7 +202,7 @@ def answered(
 
 
 def together(job: Job, labeller: Labeller, title_of: Callable[[Row], str | None], crew: Crew) -> int:
-    """Do this process's part of a job; the exit code."""
+    """Do this process's part of a job; returns the exit code."""
     job.run(lambda shard: (answers for _, answers in answered(labeller, [shard], title_of)))
     if crew.rank:
         return 0
@@ -213,7 +213,7 @@ def together(job: Job, labeller: Labeller, title_of: Callable[[Row], str | None]
 
 
 def facts(args, config: dict, source: Source, titles: TitleTable | None) -> dict:
-    """What the answers of a job follow from."""
+    """All that the answers of a job depend on."""
     told = repr((args.title, titles and [sorted(some.items()) for some in titles.titles])).encode()
     return {
         "checkpoint": config["sha256"]["config.json"],  # which covers the adapters and the weights below them
@@ -226,14 +226,14 @@ def facts(args, config: dict, source: Source, titles: TitleTable | None) -> dict
 
 
 def report(unreadable: int, rows: int) -> int:
-    """Say what could not be read; the exit code."""
+    """Say how many images could not be read; returns the exit code."""
     if unreadable:
         print(f"{unreadable:,} of {rows:,} images could not be read", file=sys.stderr)
     return 1 if unreadable else 0
 
 
 def alone(args, source: Source, answered: Iterator[tuple[list[Row], list[dict]]], attributes: list[dict]) -> int:
-    """Answer to the screen or a file; the exit code."""
+    """Answer to the screen or a file; returns the exit code."""
     rows, unreadable, given, sheet = 0, 0, 0, []
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that no part of a file is left
 

@@ -4,8 +4,8 @@
     DIR/labels/00012.parquet  the answers of shard 12, there only when whole and on the disk
     DIR/locks/00012           held by whoever works on shard 12, until it is done or its process ends, however it ends
 
-A process walks over the shards and takes what is neither done nor held. What it takes it looks up once more, as another
-may just have finished it; so nothing is done twice, and a killed job is gone on with by starting it again.
+A process walks over the shards and takes one that is neither done nor held. Once it holds the shard, it checks again,
+as another may just have finished it; so nothing is done twice. To continue a killed job, start it again.
 """
 
 import json
@@ -36,7 +36,7 @@ class Crew(NamedTuple):
 
     @classmethod
     def of_torchrun(cls) -> "Crew":
-        """As torchrun tells it; the first of one where it was not used."""
+        """As torchrun says; without torchrun, the first and only process."""
         return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
@@ -47,10 +47,10 @@ class Tally(NamedTuple):
 
 class Job:
     """Args:
-        folder: of the job; made where it is not there.
-        facts: all that answers follow from. It has to be what the folder's other processes say.
+        folder: the job's; made if it is not there.
+        facts: all that answers depend on; must be the same in all processes on the folder.
         shards: the work; the same list in each process.
-        attributes: a checkpoint's.
+        attributes: the checkpoint's.
 
     Raises:
         UserError: the folder is another job's, or cannot be written.
@@ -100,7 +100,7 @@ class Job:
         Raises:
             UserError: the disk is full, or the like.
         """
-        first = self.crew.rank * len(self.shards) // self.crew.size  # apart, so that processes rarely meet
+        first = self.crew.rank * len(self.shards) // self.crew.size  # starts far apart, so that processes rarely meet
         order = [*range(first, len(self.shards)), *range(first)]
         with tqdm(unit="img", smoothing=0, disable=self.crew.rank > 0) as bar:
             self._show(bar)
@@ -114,7 +114,7 @@ class Job:
             part.unlink(missing_ok=True)
 
     def tally(self) -> Tally:
-        """Rows of all that is done, and how many of them are errors."""
+        """The rows of all shards that are done, and how many of them are errors."""
         self._count()
         return Tally(sum(t.rows for t in self.tallies.values()), sum(t.errors for t in self.tallies.values()))
 
@@ -142,7 +142,7 @@ class Job:
         return True
 
     def _count(self) -> None:
-        """Look into the results that are new."""
+        """Count the rows and errors of results that are new."""
         for name in set(os.listdir(self.labels)).intersection(self.files) - self.tallies.keys():
             path = self.labels / name
             try:
@@ -152,7 +152,7 @@ class Job:
             self.tallies[name] = Tally(len(errors), len(errors) - errors.null_count)
 
     def _show(self, bar: tqdm, here: int = 0) -> None:
-        """Put the bar at the rows that all have finished, and the `here` of a shard in work.
+        """Set the bar to the rows that all processes have finished, plus the `here` rows of this one's shard.
 
         Where shards do not know their rows, the total is a guess from the ones that are done.
         """

@@ -1,4 +1,4 @@
-"""A checkpoint ready to answer: pictures and titles in, an object for each out, as `infer.py --json` prints it."""
+"""A checkpoint ready to answer: takes pictures and titles, gives an object for each, as `infer.py --json` prints it."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ from models.decode import Decoder
 
 class Labeller:
     """Rows whose pictures are on the canvas, from `batches` -> {"image", "attributes": {name: {"label", "confidence",
-    "decision", "top"}}}, of a number {name: {"value"}}; or {"image", "error"}. Of a checkpoint with neighbours also
+    "decision", "top"}}}, for a number {name: {"value"}}; or {"image", "error"}. A checkpoint with neighbours also gives
     "like": [[id, cosine]], the train pictures that are most alike.
 
     `top` begins with the label; the next guesses follow, most probable first. One of them may be more probable than the
@@ -31,10 +31,10 @@ class Labeller:
     Args:
         folder: the checkpoint's.
         weights: the backbone's base weights, as `load_checkpoint` takes them.
-        joint: let the attributes of a path fit together.
+        joint: choose the labels of a hierarchy so that they form a known path.
         top_k: guesses for each attribute, and train pictures.
         batch_size: pictures at a time; halved as often as memory runs out.
-        dtype: to compute in, as a whole: under autocast the tokens would be in fp32 between layers, which in bf16 takes
+        dtype: of the whole computation; under autocast the tokens would be in fp32 between layers, which in bf16 takes
             a few per cent longer (`benchmarks/inference.py`).
     """
 

@@ -1,4 +1,4 @@
-"""How glibc keeps the memory that a process frees (elsewhere nothing is done); what to do where there is no more."""
+"""Make glibc keep memory that a process frees (elsewhere nothing is done); use smaller batches when it runs out."""
 
 import ctypes
 import sys
@@ -29,8 +29,8 @@ def keep_freed_memory() -> None:
 
 
 def in_parts(answer: Callable[[slice], Any], count: int, most: int | None) -> tuple[list, int]:
-    """Answers for `count` inputs, at most `most` of them at a time and half as many each time that memory runs out; and
-    how many it was in the end. Where there is not enough for a single one, it raises what torch raised."""
+    """Answers for `count` inputs, at most `most` of them at a time, halved each time that memory runs out; and how many
+    at a time it was in the end. If memory is not enough for a single one, torch's error is raised."""
     most, done, answers = most or count, 0, []
     while done < count:
         try:
@@ -45,13 +45,13 @@ def in_parts(answer: Callable[[slice], Any], count: int, most: int | None) -> tu
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether memory was not enough. Of a GPU torch mostly says so by a class of its own, of a CPU by words alone."""
+    """Whether memory ran out. For a GPU torch mostly has an exception class, for a CPU only the message tells."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     words = "out of memory", "defaultcpuallocator", "alloc_failed"  # of CUDA and NCCL, of torch on a CPU, of CUBLAS
     return named or any(some in str(error).lower() for some in words)
 
 
 def _set(option: int, value: int) -> bool:
-    """Whether glibc is there and takes it."""
+    """Set an option of glibc's malloc; returns whether glibc is there and accepts it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return bool(mallopt and mallopt(option, value))

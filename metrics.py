@@ -68,8 +68,8 @@ def score_number(true: np.ndarray, guesses: np.ndarray, constant: float, floor: 
     """Mean absolute error and R² of guesses (N,) of a number (N,), NaN where it is missing.
 
     Args:
-        constant: the median of train rows, which no constant beats in error there; its R² may be below 0.
-        floor: (N,) the best guesses that anybody could make, where that is known: of a simulated number.
+        constant: the median of train rows, the constant of the least error there; its R² may be below 0.
+        floor: (N,) the best guesses that anybody could make; known only for a simulated number.
     """
     present = ~np.isnan(true)
     if not present.any():
@@ -122,7 +122,7 @@ def number_line(a: dict) -> str:
 
 
 def trust_table(scores: dict) -> str:
-    """Beside `scores_table`: what decoding along the paths and calibration are worth."""
+    """What decoding along the paths and calibration are worth, as text beside `scores_table`."""
     lines = [
         "  ".join([f"{how:<12}", *(f"{key} {value:.3f}" for key, value in scores[how].items() if value is not None)])
         for how in ("joint", "independent")
@@ -145,7 +145,7 @@ def trust_table(scores: dict) -> str:
 
 
 def path_distance(labels: np.ndarray, predicted: np.ndarray, columns: list[int]) -> list[int]:
-    """How far off along a hierarchy answers (N, A) are: how many of the rows labelled in full go wrong where.
+    """How far off answers (N, A) are along a hierarchy: at which level the rows that are labelled in full go wrong.
 
     Args:
         columns: of an attribute and those above it, coarse to fine.

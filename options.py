@@ -1,4 +1,4 @@
-"""What a training run is asked for."""
+"""The options of a training run."""
 
 import argparse
 import math
@@ -12,7 +12,7 @@ from models.backbone import DEMO
 from models.checkpoint import read_config, remembered_weights
 from models.schema import CONFIG, RANK, misfit
 
-# What may be otherwise when a run is resumed.
+# Options that may change when a run is resumed.
 MOVABLE = ("data", "weights", "attributes", "teacher", "teacher_weights", "cache_dir", "compile")
 # Options that are files or folders.
 PATHS = ("weights", "cache_dir", "attributes", "init_from", "teacher", "teacher_weights", "vocab")
@@ -21,19 +21,19 @@ OF_TITLES = ("vocab", "title_length", "mask_title_leaks")
 SIZES = ("img_size", "patch_size", "keep_patches")
 LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
 OF_PICTURES = (*LORA_OPTIONS, "lora_plus", "base", "patch_size", "keep_patches", "drop_patches", "warp", "compile")
-# What `--init-from` settles where it is not given.
+# Options that are taken from the checkpoint of `--init-from` where they are not given.
 INHERITED = ("backbone", "weights", *SIZES, *LORA_OPTIONS, "inputs", "title_length", "mask_title_leaks", "seed")
 
 
 def rank(text: str) -> int:
-    """An option's type."""
+    """An option's type: a whole number within `RANK`."""
     if (value := positive_int(text)) not in RANK:
         raise argparse.ArgumentTypeError(f"{text} is more than {RANK[-1]}")
     return value
 
 
 def per_target(number):
-    """An option's type: a number for all targets, or such as query=8,dense=4 for each."""
+    """An option's type: a `number` for all targets, or one for each target named, such as query=8,dense=4."""
 
     def parse(text: str):
         if "=" not in text:
@@ -241,17 +241,17 @@ def check_ranges(args: argparse.Namespace) -> None:
 
 
 def check_read(args: argparse.Namespace, given: Collection[str]) -> None:
-    """Raise a `UserError` for an option, among those `given`, of something that the model does not read."""
+    """Raise a `UserError` if an option among those `given` is about an input that the model does not read."""
     for what, names in (("title", OF_TITLES), ("image", OF_PICTURES)):
         if what not in args.inputs and (idle := [name for name in given if name in names]):
             raise UserError(f"--{idle[0].replace('_', '-')} is of {what}s, which --inputs {args.inputs} does not read")
 
 
 def parse_args(argv: list[str] | None, restarted: bool = False) -> argparse.Namespace:
-    """The options of `train.py`, fit together; with `--resume` those that may be otherwise are None where not given.
+    """Parse the options of `train.py` and check them; with `--resume`, those in `MOVABLE` are None where not given.
 
     Args:
-        restarted: they were read before, when a run began that goes on; what it inherited from may be gone by now.
+        restarted: the options were checked before, when the run began; what it inherits from may be gone by now.
 
     Raises:
         UserError: an option is out of its range, or contradicts another.
@@ -293,9 +293,9 @@ def parse_args(argv: list[str] | None, restarted: bool = False) -> argparse.Name
 
 
 def take_over(args: argparse.Namespace, given: Collection[str]) -> None:
-    """What makes the model is as in the checkpoint of `--init-from` where it is not among the options `given`.
+    """Take what makes the model from the checkpoint of `--init-from`, except for the options `given`.
 
-    The seed is another, or the first epoch would draw what the first of the run before drew.
+    The seed is a new one, or the first epoch would repeat the draws of the first epoch of the run before.
     """
     config = read_config(args.init_from)
     backbone = config["backbone"]

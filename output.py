@@ -15,7 +15,7 @@ from data.table import is_windows
 from durable import give_name
 from errors import UserError, first_line
 
-# Of Parquet: a row group for each batch would need more room for its columns' places than for answers.
+# In Parquet. With a row group for each batch, metadata would need more room than the answers.
 GROUP_ROWS = 4096
 
 
@@ -26,14 +26,14 @@ class Output:
     number, and `error`; JSONL has the objects of `--json`, where with neighbours train pictures are named too.
 
     Args:
-        attributes: a checkpoint's.
+        attributes: the checkpoint's.
     """
 
     KINDS = (".csv", ".jsonl", ".parquet")
 
     def __init__(self, path: Path, attributes: list[dict]):
         self.path, self.kind = path, path.suffix.lower()
-        # Hidden: readers of a folder of parquet pass over it. Its own: a lock need not reach to other machines.
+        # Hidden, so that readers of a parquet folder skip it; named uniquely, as a lock may not reach other machines.
         self.part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
         classes = [a["name"] for a in attributes if a["kind"] == "class"]
         numbers = [a["name"] for a in attributes if a["kind"] == "number"]

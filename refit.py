@@ -3,13 +3,12 @@
     python refit.py --data FOLDER
     python refit.py --data FOLDER --neighbours    and keep the train pictures, whose labels then count too
 
-In training the heads see pictures that are moved about and of which patches may be missing; answers come from whole
-ones. Here the backbone, adapters merged, embeds each train picture once as it is, and the heads go on learning from
-those embeddings alone (after classifier re-training, Kang et al. 2020, arXiv:1910.09217), which takes seconds an epoch.
-With neighbours, the train pictures that are most alike are looked at for each answer (`models.neighbours`). Where mean
-accuracy on validation rows does not rise (numbers do not count), or clearly fewer labels are accepted, nothing is
-changed, unless neighbours are to go. It is also what to run once labels were corrected; classes and known paths stay
-those of training.
+In training, the heads see augmented pictures, of which patches may be missing; in use they see whole ones. Here the
+backbone, adapters merged, embeds each train picture once as it is, and the heads go on learning from those embeddings
+alone (after classifier re-training, Kang et al. 2020, arXiv:1910.09217), which takes seconds an epoch. With neighbours,
+each answer also depends on the most similar train pictures (`models.neighbours`). Where mean accuracy on validation
+rows does not rise (numbers do not count), or clearly fewer labels are accepted, nothing is changed, unless neighbours
+are to be removed. Run it also after correcting labels; classes and known paths stay those of training.
 """
 
 import startup  # noqa: F401
@@ -47,23 +46,23 @@ from task import Task, load_task
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 7, 256, 1e-3
 SMOOTHING = 0.1  # of labels, see `attribute_losses`
-DROPOUT = 0.3  # of an embedding: without it the surest answers get worse, as heads alone soon learn by heart
-DRAWS = 4  # of the order and of what is dropped: one by itself is better or worse by luck
-MOST = 100_000  # train pictures: of a larger catalogue a choice, whose embeddings fit in memory
+DROPOUT = 0.3  # of an embedding: without it the surest answers get worse, as heads alone soon overfit
+DRAWS = 4  # runs with an order and dropout of their own: a single one is better or worse by luck
+MOST = 100_000  # train pictures, of larger catalogues a choice, so that their embeddings fit in memory
 AT_ONCE = 256  # pictures that are compared with all those that are kept
-ROUNDS = 100  # of looking for a share: enough for two digits of it
-FEWER = 0.02  # of all labels may be accepted than before: more accuracy is not worth more looking
+ROUNDS = 100  # of fitting a share: enough for two digits of it
+FEWER = 0.02  # acceptance may fall by this share of all labels: more accuracy is not worth more review
 
 
 class Seen(NamedTuple):
-    """What heads and neighbours are given of N pictures: edges (N, n) and embeddings (N, D)."""
+    """What heads and neighbours take as input, for N pictures: their edges (N, n) and embeddings (N, D)."""
 
     hog: Tensor
     embedding: Tensor
 
 
 class Looking(nn.Module):
-    """A model that says what its heads and neighbours are given; no edges where nothing is to `look` at them."""
+    """A model that outputs what its heads and neighbours take as input; edges are left empty unless `look`."""
 
     def __init__(self, model: AttributeClassifier, look: bool):
         super().__init__()
@@ -75,16 +74,16 @@ class Looking(nn.Module):
 
 
 def embed(task: Task, rows: np.ndarray, batch_size: int, what: str, look: bool) -> Seen:
-    """Of rows of the store, on the CPU; without edges where nothing is to `look` at them."""
+    """The input of heads and neighbours for rows of the store, on the CPU; edges are left empty unless `look`."""
     seen = predict(Looking(merge_lora(task.model), look), task, rows, batch_size, what)
-    return Seen(*(tensor.clone() for tensor in seen.values()))  # for autograd too
+    return Seen(*(tensor.clone() for tensor in seen.values()))  # outside of inference mode, for autograd
 
 
 def train_heads(heads: nn.Module, embeddings: Tensor, known: Rows) -> None:
-    """Go on training heads, in place, on embeddings (N, D) whose labels and numbers are `known`.
+    """Continue to train heads, in place, on embeddings (N, D) whose labels and numbers are `known`.
 
-    What is left is the mean of `DRAWS` ways on from the same start, which lie close enough together for their weights
-    to be averaged (model soups, Wortsman et al. 2022, arXiv:2203.05482).
+    The result is the mean of the weights that `DRAWS` runs from the same start end with, which lie close enough
+    together to be averaged (model soups, Wortsman et al. 2022, arXiv:2203.05482).
     """
     ways = [copy.deepcopy(heads) for _ in range(DRAWS)]
     for seed, way in enumerate(ways):
@@ -95,7 +94,7 @@ def train_heads(heads: nn.Module, embeddings: Tensor, known: Rows) -> None:
 
 
 def train_once(heads: nn.Module, embeddings: Tensor, known: Rows, seed: int) -> None:
-    """All attributes count alike: there are no adapters here for one to pull away from another."""
+    """Train heads, in place. All attributes have equal weight: here none can pull adapters away from another."""
     torch.manual_seed(seed)
     labels, numbers = torch.from_numpy(known.labels.astype(np.int64)), torch.from_numpy(known.numbers)
     optimizer = torch.optim.AdamW(parameter_groups(dict(heads.named_parameters())), fused=True)
@@ -120,7 +119,7 @@ def answers(model: AttributeClassifier, seen: Seen) -> dict[str, Tensor]:
 
 
 def nearest(neighbours: Neighbours, seen: Seen) -> Alike:
-    """Looked up for `AT_ONCE` pictures at a time, as each is compared with all that are kept."""
+    """The most similar train pictures, for `AT_ONCE` pictures at a time: comparing them with all takes memory."""
     pieces = zip(*(tensor.split(AT_ONCE) for tensor in seen), strict=True)
     found = [neighbours.nearest(*piece) for piece in pieces]
     return Alike(*map(torch.cat, zip(*found, strict=True)))
@@ -128,7 +127,7 @@ def nearest(neighbours: Neighbours, seen: Seen) -> Alike:
 
 @torch.inference_mode()
 def look_up(task: Task, rows: np.ndarray, of_train: Seen, val: np.ndarray, of_val: Seen) -> Neighbours:
-    """Train pictures, rows of the store, as neighbours, heard as far as that brings answers nearer to what is true."""
+    """Make neighbours of train pictures (rows of the store), with the shares that suit validation rows best."""
 
     def known(which: np.ndarray) -> dict[str, Tensor]:
         labels, numbers = task.labels[which].astype(np.int64), task.known.numbers[which]
@@ -150,16 +149,16 @@ def look_up(task: Task, rows: np.ndarray, of_train: Seen, val: np.ndarray, of_va
 
 
 def held_against(truth: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
-    """What heads and neighbours make of truths (V,), where they are known: of labels the probabilities, of numbers the
-    errors, (2, ·)."""
+    """How heads and neighbours do where the truth (V,) is known, (2, ·): the probabilities they give the true labels,
+    or their errors of numbers."""
     if truth.is_floating_point():
         return torch.stack([said[:, 0] - truth for said in pair])[:, truth.isfinite()]
     return torch.stack([p.gather(1, truth.clamp(min=0)[:, None])[:, 0] for p in pair])[:, truth >= 0]
 
 
 def fit_share(heads: Tensor, votes: Tensor) -> float:
-    """The share of votes that makes labels most probable to which heads and votes give (V,): by expectation and
-    maximisation, as of any mixture's weight."""
+    """The share of votes that makes the true labels most probable, by expectation maximisation, as for any mixture's
+    weight; (V,) are the probabilities that heads and votes give these labels."""
     share = 0.5 if len(heads) else 0.0
     for _ in range(ROUNDS if len(heads) else 0):
         share = (share * votes / ((1 - share) * heads + share * votes).clamp(min=1e-12)).mean().item()
@@ -167,14 +166,14 @@ def fit_share(heads: Tensor, votes: Tensor) -> float:
 
 
 def fit_share_of_number(heads: Tensor, votes: Tensor) -> float:
-    """The share of votes that makes the squares of errors least, which are (V,) by the heads and by the votes."""
+    """The share of votes that gives the least squared error; (V,) are the errors of heads and of votes."""
     apart = heads - votes
     return (heads * apart).sum().div(apart.square().sum().clamp(min=1e-12)).clamp(0, 1).item()
 
 
 def refit(task: Task, rows: np.ndarray, batch_size: int, look: bool) -> tuple[dict, dict, dict]:
-    """Train the heads of the task's model on rows of the store, and keep these as neighbours if it is to `look` at
-    them; the model is left on the CPU.
+    """Train the heads of the task's model on rows of the store, and keep these rows as neighbours if `look`. The model
+    is left on the CPU.
 
     Returns:
         the scores of validation rows before and after, and the calibration that belongs to the model as it is now.
@@ -184,7 +183,7 @@ def refit(task: Task, rows: np.ndarray, batch_size: int, look: bool) -> tuple[di
     of_val, of_train = embed(task, val, batch_size, "val", looks), embed(task, rows, batch_size, "train", look)
     model.cpu()
     target = task.config.get("calibration", {}).get("target_precision", TARGET_PRECISION)
-    uncalibrated = task.config | {"calibration": None}  # no threshold of the heads of before holds for these
+    uncalibrated = task.config | {"calibration": None}  # thresholds of the earlier heads do not hold for these
 
     def judged(calibration: dict | None = None) -> tuple[dict, dict]:
         logits = answers(model, of_val)
@@ -192,14 +191,14 @@ def refit(task: Task, rows: np.ndarray, batch_size: int, look: bool) -> tuple[di
         calibrated = task._replace(config=task.config | {"calibration": calibration})
         return judge(calibrated, "val", val, logits, joint=True).scores, calibration
 
-    before, _ = judged(task.config.get("calibration"))  # as it is in use, perhaps fitted on many more rows than these
+    before, _ = judged(task.config.get("calibration"))  # the one in use, perhaps fitted on many more rows
     train_heads(model.heads, of_train.embedding, Rows(*(array[rows] for array in task.known)))
     model.neighbours = look_up(task, rows, of_train, val, of_val) if look else None
     return before, *judged()
 
 
 def known_rows(task: Task, split: str) -> np.ndarray:
-    """The rows of a split of which anything is known that the model is to predict; of too many a fixed choice."""
+    """The rows of a split with a label or number that the model predicts; of too many a fixed choice."""
     rows = task.store.rows(split)
     labels, numbers, _ = (array[rows] for array in task.known)
     rows = rows[(labels >= 0).any(1) | np.isfinite(numbers).any(1)]
@@ -224,7 +223,7 @@ def comparison(before: dict, after: dict) -> str:
 
 
 def share_accepted(scores: dict) -> float:
-    """Of the labels of attributes that any validation row has: of others nothing can be said now."""
+    """The share of labels accepted, over the attributes that any validation row has a label of."""
     names = [name for name, a in scores["attributes"].items() if a["rows"] and "accuracy" in a]
     return float(np.mean([scores["calibration"]["attributes"][name]["accepted"] for name in names]))
 

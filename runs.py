@@ -26,7 +26,7 @@ SET_UP = ("options.json", "skipped.csv", "vocab.txt")  # what a run has written 
 def choose(
     argv: list[str] | None, device: torch.device, held: contextlib.ExitStack, restarted: bool
 ) -> argparse.Namespace:
-    """All that is chosen before there is data; the run's folder is held from here on."""
+    """Parse the options and choose all that needs no data; the run's folder is held from here on."""
     args = parse_args(argv, restarted)
     if distributed.may_restart() and not args.out:
         raise UserError("torchrun --max-restarts: name the run's folder with --out, or a restart could not find it")
@@ -70,7 +70,7 @@ def holds_run(out: Path) -> bool:
 def started_with(args: argparse.Namespace) -> bool:
     """Whether the run in `--out` was started with these options.
 
-    What they leave to be chosen may be chosen otherwise today: the hub has moved on, or cannot be reached.
+    What the options leave open is not compared: the choice may differ today, as the hub changes or cannot be reached.
     """
     try:
         written = json.loads((args.out / "options.json").read_text(encoding="utf-8"))
@@ -93,7 +93,7 @@ def options_text(args: argparse.Namespace) -> str:
 def open_run(args: argparse.Namespace) -> argparse.Namespace:
     """Keep the options in the run's folder; with `--resume`, take those that the run was started with.
 
-    Where something lies elsewhere now, it is as given; once it has proved the same, `keep_options` keeps that.
+    For what has moved, the new place is taken as given; once it has proved to hold the same, `keep_options` keeps it.
     """
     path = args.out / "options.json"
     if args.resume:
@@ -121,7 +121,7 @@ def keep_options(args: argparse.Namespace) -> None:
 
 
 def _has_options_of_a_run(path: Path, args: argparse.Namespace) -> bool:
-    """Whether the file has the options that there are, whatever their values."""
+    """Whether the file has exactly the options that a run has, whatever their values."""
     try:
         return json.loads(path.read_text(encoding="utf-8")).keys() == json.loads(options_text(args)).keys()
     except (OSError, ValueError, AttributeError):
@@ -143,8 +143,8 @@ class Stopped(Exception):
 class StopRequest:
     """While entered, Ctrl-C or SIGTERM only asks for a stop: the current micro-batch is finished, then the run saved.
 
-    A second signal ends the process at once, and loses no more than a crash would; but not one of torchrun's, which get
-    signals from it and from others, and stop together.
+    A second signal ends the process at once, and loses no more than a crash would. torchrun's processes ignore it: they
+    get signals from torchrun and from others, and stop together.
     """
 
     def __enter__(self):

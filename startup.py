@@ -1,8 +1,9 @@
-"""Imported first by the commands: torch and timm load in half the time; memory does not grow with the pictures, and is
-not fetched anew for each batch.
+"""Imported first by the commands: it makes torch and timm load in half the time, and keeps memory from growing with the
+pictures and from being fetched anew for each batch.
 
-The two make 600,000 objects, which Python's garbage collector goes over again and again as they are made, and once more
-at exit, though none of them is ever garbage. So it waits meanwhile, and leaves them out of account from then on.
+The two imports make 600,000 objects, which Python's garbage collector would scan again and again meanwhile, and once
+more at exit, though none of them is ever garbage. So it is off during the imports, and ignores these objects from then
+on.
 """
 
 import gc

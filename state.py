@@ -1,7 +1,7 @@
 """The whole state of a training run: what is saved every `--save-every` steps and what `--resume` goes on from.
 
-The order of the rows, the flips and the dropout masks are functions of the seed and the step (the masks also of how
-many processes there are), so the step is also the state of every generator, and the place within the epoch.
+No generator's state is among it: all that is random, and the place within the epoch, follow from the seed and the step
+(see `train.py`).
 """
 
 import math
@@ -56,10 +56,11 @@ class TrainingState:
         save_checkpoint(self.best, self.model, self.config | facts | {"progress": self.progress})
 
     def sound(self) -> Path:
-        """`last/`, or where that is damaged, and moved aside then, the one before it; for one process to find.
+        """The checkpoint to go on from: `last/`, or if that is damaged (and is then moved aside) the one before it. To
+        be called in one process only.
 
         Raises:
-            UserError: neither can be read, or a disk fails, which damages nothing.
+            UserError: neither can be read, or the disk fails, which leaves the files undamaged.
         """
         try:
             read_config(self.last)
@@ -88,7 +89,7 @@ class TrainingState:
         load_tensors(folder, self.model, saved)
         self.restore_optimizer(read_tensors(folder / "optimizer.safetensors"))
         self.scaler.load_state_dict(saved["resume"]["scaler"])
-        own = ("progress", "resume", "calibration")  # of this folder alone: another epoch will not be as sure
+        own = ("progress", "resume", "calibration")  # of this checkpoint alone: another epoch needs its own calibration
         self.progress, self.config = saved["progress"], {k: v for k, v in saved.items() if k not in own}
         return saved["resume"]["events"]
 
@@ -125,14 +126,15 @@ def check_same(saved: dict, config: dict, out: Path) -> None:
 def check_finite(
     steps: list[tuple[int, np.ndarray, Tensor]], state: TrainingState, attributes: list[str], ids: list[str]
 ) -> list[list[float]]:
-    """Read the losses and the norm of steps, which makes a GPU wait; count what fp16's scaler skipped.
+    """Read the losses and gradient norms of steps, which makes a GPU wait, and count the updates that fp16's scaler
+    skipped.
 
     Args:
         steps: the number of each, its rows, and what `train_step` gave.
         ids: the product id of each row.
 
     Raises:
-        UserError: one is not finite and no overflow of fp16, naming the step, the attributes and the product ids.
+        UserError: one is not finite and is no overflow of fp16; it names the step, the attributes and the product ids.
     """
     read = torch.stack([figures for *_, figures in steps]).tolist() if steps else []
     for (step, rows, _), (*losses, norm) in zip(steps, read, strict=True):

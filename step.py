@@ -24,11 +24,11 @@ WARMUP = 0.05  # share of all steps
 
 
 def parameter_groups(params: Mapping[str, nn.Parameter], lora_plus: float = 1.0, decay_lora: bool = True) -> list[dict]:
-    """Weight decay on matrices; none on biases, norms and DoRA's lengths.
+    """Parameters in groups: weight decay on matrices, none on biases, norms and DoRA's lengths.
 
     Args:
-        lora_plus: B's learning rate, of all others': LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
-        decay_lora: not where A and B began as a part of the pretrained weight (PiSSA), which decay would take away.
+        lora_plus: ratio of B's learning rate to that of all others: LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
+        decay_lora: False where A and B start as a part of the pretrained weight (PiSSA), which decay would shrink.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in params.items():
@@ -72,9 +72,9 @@ def train_step(
     Args:
         model: the classifier, or what `in_step` made of it.
         prepare: pixels -> images (B, 3, S, S), augmented, on the device.
-        smoothing: of labels, see `attribute_losses`.
-        weights: (A,) of each attribute's loss; default: all 1.
-        teacher: images -> what else each class is learned from, see `attribute_losses`.
+        smoothing: label smoothing, see `attribute_losses`.
+        weights: (A,) weight of each attribute's loss; default: all 1.
+        teacher: images -> further targets for each class, see `attribute_losses`.
 
     Returns:
         the window's loss of each attribute and, last, the gradient norm before clipping, (A + 1,), still on the device;

@@ -88,7 +88,7 @@ def encode(
 
 
 def named_vocabulary(args: argparse.Namespace) -> tuple[list[str], str] | None:
-    """The tokens that titles are read in and where they are from, unless they are to be chosen for the titles."""
+    """The vocabulary of titles and where it is from; None if it is still to be chosen for the titles."""
     if args.resume or not distributed.first():
         return read_vocabulary(args.out / VOCAB), VOCAB  # kept by a new run's first process, for all others
     if args.vocab:
@@ -105,7 +105,8 @@ def fit_text(
     train_rows: Sequence[int],
     vocab: tuple[list[str], str] | None,
 ) -> dict:
-    """How titles are read: a checkpoint's `text`; from titles of train rows what `vocab` leaves open."""
+    """How titles are read: a checkpoint's `text`; without `vocab`, the vocabulary is chosen for the titles of train
+    rows."""
     titles = list(Chosen(column, train_rows))
     if not titles:
         raise UserError(f"--inputs {args.inputs}: no train row has a title (column {config['title']})")

@@ -42,7 +42,7 @@ class Task(NamedTuple):
     """Attributes:
     config: what a checkpoint's `config.json` says: attributes and their labels, known paths, preprocessing.
     known: labels and numbers, a row for each picture of the store.
-    teacher: whom training learns from too.
+    teacher: another model that training learns from too, if any.
     """
 
     model: AttributeClassifier
@@ -125,8 +125,8 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
 
 
 def agree_on(task: Task) -> None:
-    """Raise a `UserError` where not all processes have the first one's weights, teacher and catalogue, whose rows are
-    shared by their numbers."""
+    """Raise a `UserError` unless all processes have the first one's weights, teacher and catalogue, whose rows they
+    share by number."""
     for part in ("backbone", "teacher"):
         distributed.agree(task.config.get(part), part)
     seen = hashlib.blake2b(digest(task.catalogue.ids).encode(), digest_size=16)
@@ -139,7 +139,8 @@ def agree_on(task: Task) -> None:
 def begin(args: argparse.Namespace) -> tuple[VisionTransformer, dict]:
     """The frozen backbone with its LoRA layers, and what a checkpoint's config says of both.
 
-    Before pictures are decoded, so that mistakes in these options are told at once; also in what is inherited from.
+    This comes before pictures are decoded, so that mistakes in these options, or in the checkpoint to inherit from, are
+    told at once.
     """
     own, lora = ({name: getattr(args, name) for name in names} for names in (SIZES, LORA_OPTIONS))
     backbone, fingerprint = create_backbone(args.backbone, args.weights, args.img_size, args.patch_size)
@@ -174,7 +175,7 @@ def open_pictures(args: argparse.Namespace, catalogue: Catalogue, wants: dict) -
 
 
 def as_saved(config: dict) -> dict:
-    """A config as a checkpoint gives it back. Raises a `UserError` where none could: better now than on reading it."""
+    """A config as a checkpoint gives it back. Raises a `UserError` now if none could, rather than when it is read."""
     config = json.loads(json.dumps(config))
     where = misfit(config)
     if what := f"its {where} is not what it should be" if where else contradiction(config):
@@ -187,8 +188,8 @@ def shrink(
 ) -> None:
     """Quantise the frozen weights, on the device, for a choice of train pictures that depends on the seed alone.
 
-    So a resumed run has the same base to the bit, on as many threads as before. Among several processes the first one's
-    is taken by all: see `distributed.in_step`.
+    So a resumed run has the same base to the bit, given as many threads as before. If there are several processes, all
+    take the first one's: see `distributed.in_step`.
     """
     rows = epoch_batches(store.rows("train"), ROUNDED_FOR, seed, run=store.run)[0]
     print(f"frozen weights in 8 bits, rounded for {len(rows)} train pictures", flush=True)

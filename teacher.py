@@ -25,7 +25,7 @@ def load_teacher(
 
     Args:
         weights: its base weights; None takes the pupil's where they are the same, else what its run used, or the hub's.
-        pupil: the config of the run that learns from it; its `backbone` is enough.
+        pupil: the config of the run that learns from it; only its `backbone` is read.
 
     Raises:
         UserError: there is no such checkpoint or no such weights, or it reads titles.
@@ -76,8 +76,8 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Tensor | None]:
-        """images (B, 3, S, S), normalised for the run -> of each of the run's classes the probabilities (B, classes) in
-        fp32, or None where it is not taught."""
+        """images (B, 3, S, S), normalised for the run -> for each of the run's classes the probabilities (B, classes)
+        in fp32, or None where it is not taught."""
         if list(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
         logits = self.model(torch.addcmul(self.shift, images, self.scale).to(self.dtype))

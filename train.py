@@ -4,8 +4,8 @@
     torchrun --standalone --nproc-per-node 8 train.py --amp --out runs/NAME
 
 The order of the rows, the flips, the dropout masks and the learning rate are functions of the seed and the step (the
-masks also of how many processes there are), so a run that was stopped and resumed goes the way of one that never was.
-What a step does is in `step.py`.
+masks also of how many processes there are), so a run that was stopped and resumed takes the same course as one that
+never was. What a step does is in `step.py`.
 """
 
 import startup  # noqa: F401
@@ -40,13 +40,13 @@ from state import TrainingState, check_finite
 from step import learning_rate, parameter_groups, train_step, windows
 from task import AMP, Task, agree_on, setup
 
-MOVED = 2**31  # added to a step's seed for how pictures are moved about, which is not to draw what dropout draws
+MOVED = 2**31  # added to a step's seed for augmentation, so that it does not draw what dropout draws
 LOG_EVERY = 10  # steps: reading a loss makes a GPU wait
 STOPPED = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
 def micro_batch_size(args: argparse.Namespace) -> int:
-    """Pictures that one micro-batch has in all processes: those of the start, however many go on with the run."""
+    """Pictures in a micro-batch of all processes; a run resumed with more or fewer processes keeps the number."""
     return args.batch_size * args.processes
 
 
@@ -57,10 +57,10 @@ def steps_in_epoch(args: argparse.Namespace, task: Task) -> int:
 def train_epoch(
     args: argparse.Namespace, task: Task, state: TrainingState, steps: int, board: Board | None, stop: StopRequest
 ) -> bool:
-    """Train from the state's step to the end of its epoch, or until a stop is asked for: then False.
+    """Train from the state's step to the end of its epoch; returns False if a stop was asked for before that.
 
     Args:
-        steps: of the whole run.
+        steps: how many the whole run has.
         board: None in all processes but the first.
     """
     rows, epoch_steps = task.store.rows("train"), steps_in_epoch(args, task)
@@ -79,7 +79,7 @@ def train_epoch(
         for cut, window in zip(windows(batches, args.accum), windows(loader, args.accum), strict=True):
             step, seen = state.step, np.concatenate(cut)
             drawing.manual_seed(seed_of(args.seed, step) + MOVED)
-            # Of dropped elements and patches, in each process others.
+            # For dropped elements and patches, which differ between processes.
             torch.manual_seed(seed_of(args.seed, step, distributed.world(), distributed.rank()))
             lr = learning_rate(step, steps, args.lr)
             figures = train_step(state.parallel, window, state.optimizer, state.scaler, lr, amp, prepare, **how)
@@ -103,18 +103,18 @@ def train_epoch(
 
 
 def seed_of(seed: int, step: int, processes: int = 1, rank: int = 0) -> int:
-    """Of what is drawn in a step, by one process of how many: of seeds up to a million steps apart no two are alike."""
+    """The seed for what a process draws in a step; no two are alike in runs of up to a million steps."""
     return (seed * 1_000_003 + step) * processes + rank
 
 
 def augmented(args: argparse.Namespace, task: Task, drawing: torch.Generator, pixels: Tensor) -> Tensor:
-    """This process's pixels of a micro-batch -> images (B, 3, S, S), moved about as `drawing` has it.
+    """This process's pixels of a micro-batch -> images (B, 3, S, S), augmented with numbers from `drawing`.
 
-    It draws for the micro-batch of all processes: what becomes of a picture does not depend on how many share it.
+    It draws for the whole micro-batch, so what becomes of a picture does not depend on how many processes share that.
     """
     chance = torch.rand(micro_batch_size(args), CHANCES, generator=drawing, device=drawing.device)
     mine = distributed.share(chance)[: len(pixels)]
-    if not len(mine):  # of a picture that only stands in for none
+    if not len(mine):  # this process has no row, and its picture only stands in for one
         mine = chance[: len(pixels)]
     return task.preprocess.augmented(pixels, mine.T, args.warp)
 
@@ -122,8 +122,8 @@ def augmented(args: argparse.Namespace, task: Task, drawing: torch.Generator, pi
 def show_step(
     state: TrainingState, board: Board, bar: tqdm, step: int, lr: float, figures: list[float], weights: Tensor
 ) -> None:
-    """Show on TensorBoard and beside the bar what a step gave: each attribute's loss and, last, the gradient norm; and
-    what is trained on, the sum of losses by their weights."""
+    """Show a step's figures on TensorBoard and beside the bar: each attribute's loss and, last, the gradient norm; and
+    what is trained on, the weighted sum of the losses."""
     *losses, norm = figures
     loss = sum(loss * weight for loss, weight in zip(losses, weights.tolist(), strict=True))
     overflows = state.progress["overflows"]
@@ -135,7 +135,8 @@ def show_step(
 
 
 def fit(args: argparse.Namespace, task: Task) -> bool:
-    """Train to the end, or until a stop is asked for (then False). Leaves `best/`, by mean validation accuracy."""
+    """Train to the end, or until a stop is asked for (then False). `best/` holds the epoch with the best mean accuracy
+    on validation rows."""
     epoch_steps = steps_in_epoch(args, task)
     steps = epoch_steps * args.epochs
     groups = parameter_groups(trained_params(task.model), args.lora_plus, decay_lora=not args.pissa)
@@ -182,7 +183,7 @@ def fit(args: argparse.Namespace, task: Task) -> bool:
 def keep_best(
     args: argparse.Namespace, task: Task, state: TrainingState, board: Board | None, epoch: int, found: Evaluation
 ) -> None:
-    """Show how an epoch did on validation rows; into `best/` with it if none did better."""
+    """Show how an epoch did on validation rows, and save it in `best/` if none did better."""
     scores, rows = found.scores, found.rows
     print(scores_table(scores))
     if board:
@@ -193,13 +194,13 @@ def keep_best(
     if scores["mean_accuracy"] >= state.progress["best_accuracy"]:  # of equals, the one trained longer
         state.progress |= {"best_accuracy": scores["mean_accuracy"], "best_epoch": epoch}
         fitted = {}
-        if args.base == "float" and distributed.first():  # of a base in 8 bits it follows at the end, on the float one
+        if args.base == "float" and distributed.first():  # of an 8-bit base at the end, on the float base
             fitted["calibration"] = calibrate(found.logits, task.labels[rows], task.config)
         state.save_best(**fitted)
 
 
 def on_float_base(args: argparse.Namespace, task: Task, state: TrainingState, stop: StopRequest) -> Task:
-    """The best epoch as everybody will load it, on the base as it was before it was quantised, and calibrated there."""
+    """Load the best epoch as everybody will, on the float base instead of the quantised one, and calibrate it there."""
     distributed.wait_for_all()  # the first has written it
     model, config = load_checkpoint(state.best, args.weights)
     distributed.agree(config["sha256"], "checkpoint")
@@ -215,7 +216,7 @@ def on_float_base(args: argparse.Namespace, task: Task, state: TrainingState, st
 def score_test(
     args: argparse.Namespace, task: Task, state: TrainingState, board: Board | None, stop: StopRequest, chosen: str
 ) -> None:
-    """Score the epoch that validation chose on the test rows, by which nothing was chosen, into `metrics.json`."""
+    """Score the epoch that validation chose on the test rows, by which nothing was chosen; write `metrics.json`."""
     distributed.wait_for_all()  # the first has written it
     with stop.at_once():
         best = task._replace(config=read_config(state.best))  # with its calibration
@@ -240,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, device: torch.device) -> int:
-    """Set up and train; the exit code."""
+    """Set up and train; returns the exit code."""
 
     def make() -> Task:
         torch.manual_seed(args.seed)

@@ -57,7 +57,7 @@ class Training(NamedTuple):
         wait_for(self.device)
 
     def steps(self, more_than: int) -> int:
-        """Steps of the epoch. Raises `UserError` where there are no more than that."""
+        """The steps of the epoch. Raises `UserError` if they are no more than `more_than`."""
         steps = train.steps_in_epoch(self.args, self.task)
         if steps <= more_than:
             raise UserError(f"{steps} steps an epoch are too few; give more rows")
@@ -72,7 +72,7 @@ class Training(NamedTuple):
         return list(windows(ready, self.args.accum))
 
     def bare_step(self, window: list[Batch]) -> None:
-        """A training step of images that are there."""
+        """A training step on images that are ready in memory."""
         state, args = self.state, self.args
         amp, as_they_are = AMP[args.amp], lambda images: images
         train_step(
@@ -165,7 +165,7 @@ def in_processes(commands: Mapping[Path, list], jobs: int, what: str) -> None:
 
 
 def ratios(above: list[float], below: list[float]) -> list[float]:
-    """Round by round."""
+    """The ratios of two lists, round by round."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 

@@ -7,8 +7,8 @@ Takes the options of `train.py`. *Trainer* is what a user of transformers writes
 resized and normalised by torchvision in a worker process for each core, `Trainer.train()` with autocast, accumulation
 and clipping, never compiled. *train.py* is its own `train_epoch`, with its image store already built, as it is from the
 second epoch on. They take turns; a turn is `STEPS` optimizer steps. Trainer's clock starts after the first step, when
-its workers run. *peak* is the most memory that tensors take in a turn, beyond the models, without what Trainer's
-workers need.
+its workers run. *peak* is the most memory that tensors take in a turn beyond the models; what Trainer's workers need is
+not counted.
 """
 
 import copy

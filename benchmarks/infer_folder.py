@@ -4,9 +4,9 @@
     python benchmarks/infer_folder.py --weights FILE --data FOLDER [--checkpoint FOLDER] [--pictures 2000] [--rounds 3]
 
 Both read the catalogue's JPEG files and write a CSV file of labels. The pipeline's ViT has the checkpoint's size,
-random weights (speed does not depend on them) and one linear layer, for `articleType` alone. In bf16 too, where the
-machine has it. Without start-up means: what all pictures take more than one picture takes. Programs take turns, ratios
-are within rounds.
+random weights (speed does not depend on them) and one linear layer, for `articleType` alone. Where the machine has
+bf16, both run in it too. *Without start-up* is the time for all pictures less the time for one. Programs take turns,
+and ratios are within rounds.
 """
 
 import statistics

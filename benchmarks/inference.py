@@ -4,11 +4,11 @@
     python benchmarks/inference.py --weights FILE --data FOLDER [--checkpoint FOLDER] [--rounds 15] [--compile]
 
 *Model*: normalised images in memory to logits. Plain timm is `timm.create_model` with the exported weights, and copies
-of this project's heads on top, so that both do the same work; that they say the same is checked. Hugging Face's ViT is
-of equal size, with random weights (speed does not depend on them) and one linear layer for `articleType` alone.
-*Pictures*: decoded pictures in memory to labels with their confidence, beside `transformers.pipeline`.
-A folder of files, start-up and all, is `infer_folder.py`'s. bf16 is left out where the machine has none. Ways take
-turns, ratios are within rounds.
+of this project's heads on top, so that both do the same work; the script checks that their outputs agree. Hugging
+Face's ViT is of equal size, with random weights (speed does not depend on them) and one linear layer for `articleType`
+alone. *Pictures*: decoded pictures in memory to labels with their confidence, beside `transformers.pipeline`.
+`infer_folder.py` measures a folder of files, start-up included. bf16 is left out where the machine has none. Ways take
+turns, and ratios are within rounds.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ def model_ways(
 
 
 def check_same(ways: dict[str, Callable], images: Tensor) -> None:
-    """Plain timm, ONNX Runtime and the LoRA layers in place answer as the merged model does."""
+    """Check that plain timm, ONNX Runtime and the LoRA layers in place answer as the merged model does."""
     wanted = ways["merged, fp32"](images)
     for name in ways.keys() & {f"{TIMM}, fp32", "LoRA in place, fp32", "ONNX Runtime, fp32"}:
         found = ways[name](images)
@@ -150,7 +150,7 @@ def label_ways(
 
 
 def times(ways: dict[str, Callable], inputs, device: torch.device, rounds: int) -> dict[int, dict[str, list[float]]]:
-    """Seconds of a call of each way with the first so many of the inputs, for each size of `BATCHES`."""
+    """Seconds that a call of each way takes, for each size in `BATCHES` with that many of the inputs."""
 
     def repeat(way: Callable, some, calls: int) -> None:
         for _ in range(calls):

@@ -5,7 +5,7 @@
 Takes the options of `train.py`. Alone, as multiples of the bare step (forward, backward and optimizer on images in
 memory): *decode* builds a store of `DECODED` pictures, bytes to canvas with all threads, as a first start does; *store*
 gathers batches from the mapped file, in random order, the file being in the page cache; *preprocess* is resize, flip
-and normalise on the device. Then, of the time of `train_epoch` itself: *waiting* is in `next()` of its loader,
+and normalise on the device. Then, as shares of `train_epoch`'s own time: *waiting* is spent in `next()` of its loader,
 *preprocessing* in `augmented`; on a GPU, where work is queued, these are the host's times. The parts take turns.
 """
 
@@ -39,7 +39,7 @@ STEP, WHOLE = "bare step", "train.py"
 
 
 class Shares:
-    """What share of `train_epoch`'s time went where, run by run."""
+    """The shares of `train_epoch`'s time that its parts take, run by run."""
 
     def __init__(self):
         self.seconds, self.runs = {}, []

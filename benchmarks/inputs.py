@@ -32,7 +32,8 @@ WAYS = {
 
 
 def table(found: dict[str, dict]) -> str:
-    """Markdown, a column each way: accuracies; of a number R² and MAE, with those of the best constant and of noise."""
+    """Markdown, a column for each way: accuracies; for a number R² and MAE, with those of the best constant and of
+    noise."""
     attributes = found["image"]["attributes"]
     lines = []
     for name, a in attributes.items():

@@ -34,7 +34,8 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def layer_errors(model: AttributeClassifier, other: AttributeClassifier, images: Tensor) -> dict[str, float]:
-    """Of each linear layer of `other`'s backbone, LoRA on it or not, given what the same layer of `model` is given."""
+    """The error of each linear layer of `other`'s backbone, with LoRA or not, on the input of the same layer of
+    `model`."""
     errors, hooks = {}, []
     for path, layer in model.backbone.named_modules():
         if isinstance(layer, (LoRALayer, nn.Linear)):

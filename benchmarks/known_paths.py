@@ -2,8 +2,9 @@
 
     python benchmarks/known_paths.py --checkpoint adapters/vit_tiny_fashion --weights FILE --data FASHION
 
-A path is odd where its last label has another path at least so many times as often, as belts among the tops. Validation
-rows; temperatures as they are, fitted over all paths. The odd paths are named last, for a person to look at.
+A path is odd if its last label occurs at least so many times as often in another path, such as belts among the tops.
+Scores are of validation rows, with the temperatures that were fitted over all paths. The odd paths are named last, for
+a person to look at.
 """
 
 import sys

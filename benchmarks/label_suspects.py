@@ -4,9 +4,10 @@
 
 Flips: 1 % of the articleTypes of validation rows, which the model was not trained on, changed to any other type or to
 one of the same subCategory. Contradictions that no flip explains count as false, though the catalogue has wrong labels
-of its own; the last lines name them. Identical pictures: of validation and training rows, each group and attribute a
-case of its own; the truth is SHA-256 of the decoded pixels. "By the model alone" keeps from it which pictures are
-identical: a conflict is found where one of the group's labels is contradicted. The test rows are not touched.
+of its own; the last lines name them. Identical pictures are sought among validation and training rows, and each group
+and attribute is a case of its own; the truth is the SHA-256 of the decoded pixels. "By the model alone" means without
+knowing which pictures are identical: a conflict is found if the model contradicts one of the group's labels. The test
+rows are not touched.
 """
 
 import hashlib

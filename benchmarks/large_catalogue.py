@@ -2,12 +2,12 @@
 
     python benchmarks/large_catalogue.py --data FOLDER [--rows 10000 100000 1000000]
 
-FOLDER holds parquet in the hub's schema; its rows are written over and over until there are enough, under ids of their
-own, which end their titles too, so that none comes twice. Each size runs in a process of its own: text columns copied,
-every picture decoded once for its hash and so for the split, label maps fitted and all rows encoded, one pass of a tiny
-ViT over all pictures, and validation rows calibrated on and scored as after an epoch, of random outputs. *anonymous* is
-memory that the system cannot take back, before and after validation; *resident* counts pages of mapped files too, which
-it can.
+FOLDER holds parquet in the hub's schema; its rows are written over and over until there are enough, each with an id of
+its own, which is also appended to its title, so that no title repeats. Each size runs in a process of its own: text
+columns copied, every picture decoded once for its hash and so for the split, label maps fitted and all rows encoded,
+one pass of a tiny ViT over all pictures, and validation rows calibrated on and scored as after an epoch, of random
+outputs. *anonymous* is memory that the system cannot take back, before and after validation; *resident* counts pages of
+mapped files too, which it can.
 """
 
 import argparse

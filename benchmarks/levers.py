@@ -3,9 +3,9 @@
     python benchmarks/levers.py --jobs 2 --amp bf16 --data FOLDER --backbone vit_tiny_patch16_224 --weights FILE \\
         --img-size 112 --batch-size 64 --epochs 3 --drop-patches 0.5 --warp 0.1 --label-smoothing 0.1
 
-Takes the options of `train.py`. The row `as given` is of these, with three seeds: what differs from it by less than its
-spread is no finding. All others are of one seed. Scores are of the best epoch, decoded along the known paths; test rows
-are left alone. What is finished in --results is not run again.
+Takes the options of `train.py`. The row `as given` has these options unchanged and three seeds: what differs from it by
+less than its spread is no finding. All other rows have one seed. Scores are of the best epoch, decoded along the known
+paths; test rows are left alone. What is finished in --results is not run again.
 
     --jobs N         runs at a time, each on its share of the cores (default: 1)
     --results DIR    (default: runs/levers)
@@ -58,7 +58,7 @@ class Lever(NamedTuple):
 
 
 def hand_down(of: Callable[[Tensor], Tensor]) -> Callable[[Task], None]:
-    """What a level sees of the logits (B, classes) of each attribute above, instead of the logits."""
+    """Let a level see `of(logits)` of each attribute above instead of its logits (B, classes)."""
 
     def forward(heads: HierarchicalHeads, embedding: Tensor) -> dict[str, Tensor]:
         seen, logits = embedding, {}
@@ -72,7 +72,7 @@ def hand_down(of: Callable[[Tensor], Tensor]) -> Callable[[Task], None]:
 
 
 def embedding(of: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> Callable[[Task], None]:
-    """What the heads see, of CLS and the mean of the patches (B, d) and of the images."""
+    """Let the heads see what `of` makes of CLS, the mean of the patches (both (B, d)) and the images."""
 
     def change(task: Task) -> None:
         given = AttributeClassifier.embed
@@ -82,7 +82,7 @@ def embedding(of: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> Cal
 
 
 def attention_pooling(task: Task) -> None:
-    """A mean of the patches that is weighted by what they hold, instead of the plain one."""
+    """Replace the plain mean of the patches by one that is weighted by what they hold."""
     task.model.heads.weigh = nn.Linear(task.model.backbone.num_features, 1)
     nn.init.zeros_(task.model.heads.weigh.weight)  # the plain one to start with
 
@@ -96,7 +96,7 @@ def attention_pooling(task: Task) -> None:
 
 
 def colour_path(task: Task) -> None:
-    """The picture's own colours in a grid of cells, past the backbone."""
+    """Also give the heads the picture's own colours in a grid of cells, past the backbone."""
     for level in task.model.heads.levels:
         first = level if isinstance(level, nn.Linear) else level[0]
         first.weight = nn.Parameter(F.pad(first.weight.detach(), (3 * COLOURS**2, 0)))  # new columns start at 0
@@ -104,7 +104,8 @@ def colour_path(task: Task) -> None:
 
 
 def uncertainty(task: Task) -> None:
-    """Each loss L counts exp(-s), s learnt with + s as its price (Kendall et al. 2018, arXiv:1705.07115)."""
+    """Weight each loss L by exp(-s), and add s, which is learnt, as its price (Kendall et al. 2018,
+    arXiv:1705.07115)."""
     s = task.model.heads.log_variance = nn.Parameter(torch.zeros(len(task.names)))
     given = step.attribute_losses
     step.attribute_losses = lambda *args: (-s).exp() * given(*args) + s
@@ -117,14 +118,14 @@ def class_counts(task: Task) -> dict[str, Tensor]:
 
 
 def logit_adjustment(task: Task) -> None:
-    """Logits that training sees are log of a class's share higher (Menon et al. 2021, arXiv:2007.07314)."""
+    """Add the log of a class's share to the logits that training sees (Menon et al. 2021, arXiv:2007.07314)."""
     prior = {name: (n.clamp(min=1) / n.sum()).log() for name, n in class_counts(task).items()}
     given = step.attribute_losses
     step.attribute_losses = lambda outputs, *args: given({n: out + prior[n] for n, out in outputs.items()}, *args)
 
 
 def class_balanced(task: Task) -> None:
-    """A row counts by how few its class has, 1 on the average (Cui et al. 2019, arXiv:1901.05555)."""
+    """Weight a row by how few train rows its class has, 1 on average (Cui et al. 2019, arXiv:1901.05555)."""
     weights = {}
     for name, n in class_counts(task).items():
         weight = 1 / (1 - OVERLAP ** n.clamp(min=1))
@@ -142,7 +143,7 @@ def class_balanced(task: Task) -> None:
 
 
 def heads_rate(ratio: float) -> Callable[[Task], None]:
-    """The heads' learning rate, of all others'."""
+    """Set the ratio of the heads' learning rate to that of all others."""
     given = train.parameter_groups
 
     def groups(params: dict[str, nn.Parameter], *args, **options) -> list[dict]:
@@ -154,7 +155,7 @@ def heads_rate(ratio: float) -> Callable[[Task], None]:
 
 
 def averaged(task: Task) -> None:
-    """What is scored is a running mean of the weights (Polyak and Juditsky 1992)."""
+    """Score a running mean of the weights instead of the weights (Polyak and Juditsky 1992)."""
     params = list(trained_params(task.model).values())
     mean = [p.detach().clone() for p in params]
     take_step, evaluate, taken = train.train_step, train.evaluate, [0]

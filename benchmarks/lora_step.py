@@ -1,15 +1,15 @@
-"""A training step of LoRA on a ViT: this project beside PEFT, full fine-tuning, and what no LoRA step can do without.
+"""A training step of LoRA on a ViT: this project beside PEFT, full fine-tuning, and the least any LoRA step must do.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/lora_step.py [--amp bf16] [--batch-size 4] [--ways NAME …] [--compile [NAME …]] [--plot FILE.png]
 
 A step is forward, backward and AdamW on pictures in memory, ViT-B/16 at 224 px, rank 16 on query, key, value and dense,
-dropout 0.05, random weights (the numbers do not depend on them). The ways take turns in one process, of one step, or on
-a GPU ten; speeds are ratios to PEFT on Hugging Face's ViT, by the median over rounds. *floor* is two passes of timm's
-frozen forward without gradients, plus 5 % for the low-rank products; *floor, base ready* the same where the weights are
-kept as they are computed with, as this project's step has them and timm's has not. *kept* is what is in memory between
-forward and backward beside the model itself, *peak* the most at any time of a step. glibc keeps what a step frees, for
-all ways (`memory.py`).
+dropout 0.05, random weights (the numbers do not depend on them). The ways take turns in one process, one step at a
+time, or ten on a GPU; speeds are ratios to PEFT on Hugging Face's ViT, medians over rounds. *floor* is two passes of
+timm's frozen forward without gradients, plus 5 % for the low-rank products; *floor, base ready* is the same with
+weights kept ready to compute with, as in this project's step but not in timm's. *kept* is the memory held between
+forward and backward beside the model itself, *peak* the most at any time of a step. For all ways glibc keeps what a
+step frees (`memory.py`).
 """
 
 import argparse
@@ -117,7 +117,7 @@ class Step:
             for block in (module for module in backbone.modules() if type(module).__name__ in BLOCKS):
                 block.compile(dynamic=False)
         else:
-            keep_base_in(backbone, AMP[args.amp] or torch.float32)  # of LoRA layers: the rivals have none of ours
+            keep_base_in(backbone, AMP[args.amp] or torch.float32)  # of our LoRA layers, which the rivals do not have
         width = timm.create_model(args.backbone, num_classes=0).num_features
         self.model = nn.Sequential(backbone, nn.Linear(width, CLASSES, device=device)).train()
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], 1e-4, fused=True)
@@ -194,7 +194,7 @@ def main() -> None:
     if args.profile and OURS not in args.ways:
         parser.error(f"--profile is of {OURS!r}; name it among --ways")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch._dynamo.config.recompile_limit = 64  # ways share the code of their blocks, and past it they are not compiled
+    torch._dynamo.config.recompile_limit = 64  # ways share their blocks' code, which is not compiled past this limit
     also = () if args.compile is None else args.compile or [OURS]
     steps = {name: Step(*WAYS[name], args, device) for name in [FIRST, *args.ways]}
     steps |= {f"{name}, compiled": Step(*WAYS[name], args, device, compiled=True) for name in also}
@@ -205,11 +205,11 @@ def main() -> None:
     )
     kept = {name: step.kept(*batch) for name, step in steps.items()}
     floors = {name: (steps.get(of) or Step(*WAYS[of], args, device)).twice_forward for name, of in FLOORS.items()}
-    if also:  # the compiler knows no base that is ready
+    if also:  # with torch.compile no base is kept ready
         name, of = next(iter(FLOORS.items()))
         floors[f"{name}, compiled"] = Step(*WAYS[of], args, device, compiled=True).twice_forward
     ways = steps | floors
-    count = 10 if device.type == "cuda" else 1  # a GPU's kernels are launched while those of the step before still run
+    count = 10 if device.type == "cuda" else 1  # on a GPU, kernels are launched while the last step's still run
     turns = {name: partial(in_a_row, partial(way, *batch), count) for name, way in ways.items()}
     seconds = {name: [s / count for s in times] for name, times in in_turn(turns, args.rounds, device).items()}
     peak = {name: peak_memory(partial(step, *batch), device) for name, step in steps.items()}

@@ -2,9 +2,9 @@
 
     python benchmarks/neighbours.py --checkpoint RUN/best --weights FILE --data FASHION
 
-Of a checkpoint that `refit.py --neighbours` made. Accuracy is of validation rows, decoded along the known paths, in
-quarters from those that no train picture is like to those that some are; the heads alone are the same without votes.
-Seconds are of images that are ready, in turn.
+The checkpoint has to be made by `refit.py --neighbours`. Accuracy is of validation rows, decoded along the known paths,
+in quarters by how alike their nearest train picture is; the heads alone are the same model without votes. Times are for
+images that are ready in memory, in turn.
 """
 
 import copy
@@ -30,13 +30,13 @@ ROUNDS = 9
 
 
 def alike_the_nearest(task: Task, rows: np.ndarray) -> Tensor:
-    """(N,) how alike the nearest train picture is that is not the very same."""
+    """(N,) how alike the nearest train picture is, the very same picture left out."""
     looked_up = copy.deepcopy(task.model.neighbours).cpu()
     return nearest(looked_up, embed(task, rows, 64, "val", True)).cosines.amax(1)
 
 
 def right(task: Task, found: Evaluation) -> np.ndarray:
-    """(N, A) whether each label is; NaN where it is missing."""
+    """(N, A) whether each answer is right; NaN where the label is missing."""
     labels = task.labels[found.rows]
     return np.where(labels == -1, np.nan, found.answers.labels.numpy() == labels)
 

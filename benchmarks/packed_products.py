@@ -1,4 +1,4 @@
-"""What a product gains by oneDNN, and where the frozen weight stays in its layout: `pack` of `lora/functional.py`.
+"""What a product gains with oneDNN, and with the frozen weight kept in oneDNN's layout: `pack` of `lora/functional.py`.
 
     python benchmarks/packed_products.py [--rounds 31]
 

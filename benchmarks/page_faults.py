@@ -3,8 +3,8 @@
     python benchmarks/page_faults.py --accum 2 --data FOLDER --backbone vit_tiny_patch16_224 --weights FILE \\
         --img-size 112 --batch-size 32 [--rounds 5]
 
-The options are those of `train.py`; answers are in fp32. In each round a process that keeps memory and one that does
-not, in turn: answers for pictures in memory, then training steps on them.
+The options are those of `train.py`; answers are in fp32. In each round, a process that keeps memory and one that does
+not take turns; each answers for pictures in memory, then takes training steps on them.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python benchmarks/processes.py --processes 1 2 [options of train.py]
 
-Each count trains the same steps, `--batch-size` shared out, through `torchrun train.py`, in turn. Speed is what the run
-itself logs once it is warm, so that start-up and scoring do not count.
+Each count of processes trains the same steps with `torchrun train.py`, sharing `--batch-size`, in turn. Speed is what
+the run itself logs once it is warm, so that start-up and scoring do not count.
 """
 
 import argparse

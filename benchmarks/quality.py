@@ -3,11 +3,11 @@
     python benchmarks/quality.py --data FOLDER runs/A runs/B runs/C
     python benchmarks/quality.py --data FOLDER --split test runs/BEST-0 runs/BEST-1 runs/BEST-2
 
-Takes folders of `train.py`, which leaves the test rows alone under `--no-test`. Runs that differ in nothing but their
-seed are one row: mean and, of several, standard deviation. A row is named by the options that vary among those given.
-Scores are of each run's `best`, decoded along the known paths. Minutes are from a run's start to its last save, with
-those of the run that it was started from (--init-from), and mean nothing of a run that was stopped between, or copied.
-Which run that was makes no row of its own.
+Takes folders of `train.py`, which leaves the test rows alone under `--no-test`. Runs that differ only in their seed
+form one row, with the mean and, of several, the standard deviation. A row is named by the options that vary among the
+runs given. Scores are of each run's `best`, decoded along the known paths. Minutes are from a run's start to its last
+save, plus those of the run that it was started from (--init-from); they mean nothing for a run that was stopped in
+between, or copied. Runs that differ only in the run they started from share a row.
 """
 
 import json
@@ -39,7 +39,7 @@ def read_options(run: Path) -> dict:
 
 
 def levers(run: Path, options: dict) -> dict:
-    """What of a run's options, with the weights of the attributes' losses, makes it another recipe."""
+    """The options of a run that define its recipe, with the weights of the attributes' losses."""
     weights = {f"loss of {a['name']}": a["weight"] for a in read_config(run / "best")["attributes"]}
     recipe = options | {"init_from": "a run" if options["init_from"] else None}
     return {name.replace("_", "-"): v for name, v in recipe.items() if name not in NO_LEVERS} | weights

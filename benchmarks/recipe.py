@@ -117,7 +117,7 @@ def peak_memory() -> int:
 
 
 def seven(found: dict[str, dict]) -> dict:
-    """What seven models of one attribute each come to, trained one after the other."""
+    """The figures of seven models of one attribute each, trained one after the other, taken together."""
     models = [found[way] for way in SINGLE]
     return {
         "trainable": sum(m["trainable"] for m in models),

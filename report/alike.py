@@ -1,4 +1,4 @@
-"""The train pictures that are most like another, where a checkpoint has neighbours: what its answers follow from."""
+"""For a checkpoint with neighbours: the train pictures that are most like another, which its answers depend on."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Like(NamedTuple):
     """A train picture.
 
     Attributes:
-        id: in the catalogue that it is of.
+        id: in its catalogue.
         labels: {attribute: its label, or None where it is missing}.
         row: a row of the store with the same picture; None where there is none.
     """

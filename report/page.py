@@ -21,7 +21,7 @@ from report import charts
 from report.alike import most_alike
 from report.suspects import EXCLUDED, LIKELY, conflicting, contradicted, write_csv
 
-MISTAKES, SUSPECTS, PICTURES = 12, 60, 30  # shown: mistakes of an attribute, suspect rows, pictures of many rows
+MISTAKES, SUSPECTS, PICTURES = 12, 60, 30  # at most: mistakes of an attribute, suspect rows, pictures of several rows
 SIDE = 120  # pixels, the longest side of an inlined picture
 
 TEMPLATES = jinja2.Environment(
@@ -34,10 +34,10 @@ TEMPLATES = jinja2.Environment(
 
 
 def write_report(folder: Path, checkpoint: str, task, found) -> None:
-    """Write `report.html` and `suspects.csv` of a calibrated checkpoint.
+    """Write `report.html` and `suspects.csv` for a calibrated checkpoint.
 
     Args:
-        checkpoint: what to call it.
+        checkpoint: its name on the page.
         task, found: a `task.Task` and the `Evaluation` of one of its splits.
     """
     store, classes, rows = task.store, task.classes, found.rows
@@ -87,8 +87,8 @@ def write_report(folder: Path, checkpoint: str, task, found) -> None:
 
 
 def chains(task, given: np.ndarray, said: np.ndarray) -> list[tuple[list[str], list[int]]]:
-    """Each attribute of a hierarchy that is above no other, behind those above it, of several parents the first, coarse
-    to fine; and how far off answers are."""
+    """For each finest attribute of a hierarchy: its chain, coarse to fine (through the first of several parents), and
+    how far off answers are along it, see `path_distance`."""
     parents, names = {a["name"]: a["parents"] for a in task.config["attributes"]}, list(task.classes)
     above, found = set().union(*parents.values()), []
     for leaf in (name for path in task.config["paths"] for name in path["attributes"] if name not in above):

@@ -12,7 +12,7 @@ from durable import replace_csv
 
 # A given label is suspect where the model, calibrated, gives it less probability than `EXCLUDED` and its answer more
 # than `LIKELY`. How improbable the given label is tells labels flipped on purpose from hard pictures far better than
-# how sure the answer is (`benchmarks/label_suspects.py`). Of what can hardly be seen, few answers are likely.
+# how sure the answer is (`benchmarks/label_suspects.py`). Few answers are likely for what can hardly be seen.
 EXCLUDED, LIKELY = 0.001, 0.5
 
 COLUMNS = (
