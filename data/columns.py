@@ -75,9 +75,8 @@ def check_columns(found: Collection[str], required: Sequence[str], where: object
     """Raise a `UserError` where not all columns that are required are found."""
     if missing := [name for name in dict.fromkeys(required) if name not in found]:
         hint = "; rename to id the one that tells rows apart" * (missing[0] == "id")
-        raise UserError(
-            f"{where} lacks the column {', '.join(missing)}{nearest(missing[0], found)}; it has {', '.join(found)}{hint}"
-        )
+        names = ", ".join(missing) + nearest(missing[0], found)
+        raise UserError(f"{where} lacks the column {names}; it has {', '.join(found)}{hint}")
 
 
 def cell_names(schema: pa.Schema) -> list[str]:
