@@ -9,12 +9,12 @@ import numpy as np
 from errors import UserError, say_once
 
 NULLS = {"", "na", "n/a", "#n/a", "<na>", "nan", "none", "null"}
-THOUSANDS = re.compile(r"-?[1-9]\d{0,2}\.\d{3}")  # 1.250, which may be either
-NAMED = 5  # cells, in a message
+THOUSANDS = re.compile(r"-?[1-9]\d{0,2}\.\d{3}")  # "1.250" may mean 1250 or 1.25
+NAMED = 5  # cells that a message names, at most
 
 
 def text(value) -> str | None:
-    """A cell as text; None for the many ways to write a missing one. 2012.0 is '2012': a null made the column float."""
+    """A cell as text; None for the many ways to write a missing one. 2012.0 is '2012': a null makes a column float."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     stripped = str(value).strip()
@@ -22,22 +22,22 @@ def text(value) -> str | None:
 
 
 def clean(name: str) -> str:
-    """Text that any format can hold: a byte of a name that is no UTF-8, or half a character in JSON, is replaced."""
+    """Text that any format can hold: bytes of a name that are not UTF-8, and lone surrogates in JSON, are replaced."""
     return name.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def inert(cell):
-    """Text that a spreadsheet would take for a formula, with an apostrophe before it; everything else as it is, also a
-    number such as -500.
+    """Put an apostrophe before text that a spreadsheet would take for a formula; leave everything else as it is, such
+    as the number -500.
 
-    The rule and its characters: OWASP, "CSV Injection".
+    The rule and its characters are those of OWASP, "CSV Injection".
     """
     suspect = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
     return f"'{cell}" if suspect and not re.fullmatch(r"-\d+(\.\d+)?", cell) else cell
 
 
 def without_apostrophe(cell: str) -> str:
-    """The inverse of `inert`, but for text that had one before what a spreadsheet would run."""
+    """The inverse of `inert`, except for text in which an apostrophe already stood before a formula."""
     return cell[1:] if cell.startswith("'") and inert(cell[1:]) == cell else cell
 
 
@@ -45,10 +45,10 @@ def to_numbers(cells: Iterable[str | None], column: str, ids: Sequence[str]) -> 
     """A column's numbers, float64 (N,), NaN where there is none.
 
     Raises:
-        UserError: cells are no numbers; the message says how many, and names the first.
+        UserError: cells are not numbers; the message says how many, and names the first few.
     """
     found, bad, first = np.empty(len(ids)), 0, []
-    either, decimal = None, False  # a number that points of thousands may be in; whether others say that they are not
+    either, decimal = None, False  # a number whose point may mark thousands; whether others show that it does not
     for row, (text, id) in enumerate(zip(cells, ids, strict=True)):
         found[row] = _number(text)
         if text is not None and THOUSANDS.fullmatch(text):

@@ -188,7 +188,7 @@ def stored_tensors(folder: Path, config: dict, name: str = "adapter.safetensors"
 
 
 def load_tensors(folder: Path, model: AttributeClassifier, config: dict) -> None:
-    """Load a checkpoint's tensors strictly: every missing, unexpected, misshaped or non-finite one is named."""
+    """Load a checkpoint's tensors strictly: an error names every missing, unexpected, misshaped or non-finite one."""
     path, state = folder / "adapter.safetensors", stored_tensors(folder, config)
     try:
         load_params(trained_params(model), state)

@@ -1,4 +1,4 @@
-"""From logits to labels that fit together, each with its calibrated confidence."""
+"""Turn logits into labels that are consistent with each other, each with its calibrated confidence."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

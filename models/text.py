@@ -1,4 +1,4 @@
-"""A small text encoder, trained from scratch: titles are short, and in few words."""
+"""A small text encoder, trained from scratch: titles are short and use few different words."""
 
 import torch
 from torch import Tensor, nn
