@@ -61,5 +61,5 @@ def pinned(spec: str) -> str:
 
     try:
         return f"{spec}@{HfApi(endpoint=ENDPOINT).dataset_info(named[1]).sha}"
-    except Exception as error:  # of several libraries; whatever it is, there is no dataset
+    except Exception as error:  # several libraries raise here; any error means no dataset
         raise UserError(f"cannot read {spec}: {first_line(error)}") from error

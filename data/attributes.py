@@ -1,4 +1,4 @@
-"""What is fitted on train rows alone: the classes of each class attribute, text -> index; the scale of each number."""
+"""What is fitted on train rows only: each class attribute's map from text to class index, and each number's scale."""
 
 import functools
 import itertools
@@ -18,10 +18,10 @@ from errors import UserError
 
 AT_ONCE = 1 << 16  # rows whose paths are sorted together
 MISSING = -1  # the catalogue has no value here
-UNSEEN = -2  # it has one that no train row had
-PATHS = 10_000  # of a hierarchy, up to which labels of a row are completed
-HARDLY_MEANT = 100  # standard deviations from the mean, and more: a typing mistake rather than a number
-FARTHEST = 1e6  # standard deviations, beyond which it is all the same how far a number is off
+UNSEEN = -2  # the catalogue has a value here that no train row has
+PATHS = 10_000  # of a hierarchy, at most, that completing partly labelled rows may lead to
+HARDLY_MEANT = 100  # standard deviations from the mean; a value at least so far off is probably a typing mistake
+FARTHEST = 1e6  # standard deviations; numbers farther from the mean are clipped
 
 Columns = dict[str, Sequence[str | None]]
 
@@ -32,8 +32,8 @@ class LabelMap:
 
     Args:
         labels: the classes in order; an index into it is a class.
-        aliases: for an attribute found inside a longer text, what to look for there -> label (see `data.brand`); text
-            that holds none is "Other", if train rows had such. None where the text is the label.
+        aliases: for an attribute found inside a longer text, {what to look for: label} (see `data.brand`); text that
+            holds none of them is "Other", if train rows had such text. None where the text itself is the label.
     """
 
     labels: list[str]
@@ -56,11 +56,11 @@ class LabelMap:
 
 @dataclass(frozen=True)
 class Scale:
-    """Of a number, over train rows: `mean` and `std`, by which it is scaled, and `median`, the best constant guess.
+    """Statistics of a number over train rows: `mean` and `std` scale it, `median` is the best constant guess.
 
-    Where a value is a hundred deviations off and more, as a barcode among widths, mean and deviation are of values
-    brought within the 1st and the 99th percentile: for all widths would else be one. Not so of a number that is mostly
-    the same, such as a discount, of which the rare values are the rule.
+    If a value is a hundred or more deviations off, like a barcode among widths, mean and deviation are those of the
+    values clipped to the 1st and the 99th percentile: otherwise all widths would scale to about the same value. This
+    does not apply to a number that is mostly the same, such as a discount, whose rare values are legitimate.
     """
 
     mean: float
@@ -71,8 +71,8 @@ class Scale:
 def fit_label_maps(
     columns: Columns, train_rows: Sequence[int], attributes: Sequence[Attribute], min_brand_count: int
 ) -> dict[str, LabelMap]:
-    """Labels of each class attribute, sorted, from `train_rows` alone; brands with under `min_brand_count` rows are
-    "Other".
+    """The sorted labels of each class attribute, from `train_rows` only; brands with fewer than `min_brand_count` rows
+    become "Other".
 
     Raises:
         UserError: an attribute has no value in any train row, or one value in all.
@@ -80,7 +80,7 @@ def fit_label_maps(
     maps = {}
     for a in (a for a in attributes if a.kind == "class"):
         texts, aliases = Chosen(columns[a.column], train_rows), None
-        if a.derive == "brand":  # one by one: titles are about as many as rows
+        if a.derive == "brand":  # one by one: there are about as many titles as rows
             aliases = brand.fit(texts, min_brand_count)
             texts = (brand.find(text, aliases) or brand.OTHER for text in texts)
         maps[a.name] = LabelMap(sorted(set(texts)), aliases)
@@ -123,7 +123,7 @@ def read_numbers(columns: Columns, attributes: Sequence[Attribute]) -> dict[str,
     """{number: its values in all rows}, float64 (N,), NaN where the catalogue has none.
 
     Raises:
-        UserError: a cell is no number; the message names its row.
+        UserError: a cell is not a number; the message names its row.
     """
     read = {}
     for a in (a for a in attributes if a.kind == "number"):
@@ -135,7 +135,7 @@ def read_numbers(columns: Columns, attributes: Sequence[Attribute]) -> dict[str,
 
 
 def encode_labels(columns: Columns, maps: dict[str, LabelMap], attributes: Sequence[Attribute]) -> np.ndarray:
-    """All rows -> int16 (N, A), or int32 where classes are many: class index, `MISSING` or `UNSEEN` of each class."""
+    """All rows -> int16 (N, A), or int32 if classes are many: each attribute's class index, `MISSING` or `UNSEEN`."""
     count, small = len(columns[attributes[0].column]), max(map(len, maps.values())) < 2**15
     labels = np.empty((count, len(maps)), dtype=np.int16 if small else np.int32)
     for column, a in enumerate(a for a in attributes if a.kind == "class"):
@@ -144,8 +144,8 @@ def encode_labels(columns: Columns, maps: dict[str, LabelMap], attributes: Seque
 
 
 def encode_numbers(numbers: dict[str, np.ndarray], scales: dict[str, Scale], rows: int) -> np.ndarray:
-    """float32 (rows, M), one column a number, in standard deviations from the mean of train rows, at most `FARTHEST`;
-    NaN where there is none."""
+    """float32 (rows, M), one column per number, in standard deviations from the mean of train rows, clipped to
+    `FARTHEST`; NaN where the value is missing."""
     scaled = np.empty((rows, len(scales)), dtype=np.float32)
     with np.errstate(over="ignore"):
         for column, (name, scale) in enumerate(scales.items()):
@@ -154,13 +154,13 @@ def encode_numbers(numbers: dict[str, np.ndarray], scales: dict[str, Scale], row
 
 
 def far_off(values: np.ndarray, scale: Scale) -> np.ndarray:
-    """Where a number's values (N,) are hardly meant so."""
+    """The indices of a number's values (N,) that are so far off that they are probably mistakes."""
     with np.errstate(over="ignore"):
         return np.flatnonzero(abs(values - scale.mean) >= HARDLY_MEANT * scale.std)
 
 
 def families(attributes: Sequence[Attribute]) -> list[list[str]]:
-    """The attributes that parents join, directly or through others: the names of each hierarchy, coarse to fine."""
+    """The hierarchies: the names of attributes that parents join, directly or through others, coarse to fine."""
     groups: list[list[str]] = []
     for a in sorted(attributes, key=lambda a: a.level):
         joined = [group for group in groups if set(group) & set(a.parents)]
@@ -169,12 +169,12 @@ def families(attributes: Sequence[Attribute]) -> list[list[str]]:
 
 
 def known_paths(labels: np.ndarray, rows: np.ndarray, attributes: Sequence[Attribute]) -> list[dict]:
-    """Of each hierarchy, {"attributes": its names, "known": the distinct class paths (P, names)}.
+    """For each hierarchy, {"attributes": the names in it, "known": the distinct class paths (P, names)}.
 
-    The paths are those of such rows of the labels (N, A) that are labelled in full, sorted: all of them, however rare.
-    Some are mistakes of the catalogue, but leaving them out makes no answer better (`benchmarks/known_paths.py`). Where
-    no path yet has what a row says that is labelled in part, as shoes that have no sleeve, all ways to complete that
-    row are paths too, if there are not more than `PATHS` then. None are known where no row is labelled in full.
+    The paths are those of all fully labelled rows of the labels (N, A), however rare, sorted. Some are mistakes of the
+    catalogue, but leaving them out improves no answer (`benchmarks/known_paths.py`). If no path agrees with a partly
+    labelled row, such as shoes that have no sleeve, all ways to complete that row become paths too, unless this makes
+    more than `PATHS`. There are no known paths if no row is fully labelled.
     """
     names, known = [a.name for a in attributes if a.kind == "class"], []
     for family in families(attributes):
@@ -188,7 +188,7 @@ def known_paths(labels: np.ndarray, rows: np.ndarray, attributes: Sequence[Attri
 
 
 def _completed(found: set[tuple[int, ...]], sizes: Sequence[int]) -> set[tuple[int, ...]]:
-    """Of paths the complete ones, and ways to complete such others as none of them agrees with."""
+    """The complete paths in `found`, and all ways to complete those others that no complete path agrees with."""
     complete = {path for path in found if MISSING not in path}
     if not complete:
         return complete  # then each attribute is answered by itself
@@ -196,7 +196,7 @@ def _completed(found: set[tuple[int, ...]], sizes: Sequence[int]) -> set[tuple[i
     def gaps(path: tuple[int, ...]) -> tuple[int, list[bool]]:
         return path.count(MISSING), [c == MISSING for c in path]
 
-    # First what is least open, and in what is finest. Of those with the same gaps none completes another.
+    # Fewest gaps first, and of these, gaps at the finest levels first. Paths with the same gaps complete no other.
     for (_, missing), some in itertools.groupby(sorted(found - complete, key=lambda p: (gaps(p), p)), gaps):
         there = [i for i, gap in enumerate(missing) if not gap]
         agreed = {tuple(path[i] for i in there) for path in complete}
@@ -219,8 +219,8 @@ def never_answered(paths: Sequence[dict], entries: Sequence[dict]) -> dict[str, 
 
 
 def nearly_alike(labels: Sequence[str]) -> list[list[str]]:
-    """Labels that differ in case, spaces, hyphens or underscores alone, or in how an accent is written, as where
-    several people filled in a table."""
+    """Groups of labels that differ only in case, spaces, hyphens, underscores or the encoding of an accent, as happens
+    when several people fill in a table."""
     alike: dict[str, list[str]] = {}
     for label in labels:
         alike.setdefault(re.sub(r"[\s_-]", "", unicodedata.normalize("NFC", label).casefold()), []).append(label)
@@ -231,12 +231,12 @@ def class_counts(labels: np.ndarray, rows: np.ndarray, maps: dict[str, LabelMap]
     """How many of these rows of the labels (N, A) have each class of each attribute."""
     counts = {}
     for column, (name, m) in enumerate(maps.items()):
-        found = labels[rows, column]  # one at a time: of a large catalogue all would be a copy of it
+        found = labels[rows, column]  # one at a time: all at once would copy the labels
         counts[name] = np.bincount(found[found >= 0], minlength=len(m)).tolist()
     return counts
 
 
 def of_config(kind: type, entries: list[dict]) -> dict:
-    """{name: `kind`} of the attributes of a checkpoint's config that have the fields of `kind`, a dataclass above."""
+    """{name: `kind` object} for attributes of a checkpoint's config with the fields of `kind`, a dataclass above."""
     wanted = [field.name for field in fields(kind)]
     return {e["name"]: kind(**{key: e[key] for key in wanted}) for e in entries if set(wanted) <= e.keys()}

@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What is known of each row of a store besides its picture: arrays (N, ·) of what `Batch` calls by these names."""
+    """What is known of each row of a store besides its picture: arrays (N, ·), named as the fields of `Batch`."""
 
     labels: np.ndarray
     numbers: np.ndarray
@@ -47,8 +47,8 @@ class Rows(NamedTuple):
 
 
 class Batches(Dataset):
-    """Indexed by an array of rows, gives their `Batch`; of no rows, a picture without labels: where several processes
-    share a batch too short for all, each must take the step, and this one adds nothing to its gradient."""
+    """Indexing with an array of rows gives their `Batch`; with an empty array, one blank picture without labels: if a
+    batch is too short for all processes that share it, each must take the step, and this one then adds no gradient."""
 
     def __init__(self, store: ImageStore, known: Rows):
         self.pixels, self.known = store.pixels, known
@@ -63,12 +63,12 @@ class Batches(Dataset):
 def epoch_batches(
     rows: np.ndarray, batch_size: int, seed: int | None = None, epoch: int = 0, run: int | None = None
 ) -> list[np.ndarray]:
-    """Cut `rows` into batches, the last one short where it must be. Without a seed in order; else shuffled by a
-    permutation that is a function of (seed, epoch) alone, so that a resumed run sees the batches it would have seen.
+    """Cut `rows` into batches, of which the last may be short. Without a seed, rows keep their order; with one, they
+    are permuted by a function of only (seed, epoch), so that a resumed run sees the batches it would have seen.
 
     Args:
-        run: how many neighbouring rows are read together, if they are: then runs are shuffled, and rows within
-            `WINDOW` runs.
+        run: the number of neighbouring rows that are read together, if they are: then whole runs are shuffled, and
+            rows only within groups of `WINDOW` runs.
     """
     if seed is not None:
         rng = np.random.default_rng((seed, epoch))
@@ -83,14 +83,14 @@ def epoch_batches(
 
 
 def make_loader(store: ImageStore, known: Rows, batches: list[np.ndarray], device: torch.device) -> Iterable[Batch]:
-    """Gives the named batches in their order, from pinned memory where `device` is a GPU."""
+    """Load the given batches in order, into pinned memory if `device` is a GPU."""
     pin = device.type == "cuda"
     loader = DataLoader(Batches(store, known), sampler=batches, batch_size=None, pin_memory=pin)
-    return loader if store.nbytes else ahead(loader)  # from a store they come at once
+    return loader if store.nbytes else ahead(loader)  # stored pictures need no decoding
 
 
 def ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The same, each made while the one before it is in use."""
+    """Yield the same batches, each prepared while the one before it is in use."""
     with ThreadPoolExecutor(1) as pool:
         source = iter(batches)
         coming = pool.submit(next, source, None)

@@ -20,7 +20,7 @@ _SLIP_RATIO = 10  # a spelling this many times rarer than one that differs by on
 def phrase(title: str) -> tuple[list[str], bool]:
     """The words that begin with the brand, and whether a gender word or "by" ended them (else they run on).
 
-    The first word is never the gender word ("Kids Ville Girls Top"), nor is the one behind "Mr." ("Mr. Men").
+    The first word is never the gender word ("Kids Ville Girls Top"), nor is the one after "Mr." ("Mr. Men").
     """
     words = title.split()
     for i in range(1, len(words)):
@@ -47,7 +47,7 @@ def _prefixes(words: list[str]) -> Iterator[list[str]]:
 def _one_slip(a: str, b: str) -> bool:
     """Whether one letter inserted, dropped or changed, or two neighbours swapped, turns `a` into `b`.
 
-    Digits are no slips, nor is the first letter, and short names differ for real ("Nyk", "Nike"; "Basics", "Asics").
+    A digit or the first letter never is a slip; short names are different brands ("Nyk", "Nike"; "Basics", "Asics").
     """
     if min(len(a), len(b)) < 5 or max(len(a), len(b)) < 6 or a[0] != b[0]:
         return False
@@ -59,9 +59,9 @@ def _one_slip(a: str, b: str) -> bool:
 
 
 def _shortened(name: str) -> Iterator[str]:
-    """The name, and it without one letter: names that one slip turns into each other have one of these in common.
+    """The name, and the name without each letter but the first: two names that are one slip apart share one of these.
 
-    Of names that are too short for a slip, or longer than any brand's, nothing.
+    A name that is too short for a slip, or longer than any brand's, yields nothing.
     """
     if 5 <= len(name) <= 64:
         yield name
@@ -69,13 +69,13 @@ def _shortened(name: str) -> Iterator[str]:
 
 
 def find(title: str, aliases: dict[str, str]) -> str | None:
-    """The brand whose name is the longest beginning of the title's phrase, None where no fitted one is."""
+    """The brand whose name is the longest beginning of the title's phrase; None if no fitted brand's name is."""
     return next((aliases[k] for words in _prefixes(phrase(title)[0]) if (k := key(words)) in aliases), None)
 
 
 def length(title: str, aliases: dict[str, str]) -> int:
-    """How many words at a title's beginning name its brand and who makes it ("SDL by Sweet Dreams"): those before the
-    gender word; where there is none its phrase, if that has an end, else the fitted brand's name, else the first word.
+    """The number of words at a title's beginning that name its brand and maker ("SDL by Sweet Dreams"): those before
+    the gender word; without one, its phrase if "by" ends it, else the fitted brand's name, else the first word.
     """
     words = title.split()
     if gender := next((i for i in range(1, len(words)) if _is_gender_word(words, i)), None):
@@ -91,7 +91,7 @@ def fit(titles: Iterable[str], min_count: int) -> dict[str, str]:
     entry, as `find` looks for the beginning. A label is the brand's most frequent spelling.
 
     Args:
-        titles: iterated over twice. What is kept of them are their brands, which are few, however many the titles.
+        titles: iterated over twice. Only their brands are kept, which are few, however many titles there are.
     """
     names = {key(list(words)) for words in {tuple(words) for words, ended in map(phrase, titles) if ended}}
     spelt = Counter()
@@ -107,7 +107,7 @@ def fit(titles: Iterable[str], min_count: int) -> dict[str, str]:
 
     counts = {name: variants.total() for name, variants in spellings.items()}
     aliases: dict[str, str] = {}
-    alike: dict[str, list[str]] = defaultdict(list)  # aliases by what a slip may leave of them
+    alike: dict[str, list[str]] = defaultdict(list)  # {a result of `_shortened`: aliases that have it}
     for name in sorted(counts, key=lambda name: (-counts[name], name)):  # the frequent first: the rare fold into them
         label = spellings[name].most_common(1)[0][0]
         beginnings = map(key, list(_prefixes(label.split()))[1:])

@@ -1,4 +1,4 @@
-"""A catalogue, wherever it comes from: rows of text columns, and encoded picture bytes on demand."""
+"""A catalogue from any source: rows of text columns, and encoded picture bytes on demand."""
 
 import hashlib
 import os
@@ -21,11 +21,11 @@ class Catalogue:
     """Attributes:
     name: what to call it in reports; never a path of this machine.
     ids: one for each row.
-    columns: all metadata as text, column -> one value a row, None where missing.
+    columns: all metadata as text, column -> one value per row, None where missing.
     read: row -> the picture's encoded bytes; raises `ImageError` where there are none.
-    fingerprint: changes when a row comes or goes, or a picture may have changed.
+    fingerprint: changes when a row is added or removed, or a picture may have changed.
     skipped: rows left out because their picture does not exist.
-    run: how many neighbouring rows are read together; None where any row is read by itself.
+    run: how many neighbouring rows are read together; None if each row is read by itself.
     """
 
     name: str
@@ -46,7 +46,7 @@ def stat_fingerprint(files: dict[str, os.stat_result]) -> str:
 
 
 def digest(ids: Sequence[str | None]) -> str:
-    """Of all ids in their order: as a run takes its batches."""
+    """A hash of all ids in their order, from which a run makes its batches."""
     found = hashlib.blake2b(digest_size=16)
     for id in ids:
         found.update(f"{id}\n".encode(errors="surrogateescape"))
@@ -54,7 +54,7 @@ def digest(ids: Sequence[str | None]) -> str:
 
 
 def skipped_why(skipped: Sequence[Skipped]) -> str:
-    """How many rows were left out and, of the commonest reason, how many and which first: to say in passing."""
+    """One line: how many rows were skipped, how many of them for the most common reason, and the first of these."""
     if not skipped:
         return "0 skipped"
     reason, count = Counter(re.sub(r"\d+", "…", row.reason) for row in skipped).most_common(1)[0]

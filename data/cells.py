@@ -9,15 +9,15 @@ import numpy as np
 from errors import UserError, say_once
 
 NULLS = {"", "na", "n/a", "#n/a", "<na>", "nan", "none", "null"}
-THOUSANDS = re.compile(r"-?[1-9]\d{0,2}\.\d{3}")  # 1.250, which may be either
-POINTED = re.compile(r"-?[1-9]\d{0,2}(\.\d{3})+")  # the same, and 1.250.000
-DECIMAL_COMMA = re.compile(r"-?([1-9]\d{0,2}(\.\d{3})+|\d+),\d+")  # 1.250,00 or 12,5
-COMMA_OF_EITHER = re.compile(r"-?[1-9]\d{0,2},\d{3}")  # 1,250
-NAMED = 5  # cells, in a message
+THOUSANDS = re.compile(r"-?[1-9]\d{0,2}\.\d{3}")  # "1.250" may mean 1250 or 1.25
+POINTED = re.compile(r"-?[1-9]\d{0,2}(\.\d{3})+")  # "1.250" and "1.250.000"
+DECIMAL_COMMA = re.compile(r"-?([1-9]\d{0,2}(\.\d{3})+|\d+),\d+")  # "1.250,00" or "12,5"
+COMMA_OF_EITHER = re.compile(r"-?[1-9]\d{0,2},\d{3}")  # "1,250" may mean 1250 or 1.25
+NAMED = 5  # cells that a message names, at most
 
 
 def text(value) -> str | None:
-    """A cell as text; None for the many ways to write a missing one. 2012.0 is '2012': a null made the column float."""
+    """A cell as text; None for the many ways to write a missing one. 2012.0 is '2012': a null makes a column float."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     stripped = str(value).strip()
@@ -25,22 +25,22 @@ def text(value) -> str | None:
 
 
 def clean(name: str) -> str:
-    """Text that any format can hold: a byte of a name that is no UTF-8, or half a character in JSON, is replaced."""
+    """Text that any format can hold: bytes of a name that are not UTF-8, and lone surrogates in JSON, are replaced."""
     return name.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def inert(cell):
-    """Text that a spreadsheet would take for a formula, with an apostrophe before it; everything else as it is, also a
-    number such as -500.
+    """Put an apostrophe before text that a spreadsheet would take for a formula; leave everything else as it is, such
+    as the number -500.
 
-    The rule and its characters: OWASP, "CSV Injection".
+    The rule and its characters are those of OWASP, "CSV Injection".
     """
     suspect = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
     return f"'{cell}" if suspect and not re.fullmatch(r"-\d+(\.\d+)?", cell) else cell
 
 
 def without_apostrophe(cell: str) -> str:
-    """The inverse of `inert`, but for text that had one before what a spreadsheet would run."""
+    """The inverse of `inert`, except for text in which an apostrophe already stood before a formula."""
     return cell[1:] if cell.startswith("'") and inert(cell[1:]) == cell else cell
 
 
@@ -48,13 +48,13 @@ def to_numbers(cells: Sequence[str | None], column: str, ids: Sequence[str]) -> 
     """A column's numbers, float64 (N,), NaN where there is none; also with decimal commas, as spreadsheets write them.
 
     Raises:
-        UserError: cells are no numbers; the message says how many, and names the first.
+        UserError: cells are not numbers; the message says how many, and names the first few.
     """
     if _has_decimal_commas(cells):
         say_once(f"column {column}: commas are read as decimal points")
         cells = (text and text.replace(".", "").replace(",", ".") for text in cells)
     found, bad, first = np.empty(len(ids)), 0, []
-    either, decimal = None, False  # a number that points of thousands may be in; whether others say that they are not
+    either, decimal = None, False  # a number whose point may mark thousands; whether others show that it does not
     for row, (text, id) in enumerate(zip(cells, ids, strict=True)):
         found[row] = _number(text)
         if text is not None and THOUSANDS.fullmatch(text):

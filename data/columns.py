@@ -1,4 +1,4 @@
-"""Text columns that stay on disk: read in order, so that the number of rows does not show in memory."""
+"""Text columns that stay on disk and are read in order, so that memory does not grow with the number of rows."""
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -15,12 +15,12 @@ from durable import claim, give_name
 from errors import UserError
 
 READ = 8192  # rows at a time
-VERSION = 4  # of the files: raise it when their cells would be written otherwise
+VERSION = 4  # of the files: raise it when cells are written in another way
 
 
 class Column(Sequence):
-    """The cells of a column of Arrow's, as text, None where missing: `cells` may lie in a mapped file. They may be the
-    numbers of classes that have `names`."""
+    """The cells of an Arrow column as text, None where missing. `cells` may lie in a memory-mapped file. With `names`,
+    they are class numbers, and their text is the name of the class."""
 
     def __init__(self, cells: pa.ChunkedArray, names: Sequence[str] | None = None):
         self.cells, self.names = cells, names
@@ -34,7 +34,7 @@ class Column(Sequence):
         return as_text(_plain(self.cells[int(row)]), self.names)
 
     def only(self, wanted: np.ndarray) -> "Column":
-        """The rows where `wanted` (N,) is true, in memory, without all others on the way."""
+        """The rows where `wanted` (N,) is true, copied into memory without loading all others."""
         return Column(self.cells.filter(pa.array(wanted)), self.names)
 
     def __iter__(self) -> Iterator[str | None]:
@@ -43,14 +43,14 @@ class Column(Sequence):
 
 
 def as_text(cell, names: Sequence[str] | None) -> str | None:
-    """A cell, or the name of the class whose number it is; None where missing: with `names`, also what is negative."""
+    """A cell as text, or with `names` the name of that class; None where it is missing or no number of a class."""
     if names is None or cell is None:
         return text(cell)
     return text(names[cell]) if 0 <= cell < len(names) else None
 
 
 def _plain(cells: pa.ChunkedArray | pa.Scalar):
-    """As Python has them. Raises a `UserError` for text that is none, which Arrow takes from a file unseen."""
+    """Cells as Python values. Raises `UserError` for text that is not UTF-8, which Arrow does not check on reading."""
     try:
         return cells.as_py() if isinstance(cells, pa.Scalar) else cells.to_pylist()
     except UnicodeDecodeError as error:
@@ -58,12 +58,12 @@ def _plain(cells: pa.ChunkedArray | pa.Scalar):
 
 
 class Opened(NamedTuple):
-    """Files of a catalogue, open.
+    """The opened files of a catalogue.
 
     Attributes:
-        columns: of text.
+        columns: the text columns by name.
         read: row -> the picture's encoded bytes, in any thread; raises `ImageError` where there are none.
-        run: how many neighbouring rows are read together; None where any row is read by itself.
+        run: how many neighbouring rows are read together; None if each row is read by itself.
     """
 
     columns: dict[str, Column]
@@ -72,7 +72,7 @@ class Opened(NamedTuple):
 
 
 def check_columns(found: Collection[str], required: Sequence[str], where: object) -> None:
-    """Raise a `UserError` where not all columns that are required are found."""
+    """Raise a `UserError` if a required column is missing."""
     if missing := [name for name in dict.fromkeys(required) if name not in found]:
         hint = "; rename to id the one that tells rows apart" * (missing[0] == "id")
         names = ", ".join(missing) + nearest(missing[0], found)
@@ -80,18 +80,18 @@ def check_columns(found: Collection[str], required: Sequence[str], where: object
 
 
 def cell_names(schema: pa.Schema) -> list[str]:
-    """The columns that hold text or numbers: no further pictures, and no lists."""
+    """The names of the columns that hold text or numbers, without those of pictures or lists."""
     apart = pa.types.is_nested, pa.types.is_binary, pa.types.is_large_binary
     return [field.name for field in schema if field.name != "image" and not any(kind(field.type) for kind in apart)]
 
 
 def class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """Of the columns that hold numbers of classes, as `datasets` keeps a `ClassLabel` in Arrow and parquet."""
+    """{column: class names} for columns of class numbers, as `datasets` keeps a `ClassLabel` in Arrow and parquet."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"].items()
-    except (KeyError, TypeError, ValueError, AttributeError):  # not written by it
+    except (KeyError, TypeError, ValueError, AttributeError):  # not written by `datasets`
         return {}
-    numbers = {field.name for field in schema if pa.types.is_integer(field.type)}  # or they were replaced since
+    numbers = {field.name for field in schema if pa.types.is_integer(field.type)}  # else other cells replaced them
     classes = {name: f for name, f in features if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
     return {name: f["names"] for name, f in classes.items() if name in numbers and "names" in f}
 
@@ -102,14 +102,14 @@ def columns_of(table: pa.Table) -> dict[str, Column]:
 
 
 def kept(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Table:
-    """A table whose rows lie in the file `path`, mapped; written first, as they come, if it is not there.
+    """A table that is memory-mapped from the file `path`, which is first written from `batches` if it is missing.
 
     Raises:
         UserError: the file is damaged.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with claim(path.with_name(f".{path.name}.lock"), wait=True):  # of several at once one writes
+        with claim(path.with_name(f".{path.name}.lock"), wait=True):  # of several processes one writes
             if not path.exists():
                 _write(path, schema, batches)
     try:
@@ -119,7 +119,7 @@ def kept(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    part = path.with_name(f".{path.name}.part")  # over what a killed process may have left
+    part = path.with_name(f".{path.name}.part")  # replaces what a killed process may have left
     try:
         with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for batch in batches:
@@ -130,7 +130,7 @@ def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> 
 
 
 class Chosen(Iterable):
-    """The cells of some rows that there are, in the order of the column; read anew each time they are asked for."""
+    """The cells of some rows that are not missing, in the order of the column; each iteration reads them again."""
 
     def __init__(self, cells: Sequence[str | None], rows: Sequence[int]):
         self.cells, self.wanted = cells, np.zeros(len(cells), dtype=bool)

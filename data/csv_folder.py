@@ -18,7 +18,7 @@ URLS = re.compile(r"[\s,;|]+(?=\w+://)")  # what stands between the URLs in one 
 
 
 def find_csv(path: Path) -> Path | None:
-    """The CSV file named by itself or by its folder: `styles.csv` there, or the only one beside a folder `images/`."""
+    """The table `path`, or the one in folder `path`: `styles.csv`, else the only one beside a folder `images/`."""
     if path.suffix.lower() in TABLES and path.is_file():
         return path
     if (styles := path / "styles.csv").is_file():
@@ -33,14 +33,14 @@ def find_csv(path: Path) -> Path | None:
 
 
 def _written_by_us(table: Path) -> bool:
-    """Whether it is what `infer.py` or `evaluate.py --report` made of a catalogue, put beside it."""
+    """Whether `infer.py` or `evaluate.py --report` wrote this file, whose output may lie beside the catalogue."""
     with table.open(encoding="utf-8", errors="replace") as file:
         head = file.readline(10**6).rstrip()
     return (head.startswith("image,") and head.endswith(",error")) or head.startswith("why,group,id,attribute,")
 
 
 def open_csv(table: Path) -> Catalogue:
-    """A CSV file beside `images/`. A row's picture is the file there that its `image` names, or ID.jpg or the like.
+    """A CSV file beside `images/`. A row's picture is the file that its `image` names, else ID.jpg or the like.
 
     Where `image` holds several URLs, the first names the picture: shops put the main one there. Rows whose different
     URLs all lead to one file are skipped, as it can be the picture of one of them at most.
@@ -76,7 +76,7 @@ def open_csv(table: Path) -> Catalogue:
     rows = [row for row, picture, _ in found if picture not in doubtful]
     pictures = [picture for _, picture, _ in found if picture not in doubtful]
     ids = [row["id"] for row in rows]
-    # Of no label, as an edit of one leaves what was decoded as it is, nor of files that no row means.
+    # Labels do not count, as editing one leaves decoded pictures valid; nor do files that no row refers to.
     facts = stat_fingerprint({picture: files[picture] for picture in pictures}), ids, pictures
     return Catalogue(
         name=table.resolve().parent.name,
@@ -89,9 +89,9 @@ def open_csv(table: Path) -> Catalogue:
 
 
 class Names:
-    """Of the files in `images/`, the one that a table means by a name.
+    """Finds the file in `images/` that a table means by a name.
 
-    Looking names up in a listing, never joining them to a path, is also what confines a name like '../x'.
+    Names are looked up in a listing and never joined to a path, so that a name like '../x' cannot leave the folder.
     """
 
     def __init__(self, files: Iterable[str]):
@@ -107,8 +107,8 @@ class Names:
         self.in_any_case = {name: files.pop() for name, files in meant.items() if len(files) == 1}
 
     def find(self, name: str) -> str | None:
-        """Of a name with its suffix, before which `images/`, and what leads there, may stand; of a URL by as much of
-        its end as is there, as it is written or as it is meant."""
+        """The file of a name, which may begin with `images/` and the folders that lead there. A URL's path is shortened
+        from the left until it names a file; it is tried as written, then decoded."""
         asked, url = [], "://" in name
         for way in (name, unquote(re.split("[?#]", name)[0])) if url else (name,):
             parts = PurePosixPath(way.replace("\\", "/")).parts
@@ -117,12 +117,12 @@ class Names:
         return next(filter(None, (self.spelt(str(PurePosixPath(*some))) for some in asked)), None)
 
     def spelt(self, name: str) -> str | None:
-        """Of this very name, with or without its suffix; else in how its accents are written, else in case, another."""
+        """The file of exactly this name, with or without suffix; else of one with other accent encoding, else case."""
         return self.exact.get(name) or self.exact.get(composed(name)) or self.in_any_case.get(composed(name).casefold())
 
 
 def _meant_by_several(found: Iterable[tuple[str, str]]) -> set[str]:
-    """Of (file, URL) the files that URLs of different paths lead to, on whatever server."""
+    """Given pairs of a file and a URL that leads to it: the files with URLs of different paths, on any server."""
     paths = defaultdict(set)
     for file, url in found:
         paths[file].add(unquote(re.split("[?#]", url.partition("://")[2].partition("/")[2])[0]).casefold())
@@ -133,5 +133,5 @@ def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        error.filename = str(path)  # which opening tells, and reading does not
+        error.filename = str(path)  # opening a file sets it, reading does not
         raise ImageError(error.strerror) from error

@@ -1,6 +1,6 @@
-"""A second drawn catalogue, of furniture: other columns and another hierarchy than fashion's, in `data/furniture.toml`.
+"""A second drawn catalogue, of furniture. Its columns and hierarchy (`data/furniture.toml`) differ from fashion's.
 
-It shows that a schema file is all that another catalogue takes:
+It shows that another catalogue needs nothing but a schema file:
 
     python -m data.demo --catalogue furniture --out shop --rows 1000
     python train.py --data shop --attributes data/furniture.toml --backbone demo
@@ -22,7 +22,7 @@ PIECES = {  # piece: room, narrowest and widest in cm
     "Desk": ("Office", 100, 200),
     "Bookcase": ("Office", 60, 180),
 }
-MISSING = 0.02  # share of rows without a width, without a room
+MISSING = 0.02  # share of rows without a width, and share without a room
 
 
 def sofa(pen: Pen, half: float):

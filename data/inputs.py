@@ -1,4 +1,4 @@
-"""Which inputs the words of a command line mean: files, folders to any depth, globs; and what is said of all others."""
+"""Find the inputs that words of a command line name (files, folders to any depth, globs), and note what is left out."""
 
 import functools
 import glob
@@ -12,14 +12,14 @@ from data.table import TABLES
 from data.tars import IMAGES, UNREAD
 from errors import UserError, say_once
 
-KINDS = {"image": IMAGES, "parquet": {".parquet"}, "tar": {".tar"}}  # that folders are searched for
+KINDS = {"image": IMAGES, "parquet": {".parquet"}, "tar": {".tar"}}  # what folders are searched for
 SOUGHT = set().union(*KINDS.values())
-NAMED = 5  # kinds of other files
+NAMED = 5  # kinds of other files that a note names, at most
 JOB = ("labels", "locks")  # folders of a job: results of an earlier run are parquet too
 
 
 def kind_of(name: str | Path) -> str:
-    """Of an input: "hub", "parquet", "tar", "csv", or "image", which is any other file that a user named."""
+    """The kind of an input: "hub", "parquet", "tar", "csv", or "image", which is any other file that a user named."""
     if isinstance(name, str):
         return "hub"
     kinds = KINDS | {"csv": set(TABLES)}
@@ -29,12 +29,12 @@ def kind_of(name: str | Path) -> str:
 def find_inputs(word: str, without: Iterable[Path], notes: list[str]) -> list[str | Path]:
     """The files that a word means, or the word itself where it names a dataset on the hub.
 
-    A folder or glob is taken for what it holds: pictures, else parquet, else tar. A link that leads nowhere is a
-    picture that cannot be read, not one that is not there.
+    A folder or glob stands for the pictures in it, else the parquet files, else the tar files. A broken link counts as
+    a picture that cannot be read, not as one that does not exist.
 
     Args:
         without: folders of jobs, whose results are no input.
-        notes: is told what was left out.
+        notes: messages about what was left out are appended to it.
 
     Raises:
         UserError: there is no such input.
@@ -44,17 +44,17 @@ def find_inputs(word: str, without: Iterable[Path], notes: list[str]) -> list[st
     if word.startswith("hub:"):
         return [word]
     path = Path(word)
-    if os.path.isfile(word):  # which says no to a word too long for a name, where `Path.is_file` raises
+    if os.path.isfile(word):  # false for a word too long for a name, where `Path.is_file` raises
         return [path]
     is_folder = os.path.isdir(word)
     if is_folder:
         matches = _inside(path, notes)
-    else:  # a folder that a glob matches is looked into as one that is named; with `**` there are others in it
+    else:  # a folder that a glob matches is searched like a named one; with `**`, others that match lie in it
         found = list(map(Path, glob.glob(word, recursive=True)))
         folders = {p for p in found if os.path.isdir(p)}
         outer = (p for p in sorted(folders) if folders.isdisjoint(p.parents))
         matches = list(dict.fromkeys([*found, *(p for folder in outer for p in _inside(folder, notes))]))
-    real = functools.cache(os.path.realpath)  # of few folders, for each of many files
+    real = functools.cache(os.path.realpath)  # cached: many files, few folders
     if results := {real(folder / name) for folder in without for name in JOB}:
         matches = [p for p in matches if real(p.parent) not in results]
     matches = [p for p in matches if os.path.isfile(p) or not os.path.exists(p)]
@@ -74,7 +74,7 @@ def find_inputs(word: str, without: Iterable[Path], notes: list[str]) -> list[st
 
 
 def _inside(folder: Path, notes: list[str]) -> list[Path]:
-    """What is in a folder, to any depth, but folders; what cannot be read is left out with a note."""
+    """The files in a folder, to any depth; folders that cannot be read or are links are left out with a note."""
     closed = []
     found, linked = _walk(folder, closed.append)
     if closed:
@@ -85,7 +85,7 @@ def _inside(folder: Path, notes: list[str]) -> list[Path]:
 
 
 def _walk(folder: Path, on_error: Callable[[OSError], object]) -> tuple[list[Path], int]:
-    """What is in a folder, to any depth, but folders, and how many links to folders there are, which lead nowhere."""
+    """The files in a folder, to any depth, and the number of links to folders, which are not followed."""
     found, linked = [], 0
     for where, folders, names in os.walk(folder, onerror=on_error):
         found += (Path(where, name) for name in names)
@@ -97,11 +97,11 @@ def all_files(folder: Path) -> list[Path]:
     """The files in a folder of a catalogue, to any depth.
 
     Raises:
-        UserError: a folder in it cannot be read: rows would be missing, and nobody would know.
+        UserError: a folder in it cannot be read: otherwise rows would be missing and nobody would know.
     """
 
     def refuse(error: OSError) -> None:
-        if os.path.basename(error.filename) != "lost+found":  # a disk's own
+        if os.path.basename(error.filename) != "lost+found":  # the file system's own
             raise UserError(f"cannot read {error.filename}: {error.strerror}; have it opened to you, or move it")
 
     found, linked = _walk(folder, refuse)
@@ -111,8 +111,8 @@ def all_files(folder: Path) -> list[Path]:
 
 
 def _note_others(word: str, depth: int, matches: list[Path], tables: list[Path], notes: list[str]) -> None:
-    """Say how many files of other kinds there are, and what helps where something does; but not of hidden ones, by a
-    part of their path from `depth` on."""
+    """Note how many files of other kinds there are and, where possible, what to do about them. Hidden files, those with
+    a part of their path from `depth` on that begins with a dot, are not counted."""
     shown = [p for p in matches if p not in tables and not any(part.startswith(".") for part in p.parts[depth:])]
     others = Counter(suffix for p in shown if (suffix := p.suffix.lower()) not in SOUGHT)
     for kind in sorted(others.keys() & UNREAD):

@@ -1,8 +1,8 @@
-"""Parquet as the hub keeps it, text columns and `image`, a struct of bytes and path: read where it lies.
+"""Parquet in the hub's schema (text columns, and `image`, a struct of bytes and path), read in place.
 
-Text columns are copied once into a file that is mapped; pictures are not. Parquet has no way to read a single row, so
-pictures are read in runs of neighbouring rows, of which the last few are kept: whoever reads rows in order, or shuffled
-within a few runs, reads each run once.
+Text columns are copied once into a memory-mapped file; pictures are not copied. Parquet cannot read a single row, so
+pictures are read in runs of neighbouring rows, of which the last few are kept in memory: if rows are read in order, or
+shuffled within a few runs, each run is read once.
 """
 
 import itertools
@@ -21,12 +21,12 @@ from data.columns import Opened, as_text, cell_names, check_columns, class_names
 from data.images import ImageError
 from errors import UserError, first_line
 
-READ = 64  # rows at a time: of pictures of 5 MB that is 320 MB
+READ = 64  # rows at a time: with pictures of 5 MB that is 320 MB
 BUFFER = 1 << 20  # bytes of a column that are read ahead
 RUN_ROWS, RUN_BYTES = 4096, 32 << 20  # a run, at most
 WINDOW = 4  # runs that are shuffled together
 LAG = 1024  # pictures that other threads may ask for while one decodes a large one
-BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)  # null: of a file without a picture
+BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_null)  # null: the type in a file without pictures
 
 
 class File(NamedTuple):
@@ -34,11 +34,11 @@ class File(NamedTuple):
     rows: int
     nbytes: int
     schema: pa.Schema
-    filesystem: FileSystem | None  # that of a path which is not on this machine
+    filesystem: FileSystem | None  # for a path that is not on this machine
     stat: tuple[int, int] | None = None  # size and time of a file on this machine, as it was when it was first opened
 
     def open(self, **options) -> pq.ParquetFile:
-        """Raises a `UserError` where another file has taken its name since: its rows are others."""
+        """Raises a `UserError` if the file was replaced since, as its rows are others."""
         if self.stat and self.stat != stat_of(self.path):
             raise UserError(f"{self.path} was replaced meanwhile; start again, a run with --resume")
         return pq.ParquetFile(self.path, filesystem=self.filesystem, **options)
@@ -55,10 +55,10 @@ def stat_of(path: Path | str) -> tuple[int, int]:
 
 
 def open_file(path: Path | str, filesystem: FileSystem | None = None) -> File:
-    """What a file's footer says.
+    """Read a file's footer.
 
     Raises:
-        UserError: it is no parquet, or has no such column `image`.
+        UserError: the file is not parquet, or has no column `image` with bytes.
     """
     found = File(path, 0, 0, pa.schema([]), filesystem)
     try:
@@ -83,15 +83,15 @@ def open_file(path: Path | str, filesystem: FileSystem | None = None) -> File:
 def open_parquet(
     paths: list[Path] | list[str], texts: Path, needs: Sequence[str], filesystem: FileSystem | None = None
 ) -> Opened:
-    """Files of one catalogue, in order.
+    """Open the files of one catalogue, in order.
 
     Args:
-        texts: where the text columns are copied to; a file that is there holds them.
-        needs: the text columns that there must be.
-        filesystem: where the files are, if not on this machine: read a run at a time, and never copied.
+        texts: the file that the text columns are copied to; if it exists, it holds them already.
+        needs: the text columns that must exist.
+        filesystem: where the files are, if not on this machine; pictures are read a run at a time and never copied.
 
     Raises:
-        UserError: a file is no parquet, lacks pictures or a column, or has other columns than the first.
+        UserError: a file is not parquet, lacks pictures or a column, or has other columns than the first.
     """
     files = [open_file(path, filesystem) for path in paths]
     names = cell_names(files[0].schema)
@@ -123,22 +123,22 @@ def _texts(files: list[File], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
 def _cells(file: File, name: str, cells: pa.Array, classes: list[str] | None) -> pa.Array:
     try:
         return pa.array([as_text(cell, classes) for cell in cells.to_pylist()], pa.string())
-    except (OverflowError, ValueError) as error:  # of dates, whose years in Python end with 9999
+    except (OverflowError, ValueError) as error:  # as of dates: Python's years end with 9999
         if isinstance(error, UnicodeError | pa.ArrowException):
             raise
         raise UserError(f"{file.path}: a cell of the column {name} cannot be read ({error}); leave it out") from None
 
 
 class Pictures:
-    """row -> encoded bytes, for any thread."""
+    """A callable, row -> encoded bytes, for any thread."""
 
     def __init__(self, files: list[File], run: int):
         self.files, self.run = files, run
         self.begins = [0, *itertools.accumulate(file.rows for file in files)]
-        # Runs, of each picture or the reason why there is none, with the value of `asked` when they were last needed.
+        # {run: (each picture or the reason why there is none, the value of `asked` when the run was last needed)}
         self.kept: dict[int, tuple[list[bytes | str | None], int]] = {}
-        self.asked = 0  # pictures, so far
-        self.ahead, self.next = iter(()), -1  # what comes behind the run that was read last, and the number of that
+        self.asked = 0  # number of pictures asked for so far
+        self.ahead, self.next = iter(()), -1  # the rows after the run that was read last, and the next run's number
         self.lock = Lock()
 
     def __call__(self, row: int) -> bytes:
@@ -147,7 +147,7 @@ class Pictures:
             if number not in self.kept:
                 self._make_room()
                 self.kept[number] = self._read(number), 0
-            pictures, _ = self.kept.pop(number)  # and in again, as the last: the first is idle for longest
+            pictures, _ = self.kept.pop(number)  # put back as the last: the first is idle for longest
             self.asked += 1
             self.kept[number] = pictures, self.asked
             picture = pictures[place]
@@ -156,20 +156,20 @@ class Pictures:
         return picture
 
     def _make_room(self) -> None:
-        """Forget runs that nobody asks for any more: in order two are enough."""
+        """Drop runs that are no longer asked for: for reading in order, two runs are enough."""
         for number, (_, last) in list(self.kept.items()):
-            idle = self.asked - last >= self.run + LAG  # shuffled within a window, none is
+            idle = self.asked - last >= self.run + LAG  # never true of rows shuffled within a window
             # An upper bound for any order of reading. With --limit a run of the chosen rows may span two of the file's.
             if idle or len(self.kept) > 2 * WINDOW:
                 del self.kept[number]
 
     def _read(self, number: int) -> list[bytes | str | None]:
-        """A run. In order each picture is read once; out of order, those before it in its row group are read past."""
+        """Read a run. In order, each picture is read once; else rows before it in its row group are read too."""
         if number != self.next:
             self.ahead = self._from(number * self.run)
-        self.next = -1  # where this raises, the run is read anew
+        self.next = -1  # if the next line raises, the run is read anew
         pictures = list(itertools.islice(self.ahead, self.run))
-        # What comes behind damage is read anew, and may be whole.
+        # After damage, the next run is read anew, as it may be intact.
         self.next = -1 if pictures and isinstance(pictures[-1], str) else number + 1
         return pictures
 
@@ -183,19 +183,19 @@ class Pictures:
                     row += 1
                     yield cells["image"] and cells["image"]["bytes"]
             except file.failures as error:
-                if file.filesystem or getattr(error, "errno", None):  # a network or disk that fails is not the rows'
+                if file.filesystem or getattr(error, "errno", None):  # a network or disk failed, not the rows
                     reason = first_line(error)
                     raise UserError(f"{file.path} broke off: {reason}; start again, a run with --resume") from error
                 yield from [f"damaged parquet: {first_line(error)}"] * (file.rows - row)
 
 
 def rows(file: File, start: int, stop: int, columns: Iterable[str] = ("image.bytes",)) -> Iterator[dict]:
-    """Rows `start` to `stop` of a file, from the row groups that hold any of them: those before `start` are read past.
+    """Rows `start` to `stop` of a file, from the row groups that hold any of them; rows before `start` are discarded.
 
     Raises:
         those of `File.failures`: the file is damaged, or its text is not UTF-8.
     """
-    # Without the two options pyarrow has a row group's columns in memory whole.
+    # Without these two options, pyarrow loads a row group's whole columns into memory.
     with file.open(buffer_size=BUFFER, pre_buffer=False) as opened:
         sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
         begins = [0, *itertools.accumulate(sizes)]

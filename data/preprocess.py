@@ -1,4 +1,4 @@
-"""From stored pixels to what the backbone reads: one object, the same in training, evaluation and inference."""
+"""Turn stored pixels into the backbone's input, in the same way in training, evaluation and inference."""
 
 import functools
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from PIL import Image
 
 from data.images import to_canvas
 
-CHANCES = 6  # numbers drawn for a picture: whether it is mirrored, and `affine_maps`
+CHANCES = 6  # random numbers per picture: whether it is mirrored, and the arguments of `affine_maps`
 
 
 @functools.cache
 def _affine(mean: tuple, std: tuple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """scale and shift (3, 1, 1) with `(x / 255 - mean) / std == x * scale + shift`; kept, as a copy to a GPU waits."""
+    """scale and shift (3, 1, 1) with `(x / 255 - mean) / std == x * scale + shift`; cached: copies to a GPU wait."""
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
     return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
@@ -24,7 +24,7 @@ def _affine(mean: tuple, std: tuple, device: torch.device) -> tuple[torch.Tensor
 class Preprocess:
     """uint8 pixels -> normalised input of the backbone, whole batches at a time on the device they are on.
 
-    The aspect is not kept: catalogue pictures are filled by their article, so a centre crop would cut it.
+    The aspect ratio is not kept: articles fill catalogue pictures, so a centre crop would cut them off.
 
     Args:
         canvas: (height, width) the pictures are stored at.
@@ -48,26 +48,26 @@ class Preprocess:
         return to_canvas(image, self.canvas)
 
     def __call__(self, pixels: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
-        """pixels uint8 (B, H, W, 3), flip bool (B,): which to mirror -> float32 (B, 3, *size)."""
+        """pixels uint8 (B, H, W, 3), flip bool (B,), which pictures to mirror -> float32 (B, 3, *size)."""
         x = pixels.permute(0, 3, 1, 2)  # (B, 3, H, W), a channels-last view
         if flip is not None:  # before the resize, where the pixels are fewest
             x = torch.where(flip[:, None, None, None], x.flip(-1), x)
         if x.shape[-2:] != self.size:
             resize = functools.partial(F.interpolate, size=self.size, mode=self.interpolation, antialias=True)
-            # Antialiasing uint8 is a fast path of the CPU alone; elsewhere in float, then rounded to the same values.
+            # Antialiasing uint8 is a fast path of the CPU only; elsewhere floats are resized and rounded to the same.
             x = resize(x) if x.device.type == "cpu" else resize(x.float()).round_().clamp_(0, 255)
         scale, shift = _affine(self.mean, self.std, x.device)
         return torch.addcmul(shift, x.float(), scale)
 
     def augmented(self, pixels: torch.Tensor, chance: torch.Tensor, warp: float = 0.0) -> torch.Tensor:
-        """pixels uint8 (B, H, W, 3) -> float32 (B, 3, *size) to train on: every other one mirrored, and all warped.
+        """pixels uint8 (B, H, W, 3) -> float32 (B, 3, *size) to train on: half of them mirrored, and all warped.
 
-        Colours stay as they are, since they are a label.
+        Colours are not changed, since colour is a label.
 
         Args:
-            chance: (`CHANCES`, B), evenly drawn from [0, 1): what becomes of each picture.
-            warp: by how much at most a picture's sides are stretched (a share), it is turned (radians) and moved (a
-                share of half its side).
+            chance: (`CHANCES`, B), drawn uniformly from [0, 1), which decides the changes of each picture.
+            warp: the most by which a picture's sides are stretched (as a share), and it is turned (in radians) and
+                shifted (as a share of half its side).
         """
         flip, *changes = chance
         images = self(pixels, flip=flip < 0.5)

@@ -1,7 +1,7 @@
-"""`price_in_vnd`: simulated, as the catalogue has no prices, by the table of the notebook that this project re-creates.
+"""`price_in_vnd`, simulated with the table of the notebook that this project re-creates: the catalogue has no prices.
 
-A price is drawn evenly from a range that a row's labels and year set. The draw depends on `SEED` and the row's id
-alone, so a price is the same in every run, whatever the order of the rows.
+A price is drawn uniformly from a range that a row's labels and year determine. The draw depends only on `SEED` and the
+row's id, so a price is the same in every run, whatever the order of the rows.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from data.cells import to_numbers
 
 COLUMNS = ("masterCategory", "subCategory", "articleType", "year")
 SEED = 42
-VND = 2500  # the ranges are in units of so many
+VND = 2500  # the ranges below are in units of so many VND
 ARTICLE_TYPE = {
     "Shirts": (15, 70),
     "Watches": (50, 300),
@@ -60,5 +60,5 @@ def simulate(columns: dict[str, list[str | None]]) -> np.ndarray:
 
 
 def expected(columns: dict[str, list[str | None]]) -> np.ndarray:
-    """The best guess (N,) that anybody can make who knows a row's labels and year; what it misses is noise."""
+    """The best possible guess (N,) from a row's labels and year; its error is noise."""
     return ranges(columns).mean(1)

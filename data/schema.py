@@ -12,24 +12,24 @@ from data import price
 from errors import UserError
 
 KINDS = ("class", "number")
-DERIVED = {"brand": "class", "price": "number"}  # what `derive` may say, and the kind it gives
+DERIVED = {"brand": "class", "price": "number"}  # the values of `derive`, and the kind that each gives
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """One thing to predict: a table `[attributes.NAME]` of a schema file, whose keys are these but for `name`.
+    """One thing to predict: a table `[attributes.NAME]` of a schema file, whose keys are these except `name`.
 
     Args:
-        name: of its task, in reports and checkpoints.
-        level: 1 is coarsest; the head of each level sees what the levels above said. By default one below the deepest
-            parent; 1 without parents.
-        column: of the catalogue, where the value comes from; by default the one called `name`.
-        derive: "brand": the label is to be found inside the column's text, see `data.brand`. "price": simulated, see
-            `data.price`, which needs columns of its own.
+        name: its name in reports and checkpoints.
+        level: 1 is coarsest; the head of each level sees the outputs of the levels above. By default one below the
+            deepest parent; 1 without parents.
+        column: the catalogue's column that the value comes from; by default the one called `name`.
+        derive: "brand": the label is found inside the column's text, see `data.brand`. "price": the value is simulated,
+            see `data.price`, which needs columns of its own.
         kind: "class", one of the labels of train rows; or "number".
-        weight: of its loss.
-        parents: classes above it in a hierarchy: its label is chosen together with theirs, and with those of others
-            below the same parents, as train rows combine them.
+        weight: the weight of its loss.
+        parents: class attributes above it in a hierarchy: its label is chosen together with theirs, and with those of
+            other attributes below the same parents, in combinations that train rows show.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Schema:
-    """Attributes, classes first, and the column that holds titles, None where there is none."""
+    """Attributes, classes first, and the column that holds titles, or None if there is none."""
 
     attributes: tuple[Attribute, ...]
     title: str | None = None
@@ -140,7 +140,7 @@ def _check_table(where: str, table) -> None:
 def _check_parents(path: Path, tables: dict[str, dict]) -> None:
     for name, table in tables.items():
         for parent in table.get("parents", []):
-            if parent not in list(tables):  # which may be no text at all
+            if parent not in list(tables):  # `parent` may not even be text
                 near = nearest(str(parent), tables)
                 raise UserError(f"{path}: {name} has the parent {parent!r}, which is no attribute{near}")
             if "number" in (tables[parent].get("kind"), table.get("kind")):
@@ -155,7 +155,7 @@ def _parents_first(path: Path, tables: dict[str, dict]) -> Iterable[str]:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Such as "; nearest: baseColour", for the end of a message about a name that is not there."""
+    """A hint such as "; nearest: baseColour", for the end of a message about an unknown name."""
     by_case = {name.casefold(): name for name in words}
     near = difflib.get_close_matches(word.casefold(), by_case, cutoff=0.65)
     return f"; nearest: {', '.join(by_case[name] for name in near)}" if near else ""

@@ -1,20 +1,20 @@
-"""What `infer.py` reads, cut into shards that are read one row at a time: picture files, parquet, tar, CSV, the hub's.
+"""The inputs of `infer.py` (picture files, parquet, tar, CSV, hub datasets), cut into shards that are read row by row.
 
-But for CSV nothing is read as a whole first, so the number of rows does not show in memory. (A page of parquet has to
-be there whole, and pyarrow fills it with 1,024 rows.)
+Except for CSV, nothing is read as a whole first, so memory does not grow with the number of rows. (A page of parquet
+must be in memory whole, and pyarrow fills it with 1,024 rows.)
 
-    picture files   a slice of the sorted listing is a shard; a picture is read when it is its turn
+    picture files   a slice of the sorted listing is a shard; a picture is read when its turn comes
     parquet         a range of rows is a shard, and only the columns that are needed are read. A range that begins
-                    inside a row group reads past the rows before it, so row groups of many shards cost time
+                    inside a row group reads the rows before it too, so row groups that span many shards cost time
     tar             one shard each, as WebDataset writes them: members whose names agree up to the first dot are one
                     product; each of its pictures is a row, its title is in a `.txt`, or in a `.json` under the column
     CSV             a file beside a folder `images/`, as training takes it; a slice of its rows is a shard, and after
                     these come the rows without a picture
     hub:OWNER/NAME  each of its files is a shard, streamed by `datasets`
 
-A picture that cannot be had is a row with the reason. A parquet file that does not open is a `UserError`; where it
-turns out damaged later, every row from there to the end of the shard says so. A tar that is damaged or cut short has,
-after the pictures before that place, a row by the tar's own name that says so. A disk that fails is a `UserError`.
+A picture that cannot be read gives a row with the reason. A parquet file that does not open raises a `UserError`; if it
+turns out to be damaged later, every row from there to the end of the shard says so. A tar that is damaged or cut short
+gives the pictures before that place, then a row with the tar's own name that says so. A failed disk raises `UserError`.
 """
 
 import functools
@@ -45,11 +45,11 @@ class Row(NamedTuple):
     """A picture to look at.
 
     Attributes:
-        name: what an answer calls it: the file; of a CSV file its `id`; of parquet and the hub too, else image.path,
-            else FILE#ROW, where the hub's FILE has its commit; of a tar the member's name, which in a set of tars is
-            there once.
-        picture: encoded, or the file it lies in, or the reason why there is none.
-        title: None where none is given, or nobody asked for titles.
+        name: its name in the answers: the file's; in CSV the row's `id`; in parquet and on the hub its `id`, else
+            image.path, else FILE#ROW (on the hub, FILE includes the commit); in a tar the member's name, which occurs
+            once in a set of tars.
+        picture: the encoded bytes, or the file that holds them, or the reason why there is no picture.
+        title: None if there is none, or if titles were not asked for.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Rows that are read in one go, the same ones each time; how many is not known of a tar or the hub."""
+    """Rows that are read in one go, the same ones each time; their number is unknown for a tar or the hub."""
 
     rows: int | None
     read: Callable[[], Iterator[Row]]
@@ -67,12 +67,12 @@ class Shard(NamedTuple):
 @dataclass(frozen=True)
 class Source:
     """Attributes:
-    shards: in order; their rows are all that was asked for.
-    fingerprint: changes with the name or the size of any input, of CSV also with what a catalogue's does; and with the
-        names of the rows that are left out.
+    shards: in order; together they have all rows that were asked for.
+    fingerprint: changes with the name or the size of any input, for CSV also with the catalogue's fingerprint, and with
+        the names of the rows that are left out.
     files: the picture files among the inputs.
-    paths: all files among them, and those that they name.
-    hub: the hub's datasets among them, each with the commit that is read.
+    paths: all files among the inputs, and the pictures beside a CSV file.
+    hub: the hub datasets among the inputs, each with the commit that is read.
     notes: what the user should know about how the inputs were understood.
     """
 
@@ -85,7 +85,7 @@ class Source:
 
     @property
     def rows(self) -> int | None:
-        """None where some shard does not know."""
+        """The number of rows, or None if that of some shard is unknown."""
         counts = [shard.rows for shard in self.shards]
         return None if None in counts else sum(counts)
 
@@ -97,16 +97,16 @@ def open_source(
     without: Iterable[Path] = (),
     labelled: Set[str] = frozenset(),
 ) -> Source:
-    """Files, folders, globs and `hub:OWNER/NAME`, in order, each once: see `find_inputs`.
+    """Open files, folders, globs and `hub:OWNER/NAME` (see `find_inputs`), in order, each once.
 
     Args:
-        title: the column of titles, where they are asked for.
-        rows: of a shard, at most, where a shard can be cut.
+        title: the column of titles, if titles are asked for.
+        rows: the most rows of a shard, where the input can be cut into shards.
         without: folders of jobs, whose results are no input.
         labelled: names of rows to leave out.
 
     Raises:
-        UserError: there is no such input, or none of its rows; a parquet file that is none, or lacks `image`.
+        UserError: an input does not exist; there are no rows; a parquet file is not parquet or lacks `image`.
     """
     notes: list[str] = []
     found = {name: None for word in asked for name in find_inputs(word, without, notes)}  # each once
@@ -155,7 +155,7 @@ def _note_left_out(rows: int, left: int, labelled: Set[str], notes: list[str]) -
 
 
 def _without(shards: list[Shard], labelled: Set[str]) -> list[Shard]:
-    """Without the rows of these names, which show only as they are read."""
+    """The shards without the rows of these names, which become known only as rows are read."""
 
     def rest(shard: Shard) -> Iterator[Row]:
         return (row for row in shard.read() if row.name not in labelled)
@@ -164,7 +164,7 @@ def _without(shards: list[Shard], labelled: Set[str]) -> list[Shard]:
 
 
 def _file_name(path: Path) -> str:
-    # A file name need not be text; what no text can hold is replaced, or no format could write it.
+    # A file name need not be valid text; bytes that are not are replaced, or no format could write the name.
     return os.fsencode(path).decode("utf-8", "replace")
 
 
@@ -211,7 +211,7 @@ def _parquet_shards(path: Path, rows: int, title: str | None, notes: list[str]) 
 
 
 def _parquet_rows(file: File, start: int, stop: int, title: str | None) -> Iterator[Row]:
-    """Rows `start` to `stop` of a file; from where it turns out damaged, each with that as its reason."""
+    """Rows `start` to `stop` of a file; from where it turns out to be damaged, each has that as its reason."""
     number = start
     try:
         for cells in parquet_rows(file, start, stop, ["id", "image.bytes", "image.path", *([title] if title else [])]):
@@ -224,7 +224,7 @@ def _parquet_rows(file: File, start: int, stop: int, title: str | None) -> Itera
 
 
 def _row(cells: dict, otherwise: str, title: str | None) -> Row:
-    """A row in the hub's schema, with the name it has where it gives none."""
+    """A row in the hub's schema, with the name `otherwise` if it gives none."""
     image = cells["image"] or {}
     name = text(cells.get("id")) or image.get("path") or otherwise
     return Row(name, image.get("bytes") or no_image(image), text(cells.get(title)) if title else None)
@@ -243,7 +243,7 @@ def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
                 picture = tar.extractfile(member).read() if is_plain(member) else NOT_PLAIN
                 yield Row(clean(member.name), picture, titles.get(name))
                 count += 1
-            if unread and count == before:  # not where its JPEG lies beside it, as telephones export them
+            if unread and count == before:  # not if its JPEG lies beside it, as phones export them
                 yield Row(unread, NOT_READ, titles.get(name))
     except (tarfile.TarError, OSError) as error:
         _raise_if_broken(error, path)
@@ -251,24 +251,24 @@ def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
 
 
 def _raise_if_broken(error: Exception, path: Path | str) -> None:
-    """Raise a `UserError` where a disk or network failed: that is no property of the rows, and may be over soon."""
+    """Raise a `UserError` if a disk or network failed, which says nothing about the rows and may be temporary."""
     if getattr(error, "errno", None):
         raise UserError(f"{path} broke off: {os.strerror(error.errno)}; start again") from error
 
 
 def _load_hub(name: str) -> dict:
-    """The streamed splits of a dataset on the hub, of the commit that is a part of its name."""
+    """The streamed splits of a dataset on the hub, at the commit that is a part of its name."""
     repo, revision = name.removeprefix("hub:").split("@")
     import datasets
 
     try:
         return dict(datasets.load_dataset(repo, streaming=True, revision=revision))
-    except Exception as error:  # of several libraries; whatever it is, there is no dataset
+    except Exception as error:  # several libraries raise here; any error means no dataset
         raise UserError(f"cannot stream {name}: {first_line(error)}") from error
 
 
 def stream_shards(name: str, splits: dict, title: str | None = None) -> list[Shard]:
-    """The files of streamed splits, {split: `datasets.IterableDataset`}, a shard each.
+    """One shard for each file of the streamed splits, {split: `datasets.IterableDataset`}.
 
     Raises:
         UserError: a split has no column of images.
@@ -293,5 +293,5 @@ def _stream_rows(part, name: str, title: str | None) -> Iterator[Row]:
         for cells in part:
             yield _row(cells, f"{name}#{number}", title)
             number += 1
-    except Exception as error:  # of several libraries; a network that fails is no property of the rows
+    except Exception as error:  # several libraries raise here; a failed network says nothing about the rows
         raise UserError(f"{name} broke off after {number:,} rows: {first_line(error)}; start again") from error

@@ -1,7 +1,7 @@
 """Where a catalogue comes from: the hub, parquet or tar files, a CSV file beside a folder of images, the drawn demo.
 
-All give the same `Catalogue`: rows of text columns, and encoded picture bytes on demand. Of columns, `id` must be there
-and what the caller asks for; all others come along.
+All give the same `Catalogue`: rows of text columns, and encoded picture bytes on demand. The column `id` and those that
+the caller asks for must exist; all other columns are included too.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from data.parquet import BUFFER, open_parquet
 from data.tars import open_tars
 from errors import UserError, first_line, say_once
 
-NAME_BYTES = 80  # of a catalogue's name, in the names of files: some disks take 143 in all
+NAME_BYTES = 80  # of a catalogue's name in file names: some disks allow 143 in all
 
 
 def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Sequence[str] = ()) -> Catalogue:
@@ -37,7 +37,7 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
         spec: "demo"; a CSV file with a folder `images/` beside it, or the folder that holds both; a parquet or tar
             file or a folder of them; a hub id "owner/name", to be downloaded; or "hub:owner/name", whose parquet files
             are read where they lie. A file or folder that exists wins over a hub id.
-        cache_dir: where text columns of parquet and tar are copied, and the drawn demo is kept.
+        cache_dir: where text columns of parquet and tar are copied to, and the drawn demo is kept.
         needs: the columns it must have, besides `id` and the pictures.
         limit: keep this many rows, a fixed pseudo-random choice spread over the whole catalogue.
 
@@ -71,7 +71,7 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
 
 
 def _identified(catalogue: Catalogue) -> Callable[[int], bytes]:
-    """Its `read`, for rows with an id: one without could not be told from others in any list."""
+    """The catalogue's `read`, but rows without an id raise, as no list could tell them from others."""
 
     def read(i: int) -> bytes:
         if catalogue.ids[int(i)] is None:
@@ -95,17 +95,17 @@ def _take(catalogue: Catalogue, limit: int) -> Catalogue:
         columns={name: taken(cells) for name, cells in catalogue.columns.items()},
         read=lambda i: catalogue.read(rows[i]),
         fingerprint=f"{catalogue.fingerprint}-{limit}",
-        run=catalogue.run and max(1, catalogue.run * limit // len(catalogue)),  # of those, so many are neighbours
+        run=catalogue.run and max(1, catalogue.run * limit // len(catalogue)),  # as many of a run are kept
     )
 
 
 def in_file_name(name: str) -> str:
-    """As much of a catalogue's name as the name of any file has room for; a key behind it tells two apart."""
+    """As much of a catalogue's name as fits into any file name; callers append a key that tells catalogues apart."""
     return name.replace("/", "--").encode(errors="ignore")[:NAME_BYTES].decode(errors="ignore")
 
 
 def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
-    """Parquet or tar files, one or a folder of them; their text columns are copied to the cache."""
+    """Open a parquet or tar file, or a folder of them; their text columns are copied to the cache."""
     opens = {".parquet": open_parquet, ".tar": open_tars}
     there = sorted(all_files(path)) if path.is_dir() else [path]
     there = [p for p in there if not p.name.startswith(MACS_OWN)]
@@ -130,14 +130,14 @@ def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
 
 
 def _hub(repo_id: str) -> Catalogue:
-    """A dataset on the hub, all its splits; from the local cache where the hub cannot be reached."""
+    """All splits of a dataset on the hub, or in the local cache if the hub cannot be reached."""
     datasets = _quiet_datasets()
     online = hub.reachable()
-    datasets.config.HF_HUB_OFFLINE = not online  # its own copy of the flag, read at import
+    datasets.config.HF_HUB_OFFLINE = not online  # the library's copy of the flag, read at import
     try:
         splits = datasets.load_dataset(repo_id)
         table = datasets.concatenate_datasets(list(splits.values()))
-    except Exception as error:  # of several libraries; whatever it is, there is no catalogue
+    except Exception as error:  # several libraries raise here; any error means no catalogue
         if online:
             raise UserError(f"cannot load {repo_id} from the hub: {first_line(error)}") from error
         raise UserError(
@@ -147,7 +147,7 @@ def _hub(repo_id: str) -> Catalogue:
 
 
 def _streamed(spec: str, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
-    """The parquet files of hub:OWNER/NAME@COMMIT, all its splits: text columns are copied, pictures pass through."""
+    """The parquet files of all splits of hub:OWNER/NAME@COMMIT: text columns are copied, pictures are streamed."""
     from huggingface_hub import HfFileSystem
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
@@ -155,7 +155,7 @@ def _streamed(spec: str, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     files = HfFileSystem(endpoint=hub.ENDPOINT, block_size=BUFFER)
     try:
         paths = sorted(files.glob(f"datasets/{repo}@{commit}/**/*.parquet"))
-    except Exception as error:  # of several libraries; whatever it is, there is no catalogue
+    except Exception as error:  # several libraries raise here; any error means no catalogue
         raise UserError(f"cannot read {spec}: {first_line(error)}") from error
     if not paths:
         raise UserError(f"{spec} holds no parquet files; {repo} alone is downloaded, whatever it holds")
@@ -190,14 +190,14 @@ def _demo(cache_dir: Path) -> Catalogue:
     folder, given = cache_dir / "demo", {"rows": fashion.ROWS, "version": version}
     try:
         table = _quiet_datasets().Dataset.from_generator(_drawings, gen_kwargs=given, cache_dir=str(folder))
-    except Exception as error:  # the library wraps what a disk says
+    except Exception as error:  # the library wraps the disk's error
         reason = first_line(error.__cause__ or error)
         raise UserError(f"cannot draw the demo into {folder}: {reason}; make room, or delete that folder") from error
     return _from_table("demo", table, f"demo-{fashion.ROWS}-{version}")
 
 
 def _drawings(rows: int, version: str):
-    """Rows in the hub's schema. `version` is part of the key they are kept under."""
+    """Rows in the hub's schema. `version` is a part of the key under which `datasets` caches them."""
     from data import fashion
 
     for index in tqdm(range(rows), desc="drawing the demo", unit="img"):
@@ -207,7 +207,7 @@ def _drawings(rows: int, version: str):
 
 
 def _quiet_datasets():
-    """`datasets`, imported when it is needed as that takes a second, without its bars and log lines."""
+    """`datasets` without progress bars and log lines, imported only when needed because that takes a second."""
     import datasets
 
     datasets.disable_progress_bars()

@@ -1,6 +1,6 @@
-"""Train, val and test by content: a picture's side is a function of its pixels alone.
+"""Train, val and test split by content: the split of a picture depends only on its pixels.
 
-So identical pictures are never on two sides, and adding, removing or reordering rows moves no other row.
+So identical pictures are never in two splits, and adding, removing or reordering rows moves no other row.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ def in_split(hashes: np.ndarray, split: str) -> np.ndarray:
 
 
 def at_most(rows: np.ndarray, most: int) -> np.ndarray:
-    """All of these rows, or where there are more than `most`, so many of them: always the same ones, ascending."""
+    """These rows or, if there are more than `most`, that many of them: always the same ones, in ascending order."""
     if len(rows) <= most:
         return rows
     return rows[np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False, shuffle=False))]

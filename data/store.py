@@ -1,7 +1,7 @@
-"""Every picture decoded once, into one memory-mapped uint8 file that all later runs open at once.
+"""Decode every picture once, into a memory-mapped uint8 file that all later runs open immediately.
 
-A catalogue too large for that is decoded once for its hashes, by which it is split, and then whenever a picture is
-asked for.
+If a catalogue is too large for that, its pictures are decoded once for their hashes, which determine the split, and
+again whenever a picture is asked for.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ CHUNK, CHUNKS = 64, 64  # rows that a thread decodes before it reports, at most;
 
 
 def default_cache_dir() -> Path:
-    """Where stores lie unless told otherwise: `$XDG_CACHE_HOME/lora-vision`, by default `~/.cache/lora-vision`."""
+    """The default folder for stores: `$XDG_CACHE_HOME/lora-vision`, by default `~/.cache/lora-vision`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-vision"
 
 
@@ -48,13 +48,13 @@ class ImageStore:
 
     Attributes:
         pixels: uint8 (N, H, W, 3), indexed by rows: read-only and memory-mapped, black where the picture could not be
-            read; or `OnDemand` where none are kept.
-        hashes: uint64 (N,), of the pixels at native size; 0 where there are none.
+            read; or `OnDemand` if decoded pictures are not kept.
+        hashes: uint64 (N,), of the pixels at native size; 0 where the picture could not be read.
         ok: bool (N,), whether the picture could be read.
         skipped: all rows without a usable picture, with the reason: those the source left out, then those not `ok`.
         path: the folder.
         built: whether this call decoded, rather than found, the store.
-        run: how many neighbouring rows are best read together; None where any row is at hand.
+        run: how many neighbouring rows are best read together; None if any row is quick to read.
     """
 
     pixels: "np.ndarray | OnDemand"
@@ -67,7 +67,7 @@ class ImageStore:
 
     @property
     def nbytes(self) -> int:
-        """Of pictures that are kept."""
+        """Bytes of the decoded pictures that are kept."""
         return self.pixels.nbytes
 
     def rows(self, split: str) -> np.ndarray:
@@ -80,24 +80,24 @@ class ImageStore:
 
 
 def common_size(catalogue: Catalogue, cap: int) -> tuple[int, int]:
-    """The most common native (height, width) of an even sample, of which only headers are decoded. Where fewer than
-    half have it, the middle of each side: placeholders may be the only ones that are alike.
+    """The most common native (height, width) in an evenly spaced sample, of which only headers are decoded. If fewer
+    than half have it, the median of each side: placeholders may be the only pictures of the same size.
 
     Args:
-        cap: the longest side the model looks at, in pixels; no side is made longer, as nobody would see it.
+        cap: the longest side that the model looks at, in pixels; both sides are limited to it.
 
     Raises:
         UserError: none of the sample can be read.
     """
     sizes = Counter()
-    together = SIZE_SAMPLE // 4 if catalogue.run else 1  # neighbours, where a row by itself costs as much as many
+    together = SIZE_SAMPLE // 4 if catalogue.run else 1  # neighbours, if one row costs as much as many
     last = max(0, len(catalogue) - together)
     starts = np.unique(np.linspace(0, last, SIZE_SAMPLE // together, dtype=int))
     for row in np.unique(starts[:, None] + np.arange(min(together, len(catalogue)))):
         try:
             sizes[native_size(catalogue.read(row))] += 1
         except ImageError:
-            continue  # listed, with its reason, when it is to be decoded
+            continue  # listed with its reason when decoding fails
     if not sizes:
         raise UserError(f"{catalogue.name}: none of its {len(catalogue)} rows has a readable image; is --data right?")
     (height, width), times = sizes.most_common(1)[0]
@@ -107,7 +107,7 @@ def common_size(catalogue: Catalogue, cap: int) -> tuple[int, int]:
 
 
 class OnDemand:
-    """Stands for an array of pictures that are kept nowhere: they are decoded, by threads, as they are asked for."""
+    """Stands in for an array of pictures that are not kept: threads decode them when they are asked for."""
 
     nbytes = 0
 
@@ -135,8 +135,8 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, m
         most: bytes that decoded pictures may take; where they would take more, they are not kept.
 
     Raises:
-        UserError: no picture can be read, or a file with one cannot, or the folder cannot be written or has too little
-            room.
+        UserError: no picture can be decoded, a picture's file fails, the store is damaged or cannot be read, or the
+            folder cannot be written or has too little room.
     """
     canvas = tuple(canvas)
     keep = len(catalogue) * math.prod(canvas) * 3 <= most
@@ -172,11 +172,11 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, m
 
 
 def _build(catalogue: Catalogue, canvas: tuple[int, int], path: Path) -> bool:
-    """Decode into a folder beside `path`, then rename it: whoever looks there sees a whole store or none.
+    """Decode into a folder beside `path`, then rename it, so that `path` is a complete store or does not exist.
 
-    One process does it while others wait; gives whether it was this one. What killed ones of this machine have left,
-    each as large as the store, is deleted. Where the lock is another user's, or does not reach another machine, each
-    builds its own.
+    One process builds while others wait; returns whether this one did. Partial folders that killed processes of this
+    machine have left, each as large as the store, are deleted. If the lock belongs to another user, or does not reach
+    another machine, each process builds its own store.
     """
     shape = (len(catalogue), *canvas, 3)  # (N, 0, 0, 3) where pictures are not kept
     need = f"decoded pictures need {np.prod(shape) / 1e6:,.0f} MB there; name another folder with --cache-dir"
@@ -211,7 +211,7 @@ def _build(catalogue: Catalogue, canvas: tuple[int, int], path: Path) -> bool:
 
 
 def _tell_of_earlier(path: Path) -> None:
-    """Say what other stores of catalogues of this name take, once that is much: each change of pictures makes one."""
+    """Say how much other stores of this catalogue name take, if it is much: each change of pictures makes a new one."""
     name, sizes = path.name.rsplit("-", 2)[0], []
     with contextlib.suppress(OSError):  # somebody may be deleting them
         for other in path.parent.glob(f"{glob.escape(name)}-*/"):
@@ -224,14 +224,14 @@ def _tell_of_earlier(path: Path) -> None:
 
 def _pixels(path: Path, shape: tuple[int, int, int, int]) -> np.ndarray:
     pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    if hasattr(os, "posix_fallocate"):  # or a disk that fills up later would end us by SIGBUS, without a word
+    if hasattr(os, "posix_fallocate"):  # else a disk that fills up later would kill us by SIGBUS, silently
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     return pixels
 
 
 def _read(catalogue: Catalogue, row: int) -> bytes:
-    """A picture's bytes. A file that fails is a `UserError`: a store that lists it would outlive the failure."""
+    """A picture's bytes. A file that fails raises `UserError`: a store that lists it would outlive the failure."""
     try:
         return catalogue.read(row)
     except ImageError as error:
@@ -260,10 +260,10 @@ def _decode_all(catalogue: Catalogue, shape: tuple[int, int, int, int], folder: 
         return failures
 
     failures: dict[int, str] = {}
-    # Threads do: decoders release the GIL. They write their rows themselves, so nothing piles up.
+    # Threads suffice, as decoders release the GIL. They write their rows themselves, so nothing piles up in memory.
     with ThreadPoolExecutor() as pool, tqdm(total=len(catalogue), desc="decoding images", unit="img") as bar:
         try:
-            # Rows that are read in runs, of which few are kept: threads must not be far from each other.
+            # If rows are read in runs, of which few are kept, threads must work on rows close to each other.
             chunk = min(CHUNK, max(1, catalogue.run // CHUNK)) if catalogue.run else CHUNK
             for begin in range(0, len(catalogue), CHUNKS * CHUNK):
                 end = min(begin + CHUNKS * CHUNK, len(catalogue))

@@ -1,4 +1,4 @@
-"""CSV files as shops export them: rows of text, with the reason in place of each that cannot be read."""
+"""CSV files as shops export them: rows of text, with a reason in place of each row that cannot be read."""
 
 import codecs
 import csv
@@ -15,22 +15,22 @@ from data.cells import text
 from data.columns import check_columns
 from errors import UserError, say_once
 
-TABLES = (".csv", ".tsv")  # how files of them end
-UNQUOTED = "productDisplayName"  # of Kaggle's columns the one whose commas are not quoted, nor does it hold line breaks
-LINES = 500  # of a row, at most
-OF_NO_LETTER = re.compile(rb"[\x00\x81\x8d\x8f\x90\x9d]")  # in Windows-1252
-SEPARATORS = ",;\t"  # semicolons are what spreadsheets write where a comma is the decimal sign
-SAID = re.compile(rb"sep=([\t -!#-~])\s*")  # a line before the header, by which Excel is told what separates cells
+TABLES = (".csv", ".tsv")  # suffixes
+UNQUOTED = "productDisplayName"  # the column in Kaggle's table whose commas are not quoted; it has no line breaks
+LINES = 500  # that a row may have, at most
+OF_NO_LETTER = re.compile(rb"[\x00\x81\x8d\x8f\x90\x9d]")  # bytes that are no letter in Windows-1252
+SEPARATORS = ",;\t"  # spreadsheets write semicolons where a comma is the decimal sign
+SAID = re.compile(rb"sep=([\t -!#-~])\s*")  # a line before the header that tells Excel the separator
 
 
 def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int, dict[str, str | None] | str]]:
-    """(line number, {column: text}) of each row of a CSV file with the columns `needs`; the reason where none is read.
-    Lines of empty cells are passed over. Cells are separated by what a line `sep=;` before the first says, else by what
-    separates most of the first line's.
+    """Yield each row of a CSV file with the columns `needs`: (line number, {column: text}), or (line number, reason) if
+    the row cannot be read. Rows of empty cells are skipped. The separator is what a line such as `sep=;` before the
+    header says, else the one that splits the header into most cells.
 
-    A cell in quotes may hold line breaks, but not in a table with the column `UNQUOTED`. A quote left open swallows no
-    rows after it, unless a later one ends a row of the right width: its line is left out, and lines up to a later one
-    that lack cells are too, as they may be the rest of its cell. So is a row of too many cells.
+    A quoted cell may hold line breaks, but not in a table with the column `UNQUOTED`. A quote that is left open does
+    not swallow the rows after it, unless a later quote ends a row of the right width: its line is left out, and so are
+    lines up to a later quote that lack cells, as they may be the rest of its cell. So is a row with too many cells.
     """
     with table.open("rb") as lines:
         if is_windows(table):
@@ -60,13 +60,13 @@ def read_rows(table: Path, needs: Sequence[str] = ("id",)) -> Iterator[tuple[int
 
 
 class _Head(NamedTuple):
-    """What the header says of all rows.
+    """What the header says about all rows.
 
     Attributes:
-        mark: what separates cells.
-        width: columns.
-        spare: empty cells behind them.
-        title: the column whose commas are not quoted, where there is one: then each line is a row.
+        mark: the separator of cells.
+        width: the number of columns.
+        spare: the number of empty cells after them.
+        title: the index of the column whose commas are not quoted, or None; if there is one, each line is a row.
     """
 
     mark: str
@@ -76,14 +76,15 @@ class _Head(NamedTuple):
 
 
 def is_windows(table: Path) -> bool:
-    """Whether a file has letters beyond ASCII, all of them Windows-1252's and in most lines none of UTF-8: as Excel
-    saves "CSV". There two letters (`É®`) may by chance be one of UTF-8's, but hardly one that Windows-1252 has too:
-    where lines with such a letter are a tenth of the others it is UTF-8, and these are damage; if fewer, they were
-    pasted from elsewhere. Encodings of other alphabets may look the same.
+    """Whether a file is in Windows-1252, as Excel saves "CSV": it has lines beyond ASCII, all are valid Windows-1252,
+    and most of these lines hold no UTF-8 letter. Two letters of Windows-1252 (`É®`) may form a UTF-8 letter by chance,
+    but hardly one that Windows-1252 has too. If lines with such a letter are a tenth of those without UTF-8 letters,
+    the file is UTF-8 and the latter are damaged; if they are fewer, they were pasted from elsewhere. Encodings of other
+    alphabets may look the same.
     """
-    if not table.is_file():  # a pipe is read once
+    if not table.is_file():  # a pipe can be read only once
         return False
-    lines_of, sure = {True: 0, False: 0}, 0  # with letters of UTF-8 or with none; and those of letters as é
+    lines_of, sure = {True: 0, False: 0}, 0  # with UTF-8 letters or without; how many with letters such as é
     with table.open("rb") as lines:
         for line in lines:
             if OF_NO_LETTER.search(line):  # UTF-16 too
@@ -96,13 +97,13 @@ def is_windows(table: Path) -> bool:
 
 
 def _rows(lines: Iterable[bytes], number: int, head: _Head) -> Iterator[tuple[int, list[str] | str]]:
-    """(number of its first line, `width` cells) of each row, no cells where it is empty, or the reason.
+    """Yield (number of its first line, cells) for each row, `width` cells or none if it is empty; or (number, reason).
 
     Args:
-        number: of the first of `lines`.
+        number: the line number of the first of `lines`.
     """
     lines, ahead = iter(lines), deque()
-    most, quoted = LINES if head.title is None else 1, 0  # lines before that one may be within quotes
+    most, quoted = LINES if head.title is None else 1, 0  # lines before line `quoted` may be within quotes
     while ahead.extend(islice(lines, most - len(ahead))) or ahead:
         cells, taken = _row(ahead, head.mark, strict=True) if head.title is None else (None, 1)
         if cells is None or len(cells := _without_spare(cells, head)) != head.width:
@@ -114,15 +115,15 @@ def _rows(lines: Iterable[bytes], number: int, head: _Head) -> Iterator[tuple[in
 
 
 def _single(line: bytes, head: _Head, doubtful: bool) -> list[str] | str:
-    """The cells of a line that is a row, or the reason why it is none. Unless it is `doubtful` it may end early:
-    spreadsheets leave out the commas before empty cells."""
+    """The cells of a line that is a row, or the reason why it is none. Unless it is `doubtful`, it may have too few
+    cells: spreadsheets leave out the commas before empty cells."""
     (cells, taken), (mark, width, _, title) = _row([line], head.mark), head
     if cells is None:
         return "not UTF-8, or no CSV"
     cells = _without_spare(cells, head)
     if title is not None and (surplus := len(cells) - width) > 0:
         cells[title : title + surplus + 1] = [mark.join(cells[title : title + surplus + 1])]
-    if taken > 1 and (title is None or len(cells) < width):  # a title may well begin with one
+    if taken > 1 and (title is None or len(cells) < width):  # a title may begin with a quote
         return "a quote that is left open"
     if len(cells) > width:
         return f"{len(cells)} cells under {width} columns"
@@ -134,10 +135,10 @@ def _single(line: bytes, head: _Head, doubtful: bool) -> list[str] | str:
 
 
 def _row(lines: Iterable[bytes], mark: str, strict: bool = False) -> tuple[list[str] | None, int]:
-    """The cells of the first row and how many lines it takes: one more than there are where a quote is left open.
+    """The cells of the first row and the number of lines it takes: one more than there are if a quote is left open.
 
-    None where it is not UTF-8 or no CSV (a cell of more than 128 kB), or `strict` and a quote does not end with its
-    cell.
+    The cells are None if the row is not UTF-8 or not CSV (a cell of more than 128 kB), or if `strict` and a quote does
+    not end with its cell.
     """
     try:
         text = (line.decode().rstrip("\r\n") + "\n" for line in lines)
@@ -148,27 +149,27 @@ def _row(lines: Iterable[bytes], mark: str, strict: bool = False) -> tuple[list[
 
 
 def _trimmed(cells: list[str], width: int) -> list[str]:
-    """Without the empty cells at the end that a spreadsheet adds to those of the header."""
+    """The cells without the empty ones beyond `width` that a spreadsheet adds at the end."""
     while len(cells) > width and not cells[-1]:
         cells = cells[:-1]
     return cells
 
 
 def _without_spare(cells: list[str], head: _Head) -> list[str]:
-    """Without the empty cells that a spreadsheet adds at the end: as many as the header has, or all that are too many.
+    """The cells without the empty ones that a spreadsheet adds at the end: as many as the header has, or all surplus.
 
-    These are kept where a cell begins with a space, as it does behind a text's own comma that is not quoted: without
-    its last, empty cell such a row would have the right width, and its cells lie a column off.
+    Surplus cells are kept if a cell begins with a space, as after an unquoted comma of a text: without its last, empty
+    cell, such a row would have the right width, but with its cells shifted by one column.
     """
     mark, width, spare, title = head
     cells = _trimmed(cells, max(width, len(cells) - spare))
     first, last = (1, None) if title is None else (title + 1, title + 1 + len(cells) - width)
     behind = [] if title == width - 1 else cells[first:last]
     spaced = [cell.startswith(" ") for cell in behind if cell]
-    tables_own = title is None and (mark == "\t" or all(spaced))  # the way that all of it is written
+    tables_own = title is None and (mark == "\t" or all(spaced))  # the whole table is written so
     return cells if any(spaced) and not tables_own else _trimmed(cells, width)
 
 
 def composed(name: str) -> str:
-    """A picture's name as others spell it too: macOS writes é in a file's name as an e and an accent."""
+    """A picture's name with composed accents (NFC): macOS writes é in a file's name as an e and an accent."""
     return unicodedata.normalize("NFC", name)

@@ -1,7 +1,7 @@
 """Tar files as WebDataset writes them: members whose names agree up to the first dot are one product.
 
-To be labelled they are read from front to back. As a catalogue, a product's first picture is its row, the keys of its
-`.json` are columns, and so are `.txt` and `.cls`; where each picture lies is noted, so that any is read by itself.
+For labelling, they are read from front to back. In a catalogue, a product with its first picture is a row; its `.txt`,
+its `.cls` and the keys of its `.json` are columns. The place of each picture is recorded, so it can be read by itself.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from errors import UserError, say_once
 TEXT_BYTES = 1 << 20  # of a .txt or .json, at most
 READ = 8192  # products at a time
 IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-UNREAD = {".heic", ".heif", ".avif"}  # pictures too, of which a word is said
+UNREAD = {".heic", ".heif", ".avif"}  # pictures too, which are reported but not read
 NOT_READ, NOT_PLAIN = "of a format that is not read; convert it to JPEG", "not a plain file"
 TEXTS = {".json", ".txt", ".cls"}
 # Columns that say where a picture lies, or why it is not read.
@@ -32,12 +32,12 @@ PLACE = {"file #": pa.int64(), "offset #": pa.int64(), "size #": pa.int64(), "wh
 
 @dataclass
 class Faults:
-    """What is wrong with what tars say of products.
+    """What is wrong with the texts of products in tars.
 
     Attributes:
-        differing: columns in which files of one product differ, and which product's do.
+        differing: {column in which files of one product differ: which product's files}.
         unread: how many .json files are not read.
-        first: one of these.
+        first: the first of these .json files.
     """
 
     differing: dict[str, str] = field(default_factory=dict)
@@ -46,14 +46,14 @@ class Faults:
 
 
 def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
-    """Files of one catalogue, in order.
+    """Open the files of one catalogue, in order.
 
     Args:
-        texts: where their text is copied to, with the places of the pictures; a file that is there holds both.
-        needs: the text columns that there must be.
+        texts: the file that text and the places of pictures are copied to; if it exists, it holds both already.
+        needs: the text columns that must exist.
 
     Raises:
-        UserError: a file is no tar, or damaged, no product has a picture, or a column is missing.
+        UserError: a file is not a tar or is damaged, or a column is missing or contradictory.
     """
     schema = None
     if not texts.exists():
@@ -65,7 +65,7 @@ def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
         check_columns(names, needs, paths[0].parent)
         schema = pa.schema([*((name, pa.string()) for name in names), *PLACE.items()], faults.differing)
     table = kept(texts, schema, _batches(paths, schema))
-    for name in ("id", *needs):  # asked of what is kept: who wrote it may have needed other columns
+    for name in ("id", *needs):  # checked in what is kept: its writer may have needed other columns
         if whose := (table.schema.metadata or {}).get(name.encode()):
             raise UserError(f"{whose.decode()} differ in {name}")
     file, start, size, why = (table.column(name) for name in PLACE)
@@ -85,20 +85,20 @@ def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
 
 
 def _batches(paths: list[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    products = iter(tqdm(_products(paths, Faults()), desc="reading tar files", unit="row"))  # one bar
+    products = iter(tqdm(_products(paths, Faults()), desc="reading tar files", unit="row"))  # one bar for all batches
     while some := list(itertools.islice(products, READ)):
         rows = [cells | dict(zip(PLACE, (file, *place), strict=True)) for file, cells, place in some]
         yield pa.RecordBatch.from_pylist(rows, schema)
 
 
 def _products(paths: list[Path], faults: Faults) -> Iterator[tuple[int, dict[str, str | None], tuple]]:
-    """Of each product with a picture: the number of its file, its cells, and the place of its picture.
+    """For each product with a picture: the number of its tar file, its cells, and the place of its picture.
 
     Raises:
-        UserError: a tar is damaged, or what it says of a product lies apart from the picture.
+        UserError: a tar is damaged, or a product's text does not lie beside its picture.
     """
     for number, path in enumerate(paths):
-        lone = set()  # products without a picture that is read, of which one may lie elsewhere
+        lone = set()  # products without a readable picture here, though one may lie elsewhere
         try:
             found = members(path, IMAGES | UNREAD | TEXTS)
             for name, files in itertools.groupby(found, lambda one: product(one[1].name)):
@@ -118,8 +118,8 @@ def _products(paths: list[Path], faults: Faults) -> Iterator[tuple[int, dict[str
 
 
 def _product(path: Path, name: str, files: Iterable, faults: Faults) -> tuple[dict[str, str | None], tuple | None]:
-    """What the files of a product say, and its first picture's offset, size and None; or None, None and why none is
-    read; or None, where it has none."""
+    """A product's cells, and the place of its first picture: (offset, size, None); (None, None, reason) if none can be
+    read; None if it has none."""
     facts, place, why = {}, None, None
     for tar, member in files:
         suffix = PurePosixPath(member.name).suffix.lower()
@@ -141,7 +141,7 @@ def _product(path: Path, name: str, files: Iterable, faults: Faults) -> tuple[di
 
 
 def _cells(suffix: str, data: bytes) -> dict[str, str | None] | None:
-    """What a file tells of its product; None where it is a .json that tells nothing that could be columns."""
+    """A file's cells for its product; None for a .json that is not an object of at most `TEXT_BYTES`."""
     if suffix != ".json":
         return {suffix[1:]: text(data[:TEXT_BYTES].decode("utf-8", "replace"))}
     try:
@@ -155,16 +155,16 @@ def _cells(suffix: str, data: bytes) -> dict[str, str | None] | None:
 
 
 def cleaned(value) -> str | None:
-    """A cell of what was read, as text."""
+    """A value that was read, as a cell of text that any format can hold."""
     cell = text(value)
     return cell and clean(cell)
 
 
 def read_titles(path: Path, column: str) -> dict[str, str | None]:
-    """{product: title} of a tar: its column, as training reads it, else its text file. A pass of its own, so that no
-    picture has to wait in memory for its title."""
+    """{product: title} of a tar: from the column, as training reads it, else from the text file. This is a separate
+    pass, so that no picture has to wait in memory for its title."""
     plain, listed = {}, {}
-    with contextlib.suppress(tarfile.TarError):  # reading the pictures comes to the same place and says so
+    with contextlib.suppress(tarfile.TarError):  # reading the pictures meets the same damage and reports it
         for tar, member in members(path, {".txt", ".json"}):
             data = tar.extractfile(member).read(TEXT_BYTES) if is_plain(member) else b""
             if member.name.lower().endswith(".txt"):
@@ -177,25 +177,25 @@ def read_titles(path: Path, column: str) -> dict[str, str | None]:
 
 
 def is_plain(member: tarfile.TarInfo) -> bool:
-    return member.isreg() and not member.issparse()  # a sparse one may claim any size
+    return member.isreg() and not member.issparse()  # a sparse file may claim any size
 
 
 def product(name: str) -> str:
-    """What the members of one product have in common: the folder, and the name up to the first dot."""
+    """The part of the name that all members of a product share: the folder, and the file name up to its first dot."""
     path = PurePosixPath(clean(name))
     return str(path.with_name(path.name.split(".")[0] or path.name))
 
 
 def members(path: Path, suffixes: Iterable[str]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """The members of some kinds, in order, read as they come; none of macOS's own, `._shirt.jpg` beside `shirt.jpg`.
+    """The members with these suffixes, in order, read as they come, without macOS's metadata files (`._shirt.jpg`).
 
     Raises:
-        tarfile.TarError, OSError: the tar is damaged, or ends without the mark that ends a tar.
+        tarfile.TarError, OSError: the tar is damaged, or lacks its end mark.
     """
     size = path.stat().st_size
     with tarfile.open(path, "r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # it would keep them all
+            tar.members.clear()  # tarfile would keep them all in memory
             if member.offset_data + member.size > size and member.isreg():
                 raise tarfile.ReadError(f"{member.name} is not whole")
             name = PurePosixPath(member.name)

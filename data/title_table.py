@@ -1,4 +1,4 @@
-"""Titles from a table of their own."""
+"""Titles from a separate table."""
 
 from pathlib import Path, PurePosixPath
 
@@ -10,15 +10,15 @@ from errors import UserError, told
 class TitleTable:
     """A picture's name -> its title, None where the table has none.
 
-    A row of the table names its picture in `image` or `id`: by the file's name, with its suffix or not, and with as
-    many of the folders before it as tell it from others; where the picture has no file, by what answers call it.
+    A row of the table names its picture in `image` or `id`: by the file's name, with or without its suffix, after as
+    many of its folders as tell it from others; or, if the picture has no file, by its name in the answers.
 
     Args:
         path: a CSV file.
-        column: the one that holds titles.
+        column: the column that holds titles.
 
     Raises:
-        UserError: it cannot be read, or lacks the columns.
+        UserError: the file cannot be read, or lacks the columns.
     """
 
     def __init__(self, path: Path, column: str):
@@ -49,6 +49,6 @@ class TitleTable:
 
 
 def _plain(name: str) -> str:
-    """Without a picture's suffix, and only that: an id may hold a dot."""
+    """The name without a picture's suffix; any other suffix stays, as an id may hold a dot."""
     path = PurePosixPath(name)
     return str(path.with_suffix("") if path.suffix.lower() in IMAGES else path)

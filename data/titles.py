@@ -1,4 +1,4 @@
-"""Titles as input: WordPiece tokens as BERT has them (Devlin et al. 2019, arXiv:1810.04805), and the words taken out of
+"""Titles as input: WordPiece tokens as in BERT (Devlin et al. 2019, arXiv:1810.04805), and the removal of the words of
 a title that give its labels away."""
 
 import itertools
@@ -17,11 +17,11 @@ from errors import UserError
 PAD, UNKNOWN, START, END = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 HUB_VOCABULARY = "bert-base-uncased"
 AT_ONCE = 8192  # titles
-TRAINED = 4000  # tokens of a vocabulary of one's own, at most
+TRAINED = 4000  # tokens of a vocabulary that we train, at most
 
 
 def stem(word: str) -> str:
-    """A word without case, plural and the ending of "golden": "Dresses", "dress" -> "dr"; "scarves" -> "scarf"."""
+    """A word without case, plural ending and the "en" of "golden": "Dresses", "dress" -> "dr"; "scarves" -> "scarf"."""
     short = re.sub("(?<=..)(en)?[es]*$", "", word.casefold())
     return re.sub("v$", "f", re.sub("y$", "i", short))
 
@@ -31,15 +31,15 @@ GENDERED = {stem(word) for word in ("man", "woman", "lady", "male", "female", "h
 
 
 class LeakMask:
-    """Takes out of a title the words that its labels were made from, or that say the same: the beginning that names the
-    brand, and its words wherever they come again; words of any label; where a label is a gender, all words for one; and
-    where a number is to be predicted, numbers.
+    """Removes from a title the words that its labels were made from, or that say the same: the beginning that names the
+    brand, and its words wherever they recur; words of any label; all gender words if a label is a gender; and numbers
+    if a number is to be predicted.
 
-    It needs no labels of the row, so it does the same where there are none. Words that hint at a label without being a
-    word of it, such as the name of a product line, stay.
+    It does not use the row's labels, so it does the same for rows without labels. Words that hint at a label without
+    being a word of it, such as the name of a product line, stay.
 
     Args:
-        attributes: a checkpoint's.
+        attributes: those of a checkpoint's config.
     """
 
     def __init__(self, attributes: Sequence[dict]):
@@ -67,7 +67,7 @@ class LeakMask:
 
 
 class TitleReader:
-    """Titles -> tokens, as a checkpoint's config describes it: `text`, and `attributes` for the words to take out."""
+    """Titles -> tokens, as a checkpoint's config says in `text`, and in `attributes` for the words to remove."""
 
     def __init__(self, config: dict):
         text = config["text"]
@@ -76,7 +76,7 @@ class TitleReader:
         self.tokenizer = tokenizer(text["vocab"])
 
     def cleaned(self, titles: Sequence[str | None]) -> list[str]:
-        """What of the titles is read; nothing of those that are missing."""
+        """The part of each title that is read; an empty text for a missing title."""
         return [(self.mask(title) if self.mask else title) if title else "" for title in titles]
 
     def __call__(self, titles: Sequence[str | None]) -> tuple[np.ndarray, float]:
@@ -101,23 +101,23 @@ def tokenizer(vocab: list[str]) -> Tokenizer:
 
 
 def choose_vocabulary(titles: Sequence[str]) -> tuple[list[str], str]:
-    """The tokens where none were named, and where they are from: BERT's own, from the hub, else `titles`."""
-    hub.reachable()  # where it is not, the library answers from its cache at once
+    """The default vocabulary and its origin: BERT's own, from the hub, else one trained on `titles`."""
+    hub.reachable()  # if it is not, the library answers from its cache at once
     try:
         return read_vocabulary(Path(huggingface_hub.hf_hub_download(HUB_VOCABULARY, "vocab.txt"))), HUB_VOCABULARY
-    except Exception as error:  # of several libraries; whatever it is, one's own does as well
+    except Exception as error:  # several libraries raise here; our own vocabulary does as well
         print(f"no vocabulary of {HUB_VOCABULARY} from the hub ({type(error).__name__})")
     return train_vocabulary(titles), "trained on the train split's titles"
 
 
 def read_vocabulary(file: Path) -> list[str]:
-    """Tokens by their number.
+    """The tokens in the order of their numbers.
 
     Raises:
-        UserError: the file cannot be read or is no vocabulary.
+        UserError: the file cannot be read or is not a vocabulary.
     """
     try:
-        vocab = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a token may be a rarer line break
+        vocab = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a rarer line break may be a token
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read --vocab {file}: {error}") from None
     if not set(SPECIAL) <= set(vocab) or len(set(vocab)) < len(vocab):
@@ -130,7 +130,7 @@ def read_vocabulary(file: Path) -> list[str]:
 def train_vocabulary(titles: Sequence[str], size: int = TRAINED) -> list[str]:
     """The tokens of a WordPiece vocabulary fitted to titles; the same for the same titles, so that a run can resume.
 
-    For that the characters come first, in order: the library would number them in the order of a hash table, and break
+    For this, the characters come first, sorted: the library would number them in the order of a hash table, and break
     ties by number.
     """
     empty = tokenizer(list(SPECIAL))

@@ -1,9 +1,9 @@
-"""LoRA by hand, for any frozen PyTorch model; needs torch alone.
+"""A hand-written LoRA for any frozen PyTorch model; it needs nothing but torch.
 
-Read `layer` for what LoRA is, `functional` for how it is computed and differentiated, `dropout` for what is hidden,
-`recompute` for what need not be kept, `frozen` for layers that do not train, `inject` for how all of it gets into a
-model, and `state` for what is then trained, saved and merged. `pissa`, `int8`, `quantize`, `adapters` and `peft_format`
-are extras.
+Read `layer` for what LoRA is, `functional` for its forward and backward passes, `dropout` for dropout on a LoRA layer's
+input, `recompute` for activations that need not be kept, `frozen` for layers that do not train, `inject` for putting
+LoRA into a model, and `state` for the parameters that are then trained, saved and merged. `pissa`, `int8`, `quantize`,
+`adapters` and `peft_format` are extras.
 """
 
 from .adapters import Adapters

@@ -7,29 +7,29 @@ from .state import get_adapter_params
 
 
 class Adapters:
-    """Adapters by name, over one base; at most one is in use at a time.
+    """Named adapters over one base model; at most one is in use at a time.
 
-    The base layers are never changed. To use an adapter is to put its layers in their places, to merge it is to put
-    merged copies there, and to stop using it is to put the very same base layers back, so that nothing is subtracted
-    and no bit is lost.
+    The base layers are never changed. Using an adapter puts its layers in their places, merging it puts merged copies
+    there, and disabling it puts the original layer objects back. Nothing is ever subtracted from a weight, so the base
+    stays bit-identical.
 
     Args:
-        model: any module without LoRA, on the device it is to be on; changed in place.
+        model: any module without LoRA, already on its final device; it is changed in place.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model.requires_grad_(False)
-        self.base: dict[str, nn.Module] = {}  # what was at each place before any adapter
+        self.base: dict[str, nn.Module] = {}  # the layer at each path before any adapter
         self.layers: dict[str, dict[str, nn.Module]] = {}
 
     def add(self, name: str, *settings, **options) -> dict[str, nn.Parameter]:
-        """Make an adapter, with the settings of `lora_layers`; nothing is in use afterwards.
+        """Make an adapter with the settings that `lora_layers` takes; afterwards no adapter is in use.
 
         Returns:
-            its parameters, to train or, with `load_params`, to fill: names as `get_adapter_params` gives them.
+            the adapter's parameters by name, as `get_adapter_params` gives them, to train or to fill by `load_params`.
 
         Raises:
-            ValueError: there is an adapter of this name, or as `lora_layers` does.
+            ValueError: an adapter of this name exists already, or `lora_layers` raises it.
         """
         if name in self.layers:
             raise ValueError(f"there is an adapter {name!r} already")
@@ -41,7 +41,7 @@ class Adapters:
         return params
 
     def use(self, name: str | None, merged: bool = False) -> nn.Module:
-        """The model with this adapter in place, or merged into plain layers, or with none; returns the model.
+        """Put an adapter in place, as plain merged layers if `merged`; None puts the base back. Returns the model.
 
         Raises:
             ValueError: there is no adapter of this name.
@@ -55,5 +55,5 @@ class Adapters:
         return self.model
 
     def _put(self, path: str, layer: nn.Module) -> None:
-        """In its place, in the mode of what was there: `model.eval()` reached that alone."""
+        """Put `layer` at `path` in the train or eval mode of the layer there, the only one `model.eval()` reached."""
         self.model.set_submodule(path, layer.train(self.model.get_submodule(path).training))

@@ -1,5 +1,5 @@
-"""Dropout that costs next to nothing: which elements are hidden is looked up, and kept as the places of the hidden ones
-alone; under torch.compile it is computed from an element's place, and neither drawn nor kept.
+"""Cheap dropout. On a CPU, the dropped elements are looked up in a precomputed tape and kept as a list of positions;
+under torch.compile, a hash of two random numbers, its row's and its column's, drops an element, and no mask is kept.
 """
 
 import functools
@@ -12,15 +12,15 @@ TAPE = 2**22  # elements
 
 
 def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
-    """Which of `numel` elements dropout drops, each with probability `p`, from the default generator.
+    """Choose which of `numel` elements dropout drops, each with probability `p`, with the default generator.
 
-    Off the CPU a boolean mask (numel,). On the CPU, where drawing a number for each element would take a fifth of a
-    training step, the positions of the dropped elements, about `4 p` bytes per element: they are read from a tape, from
-    a random place on, as evolution strategies read their noise (Salimans et al. 2017, arXiv:1703.03864, section 2). Two
-    elements of different draws are dropped independently of each other, two of the same with the probability
-    p² ± p / √TAPE.
+    On a device other than the CPU, returns a boolean mask (numel,). On the CPU, where drawing a number per element
+    would take a fifth of a training step, returns the positions of the dropped elements, about `4 p` bytes per element.
+    They are read from a tape at a random offset, as evolution strategies read their noise (Salimans et al. 2017,
+    arXiv:1703.03864, section 2). Two elements of different draws are dropped independently of each other; two elements
+    of the same draw are both dropped with probability p² ± p / √TAPE.
     """
-    if device.type != "cpu":  # how many are dropped would be a number to wait for
+    if device.type != "cpu":  # the host would have to wait for the number of positions
         return torch.empty(numel, dtype=torch.bool, device=device).bernoulli_(p)
     tape, windows = _tape(p), []
     for begin in range(0, max(numel, 1), TAPE):
@@ -33,13 +33,13 @@ def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
 
 @functools.cache
 def _tape(p: float) -> Tensor:
-    """The positions of the elements that are dropped of a ring of `TAPE`, in order, twice around."""
+    """The sorted positions of the dropped elements of a circular tape of `TAPE` elements, over two turns of it."""
     chosen = torch.randperm(TAPE, generator=torch.Generator().manual_seed(0))[: round(p * TAPE)].sort().values
     return torch.cat([chosen, chosen + TAPE]).int()
 
 
 def zeroed(x: Tensor, dropped: Tensor | None, own: bool = True) -> Tensor:
-    """Contiguous `x` with zeros where `draw_dropped` chose, in place if it is the caller's `own`; None is nothing."""
+    """Zero the elements of a contiguous `x` that `draw_dropped` chose (None: no element), in place if `own` is true."""
     if dropped is None:
         return x
     if dropped.dtype == torch.bool:
@@ -50,28 +50,28 @@ def zeroed(x: Tensor, dropped: Tensor | None, own: bool = True) -> Tensor:
 
 
 def draw_marks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """For `hide`: a number for each row (n,) and one for each column (in,) of `x`, from the default generator."""
+    """The random numbers for `hide`, by the default generator: one per row (n,) and one per column (in,) of `x`."""
     rows, columns = (torch.randint(-(2**31), 2**31, (n,), dtype=torch.int32, device=x.device) for n in x.shape)
     return rows, columns
 
 
 def hide(x: Tensor, marks: Sequence[Tensor | None], p: float) -> Tensor:
-    """(n, in) -> the same with zeros, each element on its own with probability `p`; by the same marks the same ones.
+    """Zero each element of `x` (n, in) independently with probability `p`; the same marks zero the same elements.
 
-    For torch.compile, which makes this a part of the pass that `x` comes from. Which elements are dropped is neither
-    drawn one by one, which would take longer than to write them, nor kept: it is a hash of their row's and column's
-    marks.
+    This is for torch.compile, which fuses it into the kernel that computes `x`. A hash of its row's and its column's
+    mark decides whether an element is dropped. So no mask is kept and no number is drawn per element, which would take
+    longer than writing the elements.
     """
     rows, columns = marks
     if rows is None:
         return x
-    even = _hash(rows[:, None] ^ columns)  # of numbers without a pattern, so one round is enough
+    even = _hash(rows[:, None] ^ columns)  # its input is random already, so one round is enough
     return torch.where(even < round(p * 2**32) - 2**31, 0, x)
 
 
 def _hash(z: Tensor) -> Tensor:
-    """int32 -> int32, such that each bit of the input flips each bit of the output about half the time: "lowbias32"
-    (Wellons 2018, nullprogram.com/blog/2018/07/31). `>>` copies the sign, which is masked."""
+    """Hash int32 to int32 so that flipping any input bit flips each output bit about half the time: "lowbias32"
+    (Wellons 2018, nullprogram.com/blog/2018/07/31). `>>` copies the sign bit, so the copies are masked."""
     z = (z ^ ((z >> 16) & 0xFFFF)) * 0x7FEB352D
     z = (z ^ ((z >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
     return z ^ ((z >> 16) & 0xFFFF)

@@ -1,4 +1,4 @@
-"""Linear layers of which nothing trains, and what they keep to compute with."""
+"""Linear layers that do not train, and the weights that they keep ready to compute with."""
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from .functional import Frozen, autocast_dtype, linear, needs_gradient, pack
 
-SMALL = 2**25  # multiplications of a product in fp32 up to which oneDNN costs more than it saves, on a machine with AMX
+SMALL = 2**25  # up to so many multiplications, oneDNN costs an fp32 product more than it saves, on a machine with AMX
 
 
 class Prepared:
-    """A layer that may keep what it computes with beside the weight that it was given."""
+    """A layer that may keep, beside its given weight, a copy in the dtype and layout that it computes in."""
 
     kept: Frozen | None = None
 
@@ -19,7 +19,7 @@ class Prepared:
         return super().__getstate__() | {"kept": None}
 
     def _apply(self, *args, **kwargs):
-        self.kept = None  # moved, or of another dtype
+        self.kept = None  # the layer was moved or cast
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -28,7 +28,7 @@ class Prepared:
 
 
 class FrozenLinear(Prepared, nn.Linear):
-    """`nn.Linear` where nothing trains: the same numbers, on a CPU sooner (see `linear`)."""
+    """An `nn.Linear` that does not train: the same output, computed faster on a CPU (see `linear`)."""
 
     @torch.no_grad()
     def keep_base_in(self, dtype: torch.dtype) -> None:
@@ -49,11 +49,11 @@ class FrozenLinear(Prepared, nn.Linear):
 
 
 def cast(layer: nn.Linear, dtype: torch.dtype) -> Frozen:
-    """What a frozen layer computes with, in `dtype`."""
+    """The weight and bias of a frozen layer, in `dtype`."""
     return Frozen(layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
 
 
 def serves(kept: Frozen | None, dtype: torch.dtype) -> bool:
-    """Whether what `keep_base_in` made, if anything, can be computed with in `dtype`."""
-    # The compiler knows no layout of oneDNN's, and casts beside other work.
+    """Whether `kept`, which `keep_base_in` may have made, can be used to compute in `dtype`."""
+    # The compiler cannot read oneDNN's layout, and it fuses the cast into other operations.
     return not torch.compiler.is_compiling() and kept is not None and kept.weight.dtype == dtype

@@ -1,7 +1,7 @@
 """The arithmetic of a LoRA layer: an exact gradient that computes and keeps only what LoRA needs.
 
-Plain autograd over `base(x) + scaling * (dropout(x) @ A.T) @ B.T` gives the same numbers, but it makes a full-size
-tensor for the update and another for its sum with the base, in both directions, and passes over each of them.
+Plain autograd over `base(x) + scaling * (dropout(x) @ A.T) @ B.T` gives the same numbers. But in the forward and in
+the backward pass it makes a full-size tensor for the update and another for its sum with the base.
 """
 
 from typing import NamedTuple
@@ -14,18 +14,18 @@ from torch.autograd.function import once_differentiable
 from .dropout import draw_dropped, draw_marks, hide, zeroed
 from .recompute import source_of
 
-# Where AVX2 is all that a CPU has MKL, which torch takes by itself, is the sooner (`benchmarks/packed_products.py`).
+# On a CPU whose widest instruction set is AVX2, torch's own choice, MKL, is faster (`benchmarks/packed_products.py`).
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not AVX2
 ONEDNN_BF16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-INT8_UNIT = 128  # steps of an int8 weight: sums of products with whole steps would soon be too large for fp16
+INT8_UNIT = 128  # int8 weights are computed with in units of so many steps: in single steps, sums would overflow fp16
 
 
 class Frozen(NamedTuple):
-    """The weight (out, in) and bias (out,) of a frozen linear layer; an int8 weight has a scale (out,) for its rows,
-    which is what `INT8_UNIT` steps of it are worth.
+    """The weight (out, in) and bias (out,) of a frozen linear layer. An int8 weight also has a scale (out,): the value
+    of `INT8_UNIT` steps in each of its rows.
 
-    `transposed` (in, out) is what gradients are taken with where `pack` made it; else they take `weight.T`.
+    Gradients are computed with `transposed` (in, out) if `pack` made it, else with `weight.T`.
     """
 
     weight: Tensor
@@ -50,7 +50,7 @@ def lora_linear(
         base: W and b, in the dtype to compute in; they get no gradient.
         lora_A: (rank, in).
         scaled_B: (out, rank), with the LoRA scaling already in it.
-        dropout: probability that an element of `x` is hidden from the updates; the base always sees all of `x`.
+        dropout: probability that an element of `x` is hidden from the update; the base always sees all of `x`.
 
     Returns:
         (..., out), in the dtype of `base`. Gradients come back in each input's own dtype.
@@ -58,7 +58,7 @@ def lora_linear(
     # autograd Functions are opaque to autocast. Casting A and B out here lets autograd cast their gradients back.
     dtype = base.weight.dtype if base.scale is None else base.scale.dtype
     if dropout:
-        lora_A = lora_A / (1 - dropout)  # the keep-scale of dropout costs a pass over small A instead of one over x
+        lora_A = lora_A / (1 - dropout)  # dropout's factor costs a pass over the small A instead of one over x
     rows, lora_B = x.reshape(-1, x.shape[-1]).contiguous(), scaled_B.to(dtype)
     if torch.compiler.is_compiling():
         weight = base.weight if base.scale is None else _widened(base.weight, dtype) * base.scale[:, None]
@@ -70,13 +70,13 @@ def lora_linear(
 
 
 class _LoRALinearFunction(torch.autograd.Function):
-    """With d(·) zeroing the dropped elements and h = d(x) Aᵀ (n, rank):
+    """d(·) zeroes the dropped elements, h = d(x) Aᵀ (n, rank), and d before a name is a gradient:
 
     y  = x Wᵀ + b + h Bᵀ
     dh = dy B,    dA = dhᵀ d(x),    dB = dyᵀ h,    dx = dy W + d(dh A)
 
-    Of its input it keeps what `source` makes it from, else x, which another operation may keep too; or its own cast of
-    x, in which the dropped elements are 0 already. The base never changes, so it is kept as it is.
+    For dA it keeps the tensors that `source` recomputes x from; without a source x, which another operation may keep
+    too, or, if x was cast, the cast with its dropped elements zeroed. The base never changes and is kept by reference.
     """
 
     @staticmethod
@@ -92,7 +92,7 @@ class _LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)  # all is in the dtype of forward, whatever backward is called in
+    @torch.autocast("cpu", enabled=False)  # compute in the dtype of forward, even if backward runs under autocast
     @torch.autocast("cuda", enabled=False)
     def backward(ctx, dy):
         h, dropped, lora_A, lora_B, *kept = ctx.saved_tensors
@@ -102,24 +102,24 @@ class _LoRALinearFunction(torch.autograd.Function):
             dh = linear(dy, lora_B.T)
         if needs_A:
             x = ctx.make(*kept).to(dh.dtype).reshape(-1, lora_A.shape[1]).contiguous() if ctx.make else kept[0]
-            if ctx.make or ctx.x_dtype == dh.dtype:  # in a cast of its own they are hidden already
+            if ctx.make or ctx.x_dtype == dh.dtype:  # else x is forward's cast, zeroed already
                 x = zeroed(x, dropped, own=ctx.make is not None)
             dA = dh.T @ x
         if needs_x:
             dx = zeroed(dh @ lora_A, dropped)
             dx = add_frozen_gradient(dx, dy, ctx.base).to(ctx.x_dtype)
         if needs_B:
-            dB = (h.T @ dy).T  # so rather than dyᵀ h: a third sooner on a CPU where out is large
+            dB = (h.T @ dy).T  # dyᵀ h, but in a third less time on a CPU where out is large
         return dx, dA, dB, None, None, None
 
 
 class _ForCompiler(torch.autograd.Function):
-    """The same for torch.compile, which makes one pass of all that lies between two products. So products are few:
+    """The same for torch.compile, which fuses all operations between two matrix products. So it has few products:
 
     y = [x h] [W B]ᵀ + b,    [dx₀ dh] = dy [W B],    dx = dx₀ + d(dh A)
 
-    What of this is kept the compiler chooses. Plain autograd would compute dW with dB. Nothing is changed in place:
-    where a Function's output is, torch 2.11 compiles its gradient to zero.
+    The compiler chooses which tensors to keep. Plain autograd would compute dW along with dB. Nothing is changed in
+    place: if the output of a Function is, torch 2.11 compiles its gradient to zero.
     """
 
     @staticmethod
@@ -144,11 +144,11 @@ class _ForCompiler(torch.autograd.Function):
             dx = (dx + hide(dh @ lora_A, marks, ctx.dropout)).to(ctx.x_dtype)
         else:
             dx, dh = None, dy @ joined[:, lora_A.shape[1] :]
-        return dx, dh.T @ seen, (h.T @ dy).T, None, None, None  # what nobody asked for of these the compiler leaves out
+        return dx, dh.T @ seen, (h.T @ dy).T, None, None, None  # the compiler omits gradients that are not needed
 
 
 def frozen_linear(x: Tensor, base: Frozen) -> Tensor:
-    """x Wᵀ + b. An int8 weight is widened for this product alone; its rows' scales multiply the outputs, not W."""
+    """x Wᵀ + b. An int8 weight is widened for this product only; the scales of its rows multiply the output, not W."""
     weight, bias, scale, _ = base
     if scale is None:
         return linear(x, weight, bias)
@@ -157,7 +157,7 @@ def frozen_linear(x: Tensor, base: Frozen) -> Tensor:
 
 
 class _Int8LinearFunction(torch.autograd.Function):
-    """`frozen_linear` of an int8 weight, which is widened once more for the gradient instead of being kept so."""
+    """`frozen_linear` with an int8 weight: backward widens the weight again, so that no widened copy is kept."""
 
     @staticmethod
     def forward(ctx, x, base):
@@ -173,12 +173,12 @@ class _Int8LinearFunction(torch.autograd.Function):
 
 
 def int8_linear(x: Tensor, base: Frozen) -> Tensor:
-    """x Wᵀ + b by an int8 weight, with a gradient for x alone."""
+    """x Wᵀ + b with an int8 weight; only x gets a gradient."""
     return frozen_linear(x, base) if torch.compiler.is_compiling() else _Int8LinearFunction.apply(x, base)
 
 
 def add_frozen_gradient(dx: Tensor | None, dy: Tensor, base: Frozen) -> Tensor:
-    """dx + dy W, perhaps in place: what `frozen_linear` adds to the gradient of its input; without `dx`, dy W."""
+    """dx + dy W, where dy W is the gradient of `frozen_linear`'s input; it may overwrite `dx`. Without `dx`, dy W."""
     weight, _, scale, transposed = base
     if scale is not None:
         return linear(dy * scale, _widened(weight, dy.dtype).T, onto=dx)
@@ -186,33 +186,33 @@ def add_frozen_gradient(dx: Tensor | None, dy: Tensor, base: Frozen) -> Tensor:
 
 
 def _widened(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """An int8 weight in `dtype`, exactly, in units of `INT8_UNIT` steps."""
+    """Convert an int8 weight to `dtype` without rounding, in units of `INT8_UNIT` steps."""
     return weight.to(dtype).div_(INT8_UNIT)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b, or where `onto` (n, out) is given, its sum with x Wᵀ, perhaps in place.
+    """x Wᵀ + b; or, if `onto` (n, out) is given, onto + x Wᵀ, which may overwrite `onto`.
 
-    On a CPU with more than AVX2, where no gradient is asked for, oneDNN is called by name. In fp32 torch would take
-    MKL, which uses half of what some AMD processors can do. In bf16 it would take oneDNN too, but have the bias written
-    into every row first and the product added to that.
+    On a CPU with more than AVX2, it calls oneDNN directly where no gradient is needed. In fp32, torch itself would call
+    MKL, which reaches half the speed of some AMD processors. In bf16, torch would call oneDNN too, but write the bias
+    into every row first and add the product to that.
     """
     if weight.is_mkldnn or _fits_onednn(x, weight, bias):
         if onto is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        if weight.is_mkldnn or x.dtype is torch.float32:  # in bf16 `addmm_` is oneDNN's as well
+        if weight.is_mkldnn or x.dtype is torch.float32:  # in bf16 `addmm_` calls oneDNN too
             return torch.ops.mkldnn._linear_pointwise.binary(x, onto, weight, None, "add")
     return F.linear(x, weight, bias) if onto is None else onto.addmm_(x, weight.T)
 
 
 def pack(base: Frozen, for_gradients: bool = False) -> Frozen:
-    """The same layer with its weight in the layout that oneDNN computes in, if `linear` would turn to oneDNN.
+    """The same layer with its weight in the layout that oneDNN computes in, if `linear` would call oneDNN.
 
-    A plain weight is brought into that layout anew by each product (`benchmarks/packed_products.py`: 4 to 13 % of its
-    time in bf16, at 1,576 rows). One that never changes can stay in it.
+    Each product converts a plain weight to that layout again (`benchmarks/packed_products.py`: this takes 4 to 13 % of
+    the product's time in bf16, at 1,576 rows). A weight that never changes can stay in that layout.
 
     Args:
-        for_gradients: the transpose too, a second copy.
+        for_gradients: also keep the transposed weight in that layout, as a second copy.
     """
     if not _has_onednn(base.weight):
         return base
@@ -221,13 +221,13 @@ def pack(base: Frozen, for_gradients: bool = False) -> Frozen:
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast computes in on this type of device; None where it is off."""
+    """The dtype of autocast on this type of device; None if autocast is off."""
     on = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd is to know of what is computed from these, which it does not of oneDNN called by name."""
+    """Whether autograd must record what is computed from these tensors; it does not record direct oneDNN calls."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -237,11 +237,11 @@ def _has_onednn(x: Tensor) -> bool:
 
 
 def _fits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    # The cheapest questions first: at batch 1 a microsecond shows.
+    # The cheapest checks come first: at batch 1 a microsecond shows.
     return (
         x.dtype is weight.dtype
         and _has_onednn(x)
         and not needs_gradient(x, weight, bias)
-        and autocast_dtype("cpu") in (None, x.dtype)  # else it casts first
-        and not torch.compiler.is_compiling()  # the compiler chooses by itself
+        and autocast_dtype("cpu") in (None, x.dtype)  # else autocast casts first
+        and not torch.compiler.is_compiling()  # the compiler chooses its own kernels
     )

@@ -1,4 +1,4 @@
-"""Putting LoRA into a model: which layers the targets mean, and the replacing of those layers."""
+"""Put LoRA into a model: find the layers that the targets name, and replace them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .state import get_adapter_params, set_trainable_params
 
 @dataclass(frozen=True)
 class Target:
-    """The linear layers whose dotted name is or ends in `layer`; of each, row block `block` of `of` equal blocks.
+    """Row block `block`, out of `of` equal blocks, of each linear layer whose dotted name is `layer` or ends in it.
 
     The query rows of timm's fused projection are `Target("attn.qkv", block=0, of=3)`.
     """
@@ -27,9 +27,9 @@ Table = Mapping[str, Target | Iterable[Target]]
 
 
 def apply_lora(model: nn.Module, target_modules: Iterable[str], *settings, **options) -> nn.Module:
-    """Put LoRA on the target layers of `model`, in place, and freeze all of it but the LoRA parameters.
+    """Put LoRA on the target layers of `model`, in place, and freeze everything but the LoRA parameters.
 
-    Takes what `lora_layers` takes, and raises what it raises; no layer is then replaced. Returns `model`.
+    Takes the arguments of `lora_layers` and raises its errors; after an error no layer is replaced. Returns `model`.
     """
     for path, layer in lora_layers(model, target_modules, *settings, **options).items():
         model.set_submodule(path, layer)
@@ -49,23 +49,23 @@ def lora_layers(
     pissa: bool = False,
     **variant: bool,
 ) -> dict[str, LoRALayer]:
-    """LoRA layers over the target layers of `model`, by dotted name; the model keeps its own, frozen.
+    """LoRA layers over the target layers of `model`, by dotted name; the model keeps its own layers, now frozen.
 
     Args:
         model: any module.
-        target_modules: names from `table`, or as in PEFT the last parts of dotted names of `nn.Linear` layers, so that
-            "proj" is `blocks.0.attn.proj` but neither `blocks.0.attn.q_proj` nor a convolution called `proj`.
-        rank, alpha: as in `LoRALinear`, for all targets or {target: ...} for each; `r` and `lora_alpha` in PEFT, whose
-            `rank_pattern` and `alpha_pattern` are the dictionaries.
+        target_modules: names from `table`, or, as in PEFT, the last parts of dotted names of `nn.Linear` layers: "proj"
+            matches `blocks.0.attn.proj`, but neither `blocks.0.attn.q_proj` nor a convolution called `proj`.
+        rank, alpha: as in `LoRALinear`, one for all targets or {target: ...}; `r` and `lora_alpha` in PEFT, which calls
+            the dictionaries `rank_pattern` and `alpha_pattern`.
         dropout: as in `LoRALinear`; `lora_dropout` in PEFT.
-        table: what target names mean in this model, where that is not one whole layer of that name.
-        layers: only these blocks, by the first number in a layer's dotted name; `layers_to_transform` in PEFT.
+        table: the meaning of those target names that are not simply the names of whole layers in this model.
+        layers: adapt only these blocks (the first number in a layer's dotted name); `layers_to_transform` in PEFT.
         pissa: start at the principal part of each weight, see `start_at_principal`.
         variant: `rslora`, `dora`, as in `LowRank`.
 
     Raises:
-        ValueError: there is no target, a target matches no layer, or one that has LoRA already, or a forward or hooks
-            of its own; no target layer is in such a block; `rank`, `alpha` or `dropout` is missing or out of range.
+        ValueError: there is no target; a target matches no layer, or a layer that has LoRA already or its own forward
+            or hooks; no target layer is in a given block; `rank`, `alpha` or `dropout` is missing or out of range.
     """
     target_modules = list(target_modules)
     for what, setting in (("rank", rank), ("alpha", alpha)):
@@ -87,7 +87,7 @@ def lora_layers(
 
 
 def _resolve(model: nn.Module, target_modules: Iterable[str], table: Table) -> dict[str, dict[str, Target]]:
-    """Path of each layer to adapt -> name of each target that it matches -> that target."""
+    """{path of each layer to adapt: {name of each target that matches it: that target}}."""
     layers = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear | LoRALayer)}
     plan = {}
     for name in target_modules:
@@ -113,13 +113,13 @@ def _resolve(model: nn.Module, target_modules: Iterable[str], table: Table) -> d
 
 
 def is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer is W x + b and nothing else: no forward and no hooks of its own, which LoRA would leave out."""
+    """Whether a layer computes W x + b and nothing else: LoRA would skip a custom forward and hooks."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return not hooked and type(layer).forward in (nn.Linear.forward, FrozenLinear.forward)
 
 
 def _only(plan: dict[str, dict[str, Target]], layers: set[int]) -> dict[str, dict[str, Target]]:
-    """The part of the plan in blocks of these numbers."""
+    """The part of the plan whose layers are in the blocks with these numbers."""
     numbers = {path: next((int(part) for part in path.split(".") if part.isdecimal()), None) for path in plan}
     if unknown := layers - set(numbers.values()):
         known = sorted({number for number in numbers.values() if number is not None})

@@ -1,24 +1,24 @@
-"""A frozen linear layer in 8 bits, its weight rounded for the inputs that the layer is going to see."""
+"""A frozen linear layer in 8 bits, whose weight is rounded so that its outputs for typical inputs change little."""
 
 import torch
 from torch import Tensor, nn
 
 from .functional import INT8_UNIT, Frozen, autocast_dtype, int8_linear, linear
 
-DAMPING = 0.01  # of the mean square of an input, added to each: inputs that were hardly seen are not relied on
-BLOCK = 128  # inputs whose errors are passed on one by one; to all others they go as one matrix product
+DAMPING = 0.01  # this share of the inputs' mean square is added to each input's: hardly active inputs are not relied on
+BLOCK = 128  # inputs within which errors are passed on one by one; one matrix product passes them to all others
 
 
 class Int8Linear(nn.Module):
-    """A frozen linear layer whose weight is kept as int8, symmetric, with a scale for each output row.
+    """A frozen linear layer whose weight is stored as symmetric int8 with a scale for each output row.
 
         W ≈ scale[:, None] * quantised,    scale = max |W| of the row / 127
 
-    Only the weight is quantised: inputs, outputs and products stay in the dtype that is computed in.
+    Only the weight is quantised: inputs, outputs and products stay in the compute dtype.
 
     Args:
         layer: the layer to replace. Its weight is not changed; its bias is kept by reference, and frozen.
-        inputs: (..., in) that it has seen, for which to round; default: each weight to the nearest.
+        inputs: (..., in) inputs of the layer to round the weight for (see `round_for`); default: round to nearest.
     """
 
     def __init__(self, layer: nn.Linear, inputs: Tensor | None = None):
@@ -28,14 +28,14 @@ class Int8Linear(nn.Module):
         scale = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
         steps = wide / scale[:, None]
         rounded = steps.round() if inputs is None else round_for(inputs, steps)
-        self.register_buffer("quantised", rounded.to(torch.int8).contiguous())  # NCCL sends no other
+        self.register_buffer("quantised", rounded.to(torch.int8).contiguous())  # NCCL sends only such
         self.register_buffer("scale", scale)
         self.bias = layer.bias if layer.bias is None else layer.bias.requires_grad_(False)
         self.train(layer.training)
 
     @property
     def weight(self) -> Tensor:
-        """The weight that is computed with, widened anew at each call: (out, in), float32."""
+        """The dequantised weight (out, in) in float32, computed at each access."""
         return self.quantised * self.scale[:, None]
 
     def frozen(self, dtype: torch.dtype) -> Frozen:
@@ -50,16 +50,16 @@ class Int8Linear(nn.Module):
 
 @torch.no_grad()
 def round_for(inputs: Tensor, weight: Tensor) -> Tensor:
-    """Whole numbers from -127 to 127 near `weight` (out, in), such that outputs for `inputs` (..., in) change little.
+    """Round `weight` (out, in) to integers from -127 to 127 so that the outputs for `inputs` (..., in) change little.
 
-    With H = xᵀx of the inputs = L Lᵀ, L lower triangular, an error e of a row of the weight changes the outputs by a
-    sum of squares e H eᵀ = |e L|², and entry k of e L is L_kk e_k + (what the errors behind k give). So from the last
-    input to the first, each weight is rounded after it has made up for the errors behind it:
+    Let H = xᵀx = L Lᵀ for the inputs x, with L lower triangular. An error e in a row of the weight changes the outputs
+    by e H eᵀ = |e L|² in squares, and entry k of e L is L_kk e_k plus the sum of e_j L_jk over j > k. So weights are
+    rounded from the last input to the first, each after it has been shifted to offset the errors of those after it:
 
         rounded_k = round(w_k + sum of e_j L_jk / L_kk over j > k),    e = w - rounded
 
-    It is GPTQ (Frantar et al. 2022, arXiv:2210.17323), put as in QuIP (Chee et al. 2023, arXiv:2307.13304). The largest
-    inputs come first, whose errors all others can make up for.
+    This is GPTQ (Frantar et al. 2022, arXiv:2210.17323), in the form of QuIP (Chee et al. 2023, arXiv:2307.13304). The
+    weights of the largest inputs are rounded first, so that all others can offset their errors.
     """
     columns = inputs.detach().reshape(-1, inputs.shape[-1]).float().T.contiguous()  # (in, n)
     moments = linear(columns, columns).double()  # (in, in)
@@ -67,7 +67,7 @@ def round_for(inputs: Tensor, weight: Tensor) -> Tensor:
     order = moments.diagonal().argsort(stable=True)
     passed = torch.linalg.cholesky(moments[order][:, order])
     passed /= passed.diagonal().clone()
-    w = weight.double().T[order]  # (in, out): the weights of an input lie together
+    w = weight.double().T[order]  # (in, out): a row has all weights of one input
     e = torch.zeros_like(w)
     for stop in range(len(w), 0, -BLOCK):
         start = max(0, stop - BLOCK)
@@ -76,5 +76,5 @@ def round_for(inputs: Tensor, weight: Tensor) -> Tensor:
             exact = wanted[k - start] + passed[k + 1 : stop, k] @ e[k + 1 : stop]
             e[k] = w[k] - exact.round().clamp(-127, 127)
     rounded = torch.empty_like(w)
-    rounded[order] = (w - e).round()  # what was subtracted, to the bit
+    rounded[order] = (w - e).round()  # exactly the integers subtracted above
     return rounded.T

@@ -16,7 +16,7 @@ class LowRank(nn.Module):
     """The trainable pair (A, B) that updates one frozen matrix: ΔW = scaling · B A, with scaling = alpha / rank.
 
     `lora_A` (rank, in) starts Kaiming-uniform and `lora_B` (out, rank) at zero, so that ΔW starts at zero. Both are on
-    the matrix's device, in float32 or, where the matrix is, float64: small steps would be lost in lower precision.
+    the matrix's device, in float32 (in float64 if the matrix is): a lower precision would lose small steps.
 
     Args:
         weight: the matrix to update, (out, in).
@@ -24,8 +24,8 @@ class LowRank(nn.Module):
         alpha: `lora_alpha` in PEFT.
         rslora: scaling = alpha / sqrt(rank), so that the update does not shrink as the rank grows (Kalajdzievski 2023,
             arXiv:2312.03732; `use_rslora` in PEFT).
-        dora: train the length of each row of W₀ + ΔW too, `lora_magnitude` (out,), which starts at W₀'s (Liu et al.
-            2024, arXiv:2402.09353; `use_dora` in PEFT).
+        dora: also train the norm of each row of W₀ + ΔW: `lora_magnitude` (out,), which starts at the norms of W₀'s
+            rows (Liu et al. 2024, arXiv:2402.09353; `use_dora` in PEFT).
 
     Raises:
         ValueError: `rank` is below 1 or `alpha` is not positive.
@@ -45,7 +45,7 @@ class LowRank(nn.Module):
         lengths = nn.Parameter(weight.detach().to(**where).norm(dim=1)) if dora else None
         self.register_parameter("lora_magnitude", lengths)
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
-        for name in ("start_A", "start_B"):  # PiSSA's A and B, which the base then lacks
+        for name in ("start_A", "start_B"):  # the initial A and B that PiSSA subtracts from the base
             self.register_buffer(name, None, persistent=False)
 
     @property
@@ -53,28 +53,28 @@ class LowRank(nn.Module):
         """scaling · B, (out, rank): the one place where the scaling is applied."""
         return self.scaling * self.lora_B
 
-    @torch.autocast("cpu", enabled=False)  # what is merged, or measured by DoRA, is not to be rounded before
+    @torch.autocast("cpu", enabled=False)  # autocast would round ΔW before it is merged or DoRA takes norms
     @torch.autocast("cuda", enabled=False)
     def delta_weight(self) -> Tensor:
         """ΔW, (out, in), in the precision of A and B."""
         return self.scaled_B @ self.lora_A
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B) of the update to the weight that was given: with PiSSA, less the part that was taken out of it."""
+        """(A, B) of the update relative to the original weight: with PiSSA, minus the part taken out of that weight."""
         if self.start_A is None:
             return self.lora_A, self.lora_B
         return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
 
     def row_scale(self, weight: Tensor) -> Tensor:
-        """DoRA's m / |W₀ + ΔW| (out,), which multiplies each output. The length gets no gradient (its section 4.3)."""
+        """DoRA's m / |W₀ + ΔW| (out,), a factor for each output. The norm gets no gradient (its paper, section 4.3)."""
         with torch.no_grad():
             lengths = (weight + self.delta_weight()).norm(dim=1)
         return self.lora_magnitude / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)  # a row may be all zeros
 
 
 class LoRALayer(Prepared):
-    """What both layers below share: a frozen `base_layer`, and pairs for rows of its weight: `updates()` gives them one
-    by one, `joint_pair()` as if they were one: A (sum of ranks, in) and the scaled B (out, sum of ranks)."""
+    """What both layers below share: a frozen `base_layer` and low-rank pairs for rows of its weight. `updates()` lists
+    the pairs; `joint_pair()` joins them into one: A (sum of ranks, in) and the scaled B (out, sum of ranks)."""
 
     def _wrap(self, base_layer: nn.Linear, dropout: float) -> None:
         if not 0 <= dropout < 1:
@@ -84,7 +84,7 @@ class LoRALayer(Prepared):
         self.train(base_layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), under autocast in its dtype."""
+        """(..., in) -> (..., out), in autocast's dtype if it is on."""
         if any(p.requires_grad for p in self.base_layer.parameters()):
             raise RuntimeError("the base of a LoRA layer requires a gradient, which it would not get; freeze it")
         base, scale = self._frozen(), self._row_scale()
@@ -98,8 +98,8 @@ class LoRALayer(Prepared):
 
     @property
     def weight(self) -> Tensor:
-        """W₀ + ΔW (out, in), in the wider precision; for modules that read it rather than call the layer, as
-        `nn.MultiheadAttention` does, which then has no dropout here."""
+        """W₀ + ΔW (out, in) in the wider of both precisions, for modules that read the weight instead of calling the
+        layer, as `nn.MultiheadAttention` does; LoRA's dropout does not apply there."""
         weight, scale = self.base_layer.weight + self.delta_weight(), self._row_scale()
         return weight if scale is None else weight * scale[:, None]
 
@@ -108,14 +108,14 @@ class LoRALayer(Prepared):
         return self.base_layer.bias
 
     def reference_forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """What `forward` computes, in plain autograd, given which elements of `x` dropout keeps (1) and drops (0)."""
+        """What `forward` computes, in plain autograd; `keep` is 1 for elements of `x` that dropout keeps, else 0."""
         dropped_out = x if keep is None else x * keep / (1 - self.dropout)
         base, update, scale = self.base_layer, F.linear(dropped_out, self.delta_weight()), self._row_scale()
         return base(x) + update if scale is None else _rescale(F.linear(x, base.weight) + update, scale, base.bias)
 
     @torch.no_grad()
     def merge(self) -> FrozenLinear:
-        """A new linear layer of weight W₀ + ΔW, added in the adapter's precision and rounded once. Changes nothing."""
+        """A new linear layer with weight W₀ + ΔW, added in the adapter's precision and rounded once."""
         base, weight = self.base_layer, self.weight
         merged = FrozenLinear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         merged.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
@@ -125,17 +125,17 @@ class LoRALayer(Prepared):
 
     @torch.no_grad()
     def keep_base_in(self, dtype: torch.dtype) -> None:
-        """Keep the base as it is computed with in `dtype`, autocast's or its own, rather than make it so at every call.
+        """Keep the base ready to compute with in `dtype`, autocast's or its own, instead of casting it at every call.
 
-        That is a copy in that dtype, and where oneDNN computes two, see `pack`; torch.compile computes without. To be
-        called once the layer is on its device. A layer that is then moved or copied, or loads a state dict, is not
-        prepared any more; a base that is changed without it needs another call.
+        This keeps one copy in that dtype, or two for oneDNN (see `pack`); torch.compile does not use them. Call it once
+        the layer is on its device. Moving or copying the layer, or loading a state dict into it, discards the copies;
+        after any other change of the base, call it again.
         """
         self.kept = None
         self.kept = pack(self._frozen(dtype), for_gradients=True)
 
     def _frozen(self, dtype: torch.dtype | None = None) -> Frozen:
-        """The base in `dtype`, by default in what is computed in now: autocast's dtype, or its own."""
+        """The base in `dtype`; by default in the current compute dtype: autocast's if it is on, else its own."""
         base, lora_A = self.base_layer, self.updates()[0][1].lora_A
         dtype = dtype or autocast_dtype(lora_A.device.type)
         if isinstance(base, Int8Linear):
@@ -156,14 +156,14 @@ class LoRALayer(Prepared):
 
 
 def choose(setting: float | Mapping[str, float], name: str) -> float:
-    """A setting that is one for all, or {name: ...}."""
+    """The value for `name` of a setting, which is one value for all names or {name: value}."""
     return setting[name] if isinstance(setting, Mapping) else setting
 
 
 @torch.autocast("cpu", enabled=False)
-@torch.autocast("cuda", enabled=False)  # which would cast y, and keep that
+@torch.autocast("cuda", enabled=False)  # autocast would cast y and keep the cast
 def _rescale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """scale · y + b: DoRA scales W₀ x + ΔW x, before the bias, and not by a rounded scale, which bf16 would make 1."""
+    """scale · y + b. DoRA scales W₀ x + ΔW x before adding b. The scale is not cast: bf16 would round it to 1."""
     return y * scale if bias is None else torch.addcmul(bias, y, scale)
 
 
@@ -173,9 +173,9 @@ class LoRALinear(LoRALayer, LowRank):
         y = W₀ x + b + ΔW dropout(x),    ΔW = scaling · B A
 
     Args:
-        base_layer: the layer to adapt; it is kept, by reference, and frozen.
+        base_layer: the layer to adapt; it is kept by reference and frozen.
         rank, alpha, rslora, dora: as in `LowRank`.
-        dropout: `lora_dropout` in PEFT: the probability that the update does not see an element of x, while training.
+        dropout: the probability that the update does not see an element of x in training; `lora_dropout` in PEFT.
 
     Raises:
         ValueError: `rank` is below 1, `alpha` is not positive, or `dropout` is outside [0, 1).
@@ -193,25 +193,25 @@ class LoRALinear(LoRALayer, LowRank):
 
 
 class LoRAFusedLinear(LoRALayer, nn.Module):
-    """A frozen projection that is several in one, with a low-rank update for each of those to adapt.
+    """A frozen linear layer that fuses several projections, with a low-rank update for each adapted projection.
 
-    The weight of, say, timm's `attn.qkv` is `num_blocks` = 3 equal row blocks: query, key, value. Each adapted block k
-    has a pair of its own, the child module of its name, as if it were a layer of its own:
+    The weight of timm's `attn.qkv`, for example, has `num_blocks` = 3 equal row blocks: query, key and value. Each
+    adapted block k has its own pair, the child module with the block's name, as if it were a layer of its own:
 
         y = W₀ x + b,    y[rows_k] += ΔW_k dropout(x),    ΔW_k = scaling · B_k A_k
 
-    The base stays one matrix product, and so do all the A_k, which see one and the same dropout(x), and all the B_k.
+    The base stays one matrix product. All A_k are one product too, as they see the same dropout(x), and so are all B_k.
 
     Args:
-        base_layer: the layer to adapt; it is kept, by reference, and frozen.
+        base_layer: the layer to adapt; it is kept by reference and frozen.
         blocks: name -> index of the row block, such as {"query": 0, "value": 2}.
-        num_blocks: how many blocks the rows of `base_layer` are.
-        rank, alpha: as in `LowRank`, for all blocks or {name: ...} for each.
+        num_blocks: the number of blocks that the rows of `base_layer` are split into.
+        rank, alpha: as in `LowRank`, one for all blocks or {name: ...}.
         rslora, dora: as in `LowRank`.
         dropout: as in `LoRALinear`.
 
     Raises:
-        ValueError: as `LoRALinear`; or the rows are not `num_blocks` equal blocks, or there is no such block.
+        ValueError: as `LoRALinear`; `num_blocks` does not divide the rows; `blocks` is empty, repeats or out of range.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class LoRAFusedLinear(LoRALayer, nn.Module):
         scaled_B, start = lora_A.new_zeros(self.base_layer.out_features, len(lora_A)), 0
         for rows, pair in self.updates():
             stop = start + len(pair.lora_A)
-            scaled_B[rows, start:stop] = pair.scaled_B  # all else is 0: no rank of another pair's reaches these rows
+            scaled_B[rows, start:stop] = pair.scaled_B  # the rest stays 0: other pairs do not update these rows
             start = stop
         return lora_A, scaled_B
 

@@ -1,6 +1,6 @@
 """The adapter format of Hugging Face PEFT: what its `adapter_config.json` and `adapter_model.safetensors` hold.
 
-Names differ between models, so callers say how theirs map; the files themselves are read and written by the caller.
+Layer names differ between models, so the caller says how to map them; the caller also reads and writes the files.
 """
 
 import re
@@ -14,20 +14,20 @@ from .layer import LoRAFusedLinear, LoRALayer, LoRALinear, LowRank
 from .state import get_adapter_params, load_params, set_trainable_params
 
 PREFIX = "base_model.model."
-LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # ways of PEFT's to start an adapter; all others change it
+LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # initialisations of PEFT's; all others change the base
 KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 
 
 def to_peft(model: nn.Module, rename: Callable[[str], str], dropout: float = 0.0) -> tuple[dict, dict[str, Tensor]]:
-    """The adapter in `model` as PEFT keeps it.
+    """The adapter in `model`, in PEFT's format.
 
     Args:
-        rename: dotted name of a LoRA pair (of a fused layer, `attn.qkv.query`) -> of that layer in PEFT's model.
-        dropout: `lora_dropout`, which the weights do not show.
+        rename: dotted name of a LoRA pair (`attn.qkv.query` in a fused layer) -> name of the layer in PEFT's model.
+        dropout: `lora_dropout` for the configuration; the weights do not tell it.
 
     Returns:
-        the configuration and the tensors. Every scaling is written as lora_alpha / r. What PiSSA took out of the base
-        is given back by the update, at twice the rank, so that PEFT needs the original base alone.
+        the configuration and the tensors. Every scaling is written as lora_alpha / r. A PiSSA adapter is written with
+        twice the rank, as an update of the original base, so that PEFT needs no other base.
 
     Raises:
         ValueError: there is no LoRA in the model.
@@ -44,7 +44,7 @@ def to_peft(model: nn.Module, rename: Callable[[str], str], dropout: float = 0.0
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "target_modules": sorted(pairs),  # whole names, so that each means one layer
+        "target_modules": sorted(pairs),  # full names, so that each matches one layer only
         "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
         "use_dora": any(pair.lora_magnitude is not None for pair in pairs.values()),
@@ -72,11 +72,11 @@ def from_peft(
     """Put an adapter that PEFT saved, or `to_peft` made, on `model`, in place; the inverse of `to_peft`.
 
     Args:
-        rename: dotted name of a layer in PEFT's model -> of the LoRA pair here.
-        table: what the last part of a pair's name means where that is a row block, as in `lora_layers`.
+        rename: dotted name of a layer in PEFT's model -> name of the LoRA pair in `model`.
+        table: as in `lora_layers`: the row block that the last part of a pair's name stands for, if it does.
 
     Raises:
-        ValueError: it is not a LoRA adapter, uses what is not supported, or does not fit the model.
+        ValueError: it is not a LoRA adapter, uses an unsupported feature, or does not fit the model.
     """
     if config.get("peft_type") != "LORA":
         raise ValueError(f"the adapter is of PEFT type {config.get('peft_type')!r}, not LORA")
@@ -112,12 +112,12 @@ def from_peft(
 
 
 def _pattern(pattern: Mapping[str, float] | None, path: str, default: float) -> float:
-    """PEFT's rule for `alpha_pattern`: the first key that, as an expression, is the end of the layer's name."""
+    """PEFT's rule for `alpha_pattern`: the first key that, as a regular expression, matches the end of the name."""
     return next((value for key, value in (pattern or {}).items() if re.fullmatch(rf"(.*\.)?({key})", path)), default)
 
 
 def _layers(model, settings: dict[str, tuple[int, float]], dropout: float, table, variant) -> dict[str, LoRALayer]:
-    """LoRA layers for pairs of these names, ranks and alphas."""
+    """LoRA layers for the pairs of `settings`, which maps each pair's name to its rank and alpha."""
     modules, made, fused = dict(model.named_modules()), {}, defaultdict(dict)
     for path, (rank, alpha) in settings.items():
         parent, _, name = path.rpartition(".")

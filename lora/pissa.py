@@ -1,4 +1,4 @@
-"""PiSSA: start at what the frozen weight does most, and train that."""
+"""PiSSA: initialise LoRA with the principal part of the frozen weight, and train that part."""
 
 import torch
 from torch import nn
@@ -10,14 +10,14 @@ from .layer import LoRALayer
 def start_at_principal(layer: LoRALayer) -> None:
     """Start each pair at the principal part of its weight and freeze the rest (Meng et al. 2024, arXiv:2404.02948).
 
-        W₀ = U S Vᵀ;    B = U_r √S_r,  A = √S_r V_rᵀ (less the scaling);    base = W₀ - ΔW
+        W₀ = U S Vᵀ;    B = U_r √S_r,  A = √S_r V_rᵀ (both over √scaling);    base = W₀ - ΔW
 
-    so that the layer computes at first what it did before; with dropout before A, parts of W₀ would be dropped.
-    `init_lora_weights="pissa"` in PEFT. The layer gets a base of its own: the one it was given is not changed. The same
-    weight gives the same rest, up to rounding, so a checkpoint needs A and B alone.
+    so that the layer's initial output is unchanged. Dropout before A would drop parts of W₀. PEFT calls it
+    `init_lora_weights="pissa"`. The layer gets a new base layer; the one that it was given is not changed. The same
+    weight gives the same rest, up to rounding, so a checkpoint needs only A and B.
 
     Raises:
-        ValueError: a pair's rank is above the smaller side of its weight.
+        ValueError: a pair's rank is above the smaller dimension of its weight.
     """
     base = layer.base_layer
     for rows, pair in layer.updates():

@@ -1,5 +1,5 @@
-"""A frozen base in 8 bits: a quarter of its memory, for training. What was trained is merged onto the original weights
-once it is loaded there: `merge_lora` here would merge onto the rounded ones.
+"""Train over a frozen base in 8 bits, which takes a quarter of the memory. To merge, load the trained adapter onto the
+original weights: `merge_lora` on the quantised model would merge into the rounded weights.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from .layer import LoRALayer
 
 @torch.no_grad()
 def quantize_base(model: nn.Module, run: Callable[[], object] | None = None) -> nn.Module:
-    """Quantise every frozen linear layer of `model`, in place, LoRA on it or not; returns `model`. Layers that have a
-    forward or hooks of their own stay as they are.
+    """Quantise every frozen linear layer of `model` in place, with or without LoRA on it; returns `model`. Layers with
+    a custom forward or hooks stay as they are.
 
     Args:
-        run: makes one forward pass of the model over some typical inputs, for which the weights are then rounded (see
-            `round_for`), those of a layer that it does not reach to the nearest; default: all of them to the nearest.
-            A layer's own inputs are those of the float model: those of the quantised one gave no smaller error.
+        run: makes one forward pass of the model over typical inputs, for which the weights are then rounded (see
+            `round_for`); layers that the pass does not reach, and by default all layers, are rounded to nearest. Each
+            layer's inputs come from the float model: those of the quantised model gave no smaller error.
     """
     layers = {
         path: module
@@ -35,7 +35,7 @@ def quantize_base(model: nn.Module, run: Callable[[], object] | None = None) -> 
             def make(_, inputs):
                 made[path] = Int8Linear(layer, inputs[0])
 
-            return over.get(id(layer), layer).register_forward_pre_hook(make)  # LoRA computes its base layer itself
+            return over.get(id(layer), layer).register_forward_pre_hook(make)  # LoRA never calls its base layer
 
         hooks = [hook(path, layer) for path, layer in layers.items()]
         try:

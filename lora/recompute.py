@@ -1,4 +1,4 @@
-"""Inputs that need not be kept for the backward pass, since what they were made from is kept anyway."""
+"""Inputs that backward can recompute instead of keeping, because what they were made from is kept anyway."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 class Source(NamedTuple):
-    """A tensor as `make(*tensors)`."""
+    """How to compute a tensor again: `make(*tensors)`."""
 
     make: Callable[..., Tensor]
     tensors: tuple[Tensor | None, ...]
 
 
 def source_of(x: Tensor) -> Source | None:
-    """How to compute `x` again from what autograd keeps of the GELU or the layer norm that made it, else None.
+    """How to compute `x` again from what autograd keeps for the GELU or layer norm that made it; None without those.
 
-    In a ViT these are the inputs of the first layer of attention and of both layers of the MLP: six of the sixteen
-    token widths that a block would keep.
+    In a ViT this saves the inputs of the attention's first layer and of both MLP layers: six of the sixteen embedding
+    widths per token that a block would keep.
     """
-    if torch.compiler.is_compiling():  # the compiler chooses by itself what to compute again, and sees no `grad_fn`
+    if torch.compiler.is_compiling():  # the compiler decides itself what to recompute, and sees no `grad_fn`
         return None
     node = x.grad_fn
     if node is None or x._version:  # changed in place since
@@ -36,12 +36,12 @@ def source_of(x: Tensor) -> Source | None:
 
 
 def _packed(saved) -> bool:
-    """Whether hooks keep a saved tensor, as in a checkpointed block: to unpack it now would compute that block anew."""
+    """Whether hooks hold a saved tensor, as in a checkpointed block: unpacking it now would recompute that block."""
     return saved.unpack_hook is not None
 
 
 def normalize(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Layer norm with the statistics (..., 1) that its first computation found; `rstd` is 1 / sqrt(variance + eps)."""
+    """Layer norm with the statistics (..., 1) of the forward pass; `rstd` is 1 / sqrt(variance + eps)."""
     y = (x - mean).mul_(rstd)
     if weight is None:
         return y

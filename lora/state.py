@@ -1,4 +1,4 @@
-"""What of a model is LoRA: its parameters, which of all parameters train, and the model with LoRA merged away."""
+"""Find a model's LoRA parameters, choose which parameters train, load trained ones, and merge LoRA into the model."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -35,10 +35,10 @@ def set_trainable_params(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def load_params(params: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
-    """Copy `state` into `params` (such as `get_adapter_params(model)`), all of it and nothing else, or change nothing.
+    """Copy `state` into `params` (such as `get_adapter_params(model)`); if their keys or shapes differ, change nothing.
 
     Raises:
-        ValueError: names every missing and unexpected key, and every tensor of another shape.
+        ValueError: they differ; the message names every missing or unexpected key and every tensor of another shape.
     """
     problems = [f"missing {name}" for name in params.keys() - state.keys()]
     problems += [f"unexpected {name}" for name in state.keys() - params.keys()]
@@ -55,24 +55,24 @@ def load_params(params: Mapping[str, nn.Parameter], state: Mapping[str, Tensor])
 
 
 def keep_base_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep frozen layers, LoRA on them or merged in, ready to compute with in `dtype`, instead of at every call."""
+    """Keep frozen layers, with LoRA on them or merged in, ready to compute in `dtype` instead of casting each time."""
     for module in model.modules():
         if isinstance(module, LoRALayer | FrozenLinear):
             module.keep_base_in(dtype)
 
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """A copy of `model` with each LoRA layer merged into a plain linear layer: the state dict of the unadapted model.
+    """A copy of `model` with each LoRA layer merged into a plain linear layer: its state dict fits the unadapted model.
 
     `model` itself is not changed.
     """
-    # deepcopy takes what its memo holds as already copied, so no base weight is copied only to be replaced
+    # deepcopy treats what its memo holds as copied already, so no base weight is copied only to be replaced
     merged = {id(module): module.merge() for module in model.modules() if isinstance(module, LoRALayer)}
     return copy.deepcopy(model, merged)
 
 
 def parameter_summary(model: nn.Module) -> str:
-    """Such as "trainable 2,654,208 / total 88,452,864 (3.00%)"."""
+    """A line such as "trainable 2,654,208 / total 88,452,864 (3.00%)"."""
     quantised = (buffer for buffer in model.buffers() if buffer.dtype is torch.int8)
     total = sum(tensor.numel() for tensor in [*model.parameters(), *quantised])
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

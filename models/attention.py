@@ -1,9 +1,9 @@
 """Self-attention for training: timm's `Attention` with less copying, and on a CPU without torch's fused kernel.
 
-PyTorch's fused attention on a CPU is written for long sequences. At a ViT's 50 to 600 tokens its backward pass takes
-several times as long in bf16 as matrix products for all heads of a few images at once, and keeps the output beside q, k
-and v. Where there is none, torch's own is left to work: on a machine with AMX answers to 64 pictures in bf16 come 9 %
-sooner by it (by hand).
+PyTorch's fused attention kernel for CPUs is written for long sequences. At a ViT's 50 to 600 tokens, its backward pass
+takes several times as long in bf16 as batched matrix products over all heads of a few images, and it keeps the output
+beside q, k and v. Without a backward pass, torch's kernel is used: with it, inference on 64 pictures in bf16 takes 9 %
+less time on a machine with AMX (measured by hand).
 """
 
 import torch
@@ -12,12 +12,12 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-SCORES = 2**19  # computed at a time: they stay in the cache, and memory does not grow with the batch
+SCORES = 2**19  # scores computed at a time: they stay in the cache, and memory does not grow with the batch
 
 
 class PackedAttention(Attention):
-    """timm's `Attention` without options; in training on a CPU its output comes from `packed_attention`, else from
-    torch's."""
+    """timm's `Attention` without its options. It computes with `packed_attention` in training on a CPU, elsewhere with
+    torch's attention."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
@@ -25,13 +25,13 @@ class PackedAttention(Attention):
         qkv = self.qkv(x)  # (B, N, 3 · heads · d)
         if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self.proj(packed_attention(qkv, self.num_heads))
-        # Taken apart where it is, so that its gradient is put together in that layout: timm's is copied once more.
+        # Views of qkv in its own layout, in which its gradient is then assembled; timm's way needs one more copy.
         q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def use_packed_attention(model: nn.Module) -> nn.Module:
-    """Make every plain `Attention` of a model packed, in place: those with norms, gates or dropout inside stay."""
+    """Make every plain `Attention` of a model a `PackedAttention`, in place; those with norms, gate or dropout stay."""
     for module in model.modules():
         if type(module) is Attention and is_plain(module):
             module.__class__ = PackedAttention
@@ -61,7 +61,7 @@ def packed_attention(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 class _PackedAttention(torch.autograd.Function):
-    """Keeps q, k and v alone; the probabilities p are computed again. With o = p v and p = softmax(q kᵀ / √d):
+    """Keeps only q, k and v; backward recomputes the probabilities p. With o = p v and p = softmax(q kᵀ / √d):
 
     dv = pᵀ do,    dp = do vᵀ,    ds = p ∘ (dp - rowsum(dp ∘ p)),    dq = ds k / √d,    dk = dsᵀ q / √d
     """
@@ -79,7 +79,7 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)  # all is in the dtype of forward, whatever backward is called in
+    @torch.autocast("cpu", enabled=False)  # compute in the dtype of forward, even if backward runs under autocast
     def backward(ctx, dout):
         (packed,) = ctx.saved_tensors
         (q, k, v), (do,) = packed, _pack(dout, 1, ctx.num_heads)
@@ -105,7 +105,7 @@ def _unpack(x: Tensor, num_heads: int) -> Tensor:
 
 
 def _chunks(q: Tensor) -> list[slice]:
-    """So many heads at a time that their scores stay within `SCORES`."""
+    """Slices of the heads, each of as many heads as have at most `SCORES` scores together, but at least one."""
     heads, tokens, _ = q.shape
     size = max(1, SCORES // tokens**2)
     return [slice(start, start + size) for start in range(0, heads, size)]

@@ -29,7 +29,7 @@ VIT_TARGETS = {
     "dense": (Target("attn.proj"), Target("mlp.fc1"), Target("mlp.fc2")),
 }
 
-# LoRA pairs of a timm ViT and the layers of Hugging Face's `ViTModel` that they are, up to transformers 5.8 and since.
+# LoRA pair of a timm ViT: the same layer in Hugging Face's `ViTModel`, as named up to transformers 5.8 and since then.
 HF_LAYERS = {
     "blocks.{}.attn.qkv.query": ("encoder.layer.{}.attention.attention.query", "layers.{}.attention.q_proj"),
     "blocks.{}.attn.qkv.key": ("encoder.layer.{}.attention.attention.key", "layers.{}.attention.k_proj"),
@@ -39,9 +39,9 @@ HF_LAYERS = {
     "blocks.{}.mlp.fc2": ("encoder.layer.{}.output.dense", "layers.{}.mlp.fc2"),
 }
 
-PLAIN = "vit_tiny_patch16_224"  # whose layers these are
+PLAIN = "vit_tiny_patch16_224"  # the model whose layers these are
 
-# The embedded demo's backbone: `pretrain_demo.py` makes the file.
+# The demo's own backbone; `pretrain_demo.py` makes its weights file.
 DEMO, DEMO_ARCHITECTURE = "demo", PLAIN
 DEMO_BACKBONE = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}
 DEMO_WEIGHTS = Path(__file__).with_name("demo_backbone.safetensors")
@@ -54,16 +54,16 @@ def create_backbone(
 
     Args:
         name: a timm model name, or "demo".
-        weights: a safetensors file in timm's names; None takes the hub's (the demo's own lie in the repo).
+        weights: a safetensors file with timm's tensor names; None takes the hub's (the demo's are in this repository).
         img_size: side of the square input in pixels; the position embedding is resampled to it.
-        patch_size: side of a patch in pixels; the patch embedding is resampled to it, so that a patch made of fewer
-            pixels gives what it gave when it was larger (FlexiViT, Beyer et al. 2023, arXiv:2212.08013).
+        patch_size: side of a patch in pixels; the patch embedding is resampled to it, so that a patch that is resized
+            to fewer pixels keeps its embedding (FlexiViT, Beyer et al. 2023, arXiv:2212.08013).
 
     Returns:
         the model, mapping images (B, 3, S, S) to embeddings (B, `num_features`), and the fingerprint.
 
     Raises:
-        UserError: unknown name, not a ViT, or weights that cannot be had or do not fit.
+        UserError: the name is unknown or not a ViT's, the sizes do not fit, or the weights are unavailable or misfit.
     """
     model = bare_backbone(name)
     load_weights(model, weights or find_weights(name, model), name)
@@ -85,7 +85,7 @@ def create_backbone(
 
 
 def check_hf(name: str) -> None:
-    """Raise a `UserError` where a backbone is not the plain ViT that Hugging Face's `ViTModel` is."""
+    """Raise a `UserError` if a backbone is not a plain ViT, which is what Hugging Face's `ViTModel` implements."""
     with torch.device("meta"):
         own, plain = ({re.sub(r"\.\d+\.", ".N.", key) for key in bare_backbone(n).state_dict()} for n in (name, PLAIN))
     if odd := sorted(own ^ plain):
@@ -94,10 +94,10 @@ def check_hf(name: str) -> None:
 
 
 def hf_name(pair: str, old: bool = False) -> str:
-    """A LoRA pair of a timm ViT -> its layer in `ViTModel`; `old`: in transformers up to 5.8.
+    """Name of a LoRA pair of a timm ViT -> name of its layer in `ViTModel`; `old`: as in transformers up to 5.8.
 
     Raises:
-        UserError: it has none, as a fused `qkv` that LoRA takes as a whole.
+        UserError: there is none, as for a fused `qkv` that LoRA adapts as a whole.
     """
     number = pair.split(".")[1]
     names = HF_LAYERS.get(pair.replace(f".{number}.", ".{}.", 1))
@@ -107,7 +107,7 @@ def hf_name(pair: str, old: bool = False) -> str:
 
 
 def timm_name(layer: str) -> str:
-    """The inverse of `hf_name`, of either spelling; also of a ViT with a head of Hugging Face's on it.
+    """The inverse of `hf_name` for both spellings, and also for a Hugging Face ViT with a head (`vit.` before names).
 
     Raises:
         UserError: timm's ViT has no such layer.
@@ -120,9 +120,9 @@ def timm_name(layer: str) -> str:
 
 
 def bare_backbone(name: str) -> VisionTransformer:
-    """The architecture with timm's random start and no classifier.
+    """The architecture with timm's random initialisation and no classifier.
 
-    Under `torch.device("meta")` it costs nothing: enough to check a name or count its parameters.
+    Under `torch.device("meta")` this costs nothing and is enough to check a name or count the parameters.
     """
     if name == DEMO:
         model = timm.create_model(DEMO_ARCHITECTURE, num_classes=0, **DEMO_BACKBONE)
@@ -144,7 +144,7 @@ def bare_backbone(name: str) -> VisionTransformer:
 
 
 def note_size(model: VisionTransformer) -> None:
-    """Put the input size where timm's data config, and so our preprocessing, reads it; timm itself does not."""
+    """Store the input size where timm's data config, and so our preprocessing, reads it; timm does not store it."""
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, *model.patch_embed.img_size)}
 
 
@@ -155,10 +155,10 @@ def find_weights(name: str, model: VisionTransformer) -> Path:
     repo = model.pretrained_cfg.get("hf_hub_id")
     if not repo:
         raise UserError(f"timm publishes no weights for {name!r}; give --weights FILE.safetensors")
-    hub.reachable()  # where it is not, this answers from the local cache at once instead of retrying for a minute
+    hub.reachable()  # if it is not, the next call uses the local cache at once instead of retrying for a minute
     try:
         return Path(huggingface_hub.hf_hub_download(repo, "model.safetensors"))
-    except Exception as error:  # of several libraries; whatever it is, there are no weights
+    except Exception as error:  # several libraries raise here; any error means no weights
         raise UserError(
             f"cannot get the weights of {name!r} from the hub ({type(error).__name__}); "
             f"give --weights FILE.safetensors ({repo} there)"
@@ -166,7 +166,7 @@ def find_weights(name: str, model: VisionTransformer) -> Path:
 
 
 def load_weights(model: VisionTransformer, path: Path, name: str) -> None:
-    """Load a safetensors file in timm's names. Classifier tensors are left out; everything else must fit exactly."""
+    """Load a safetensors file with timm's tensor names. A classifier is left out; all else must fit exactly."""
     if not path.is_file():
         raise UserError(f"no weights file at {path}; give its place with --weights FILE.safetensors")
     state = read_tensors(path)
@@ -183,10 +183,10 @@ def load_weights(model: VisionTransformer, path: Path, name: str) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file; nothing else is read, above all no pickle.
+    """All tensors of a safetensors file; no other format is read, above all no pickle.
 
     Raises:
-        UserError: it cannot be read, or is another kind of file, and which.
+        UserError: the file cannot be read or is not safetensors; the message says so if it is a pickle.
     """
     try:
         return load_file(path)

@@ -1,9 +1,9 @@
-"""A checkpoint is a folder: `config.json` rebuilds the model, `adapter.safetensors` holds what was trained, and
-`neighbours.safetensors`, if there is one, of the train pictures what is looked at for an answer, and their ids.
+"""A checkpoint is a folder: `config.json` describes the model, `adapter.safetensors` holds the trained tensors, and
+`neighbours.safetensors`, if there is one, holds what `models.neighbours` needs of the train pictures, and their ids.
 
-The frozen base is not in it: `config.json` names the base by its fingerprint and loading onto another one is an error.
-No pickle is read or written, and no path of the machine is stored, so a checkpoint can be copied anywhere. The config
-ends with the SHA-256 of every file, itself included: what a disk or a network damaged is never loaded.
+The frozen base is not stored: `config.json` names it by its fingerprint, and loading onto another base is an error. No
+pickle is read or written, and no path of the machine is stored, so a checkpoint can be copied anywhere. The config ends
+with the SHA-256 of every file, itself included, so that a file damaged by a disk or a network is never loaded.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ from models.schema import contradiction, labels_of, misfit
 from models.text import PAD, TextEncoder
 from models.text import WIDTH as TEXT_WIDTH
 
-FORMAT, LOOKING = 4, 7  # without and with neighbours; raise them when older code could not read what is written
+FORMAT, LOOKING = 4, 7  # without and with neighbours; raise both if older code could not read the new files
 
 
 def adapt(backbone: nn.Module, config: dict) -> nn.Module:
     """Put LoRA layers, as `config` describes them, into a backbone that is to be trained.
 
     Raises:
-        UserError: a LoRA target that matches nothing, a rank below 1 (the message names it).
+        UserError: a LoRA target matches nothing, or a rank is below 1; the message names it.
     """
     settings = dict(config["lora"])
     try:
@@ -48,7 +48,7 @@ def adapt(backbone: nn.Module, config: dict) -> nn.Module:
 
 
 def attach(backbone: nn.Module, config: dict) -> AttributeClassifier:
-    """Put fresh heads on a backbone from `adapt`; they and its LoRA layers, and nothing else, require a gradient."""
+    """Put fresh heads (and a text encoder) on a backbone from `adapt`; only they and its LoRA layers will train."""
     text, blind = config["text"], config["inputs"] == "title"
     heads, keep = make_heads(backbone.num_features, config), config["backbone"]["keep_patches"]
     encoder = TextEncoder(len(text["vocab"]), text["length"], text["vocab"].index(PAD)) if text else None
@@ -70,22 +70,22 @@ def make_heads(width: int, config: dict) -> HierarchicalHeads:
 
 
 def trained_params(model: AttributeClassifier) -> dict[str, nn.Parameter]:
-    """What is trained and saved: of a model from `attach`, the adapters, the heads and the text encoder."""
+    """The parameters that are trained and saved: in a model from `attach`, the adapters, heads and text encoder."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save_checkpoint(
     folder: Path, model: AttributeClassifier, config: dict, extra: Mapping[str, dict[str, Tensor]] | None = None
 ) -> None:
-    """Write the folder beside its place and swap it in; the one that was there stays beside it as `NAME.previous`.
+    """Write a new folder beside `folder` and swap it in; the checkpoint that it replaces is kept as `NAME.previous`.
 
-    A crash at any moment leaves the new one, or the one before, whole and on the disk.
+    A crash at any moment leaves the new or the replaced checkpoint complete on the disk.
 
     Args:
-        extra: further safetensors files, by file name: the optimizer's state in `last/`, neighbours.
+        extra: further safetensors files by file name, such as the optimizer's state in `last/`, or neighbours.
 
     Raises:
-        OSError: no room, or no permission; the checkpoint that was there is still there.
+        OSError: there is no space or no permission; the existing checkpoint is unchanged.
     """
     fresh, previous = fresh_of(folder), previous_of(folder)
     shutil.rmtree(fresh, ignore_errors=True)
@@ -107,7 +107,7 @@ def save_checkpoint(
 
 
 def fresh_of(folder: Path) -> Path:
-    """Where `save_checkpoint` writes what is not whole yet."""
+    """Where `save_checkpoint` writes a checkpoint until it is complete."""
     return folder.with_name(folder.name + ".new")
 
 
@@ -125,16 +125,16 @@ def sealed(config: dict, files: Mapping[str, bytes]) -> bytes:
 
 
 def _own_sum(config: dict) -> str:
-    """Of all a config says but this sum: white space and the order of the keys do not count."""
+    """SHA-256 of a config without this sum itself, independent of white space and the order of the keys."""
     sums = {name: value for name, value in config["sha256"].items() if name != "config.json"}
     return hashlib.sha256(json.dumps(config | {"sha256": sums}, sort_keys=True).encode()).hexdigest()
 
 
 def read_config(folder: Path) -> dict:
-    """`config.json` of a checkpoint folder, once every file in it has been found undamaged.
+    """`config.json` of a checkpoint folder, after checking that none of the checkpoint's files is damaged.
 
     Raises:
-        UserError: there is none, it is damaged, of another version, or describes no model.
+        UserError: there is no checkpoint, or it is damaged, has another format, or describes no model.
     """
     path = folder / "config.json"
     try:
@@ -172,14 +172,14 @@ def read_config(folder: Path) -> dict:
 
 
 def amend_config(folder: Path, **facts) -> None:
-    """Put facts into a checkpoint's `config.json`, which is whole at any moment."""
+    """Add facts to a checkpoint's `config.json`, which is replaced atomically."""
     config = read_config(folder)
     files = {name: (folder / name).read_bytes() for name in config["sha256"] if name != "config.json"}
     replace_file(folder / "config.json", sealed(config | facts, files))
 
 
 def stored_tensors(folder: Path, config: dict, name: str = "adapter.safetensors") -> dict[str, Tensor]:
-    """Of a file of a checkpoint, as long as it is what belongs to this config: a run that goes on may replace both."""
+    """The tensors of a checkpoint's file, if it still belongs to this config: a running training may replace both."""
     path = folder / name
     state = read_tensors(path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != config["sha256"][path.name]:
@@ -188,7 +188,7 @@ def stored_tensors(folder: Path, config: dict, name: str = "adapter.safetensors"
 
 
 def load_tensors(folder: Path, model: AttributeClassifier, config: dict) -> None:
-    """Load a checkpoint's tensors strictly: every missing, unexpected, misshaped or non-finite one is named."""
+    """Load a checkpoint's tensors strictly: an error names every missing, unexpected, misshaped or non-finite one."""
     path, state = folder / "adapter.safetensors", stored_tensors(folder, config)
     try:
         load_params(trained_params(model), state)
@@ -203,7 +203,7 @@ def read_neighbours(folder: Path, model: AttributeClassifier, config: dict) -> N
     """The train pictures that a checkpoint keeps for this model.
 
     Raises:
-        UserError: they are not what the config describes.
+        UserError: they do not fit the config.
     """
     classes = {name: len(labels) for name, labels in labels_of(config).items()}
     numbers = [a["name"] for a in config["attributes"] if a["kind"] == "number"]
@@ -246,19 +246,19 @@ def remembered_weights(folder: Path) -> Path | None:
     if not options.is_file():
         return None
     try:
-        path = json.loads(options.read_text(encoding="utf-8")).get("weights")  # another program's may have none
+        path = json.loads(options.read_text(encoding="utf-8")).get("weights")  # another program's file may have none
         return Path(path) if path else None
     except (OSError, ValueError, AttributeError, TypeError):
         raise UserError(f"{options} is damaged; name the backbone's weights with --weights") from None
 
 
 def find_checkpoint(given: Path | None) -> Path:
-    """The folder asked for, else the newest run's best."""
+    """The given folder, else the `best` checkpoint of the newest run."""
     return given or newest_checkpoint(Path("runs"), "best")
 
 
 def newest_checkpoint(runs: Path, which: str) -> Path:
-    """The most recently written `best` or `last` folder of any run, if only its previous one is there."""
+    """The newest `best` or `last` folder of any run, even if only its `.previous` is there at the moment."""
     names = (which, previous_of(Path(which)).name)
     found = [path for name in names for path in runs.glob(f"*/{name}/adapter.safetensors")]
     if not found:
@@ -267,7 +267,7 @@ def newest_checkpoint(runs: Path, which: str) -> Path:
 
 
 def _trained_at(adapter: Path) -> float:
-    """Calibrating writes config.json anew, but not the adapter. One that a run replaces just now is the newest."""
+    """The time the adapter was written: calibrating rewrites only config.json. One that is being replaced is newest."""
     try:
         return adapter.stat().st_mtime
     except FileNotFoundError:

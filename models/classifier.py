@@ -11,28 +11,28 @@ from models.hog import hog
 from models.neighbours import Alike
 from models.patches import forward_features
 
-TAUGHT = 0.5  # share of the loss that is the distance from what a teacher says
+TAUGHT = 0.5  # share of the loss that is the cross-entropy with a teacher's probabilities
 
 
 class AttributeClassifier(nn.Module):
     """A (LoRA-adapted) backbone and hierarchical heads: images (B, 3, S, S) -> {attribute: logits (B, classes)}.
 
-    The embedding is the backbone's own (of most ViTs the CLS token) beside the mean of its patch tokens, (B, 2 d): the
-    mean has seen all of the picture where CLS chose, and few epochs get more from both than from CLS alone.
+    The embedding (B, 2 d) joins the backbone's own (the CLS token in most ViTs) and the mean of its patch tokens: CLS
+    attends selectively, the mean covers the whole picture, and in few epochs both train better than CLS alone.
 
-    A model that reads titles has the summary of its text encoder behind that, or alone.
+    A model that reads titles appends its text encoder's output to this embedding, or uses only that output.
 
     Args:
         backbone: a timm `VisionTransformer` with `num_classes=0`.
-        heads: for embeddings of twice the backbone's `num_features`, and the width of the text's summary.
-        keep_patches: share of the patches that the backbone sees, those with most in them (see `models.patches`).
-        text: for tokens (B, T) of titles.
-        blind: the pictures are not looked at.
+        heads: they read twice the backbone's `num_features` (none if `blind`), plus the text encoder's width.
+        keep_patches: share of the patches that the backbone sees, those with most contrast (see `models.patches`).
+        text: encoder of the tokens (B, T) of titles.
+        blind: ignore the pictures.
 
     Attributes:
-        drop_patches: share of those patches that training leaves out by chance; set by who trains.
-        neighbours: the train pictures, see `models.neighbours`, or None; set by who loads a checkpoint that has them.
-            With them the outputs for classes are log-probabilities of the mixture, and numbers are mixed too.
+        drop_patches: share of those patches that training drops at random; the training code sets it.
+        neighbours: train pictures (see `models.neighbours`) or None; set when a checkpoint that has them is loaded.
+            With them, class outputs are log-probabilities of the mixture, and numbers are mixed too.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class AttributeClassifier(nn.Module):
         self.neighbours = None
 
     def train(self, mode: bool = True) -> "AttributeClassifier":
-        """As of any module, but for the statistics that a convolution before the patches may have (`BatchNorm2d`): they
-        are the frozen backbone's, and are not saved."""
+        """As in any module, but `BatchNorm2d` layers, which a backbone with convolutions before its patches may have,
+        stay in eval mode: their statistics belong to the frozen backbone and are not saved."""
         super().train(mode)
         for module in self.backbone.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -65,7 +65,7 @@ class AttributeClassifier(nn.Module):
         return self.explained(images, tokens)[0]
 
     def explained(self, images: Tensor, tokens: Tensor | None = None) -> tuple[dict[str, Tensor], Alike | None]:
-        """The outputs, and the neighbours that they follow from, if there are any."""
+        """The outputs, and the neighbours that contributed to them if the model has neighbours."""
         embedding = self.embedding(images, tokens)
         logits = self.heads(embedding)
         if self.neighbours is None:
@@ -74,7 +74,7 @@ class AttributeClassifier(nn.Module):
         return self.neighbours(alike, logits), alike
 
     def embedding(self, images: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """What the heads are given of pictures, titles or both, (B, D)."""
+        """The heads' input (B, D), made from pictures, titles or both."""
         parts = [] if self.blind else [*self.embed(images)]
         if self.text is not None:
             parts.append(self.text(tokens))
@@ -89,7 +89,7 @@ class AttributeClassifier(nn.Module):
 
 
 def known_targets(labels: Tensor, numbers: Tensor) -> Tensor:
-    """How many labels (B, A) and numbers (B, M) are present, of each attribute: (A + M,)."""
+    """The number of labels (B, A) and numbers (B, M) that are present, for each attribute: (A + M,)."""
     return torch.cat([(labels >= 0).sum(0), numbers.isfinite().sum(0)])
 
 
@@ -101,19 +101,19 @@ def attribute_losses(
     numbers: Tensor | None = None,
     taught: Sequence[Tensor | None] = (),
 ) -> Tensor:
-    """The loss of each attribute over the rows whose value is present: cross-entropy of a class, and of a number
-    Huber's (quadratic up to one standard deviation, then linear: a few extreme prices do not rule it).
+    """The loss of each attribute over the rows whose value is present: cross-entropy for a class, Huber loss for a
+    number (quadratic up to one standard deviation, then linear, so that a few extreme prices do not dominate).
 
     Args:
         outputs: {attribute: logits (B, classes), or (B, 1) of a number}, in the order of the columns of the targets.
         labels: (B, A) class indices; negative where the label is missing.
-        known: (A + M,) how many are present in the batch that the optimizer step covers; default: in this one.
-            Dividing by the step's own count makes micro-batches add up to the gradient of one big batch.
+        known: (A + M,) how many values are present in the whole batch of the optimizer step; default: in this batch.
+            Dividing by the count of the step makes micro-batches add up to the gradient of one big batch.
         smoothing: probability that is taken from the label and spread over all classes (Szegedy et al. 2016,
-            arXiv:1512.00567): catalogues have wrong labels, and a model that is never sure learns fewer by heart.
+            arXiv:1512.00567): catalogues have wrong labels, and a model that is never sure memorises fewer.
         numbers: (B, M) in standard deviations, NaN where the number is missing; default: there are none.
-        taught: of each class a teacher's probabilities (B, classes), or None. The cross-entropy with them counts
-            `TAUGHT`, that with the label the rest. They stand beside a label: where that is missing nothing is learned.
+        taught: for each class attribute, a teacher's probabilities (B, classes) or None. The cross-entropy with them
+            has the weight `TAUGHT`, that with the label the rest. Rows without a label do not count in either.
 
     Returns:
         (A + M,) losses, in fp32, or in fp64 where the outputs are; their weighted sum is what training minimises. An
@@ -140,5 +140,5 @@ def attribute_losses(
 
 
 def at_least_float(tensor: Tensor) -> Tensor:
-    """In fp32, or fp64 where it is."""
+    """The tensor in fp32, or in fp64 if it already is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""From logits to labels that fit together, each with its calibrated confidence."""
+"""Turn logits into labels that are consistent with each other, each with its calibrated confidence."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from models.schema import labels_of
 
-# At most, so that what is worked out on the way does not grow with the number of pictures.
+# Upper bounds, so that intermediate results do not grow with the number of pictures.
 AT_ONCE = 8192  # pictures decoded together
-SCORES = 2**24  # scores of their paths
+SCORES = 2**24  # path scores computed together
 
 
 class Answers(NamedTuple):
-    """What is said of a batch, class attributes in declaration order.
+    """The answers for a batch; the A columns are the class attributes in declaration order.
 
     Attributes:
-        labels: (B, A) classes.
+        labels: (B, A) class indices.
         confidence: (B, A) calibrated probability of each of these labels.
-        accepted: (B, A) whether it is high enough to go unseen by a person.
+        accepted: (B, A) whether the confidence is high enough to accept the label without review by a person.
     """
 
     labels: Tensor
@@ -31,15 +31,15 @@ class Decoder:
     """Logits -> `Answers`.
 
     Each attribute's probabilities are `softmax(logits / T)` with its fitted temperature (Guo et al. 2017,
-    arXiv:1706.04599). The attributes of a hierarchy are decoded together: of all known paths, those that labels of
-    train rows allow, the one with the highest sum of log-probabilities, found by scoring every one. Paths are few (158
-    in the real catalogue), so this is exact. Other attributes, and with `joint=False` all, take their most probable
-    class. A label's confidence is its own probability either way, so it is low where the path overrules the most
-    probable class.
+    arXiv:1706.04599). The attributes of a hierarchy are decoded together: of the known paths, which are the
+    combinations that labels of train rows allow, it takes the one with the highest sum of log-probabilities. Paths are
+    few (158 in the real catalogue), so it scores all of them, which is exact. Other attributes, and with `joint=False`
+    all, take their most probable class. A label's confidence is its own probability either way, so it is low where the
+    path overrules the most probable class.
 
     Args:
-        config: a checkpoint's: `attributes`, `paths` (see `data.attributes.known_paths`) and, once calibrated,
-            `calibration`. Without the latter temperatures are 1 and nothing is accepted.
+        config: a checkpoint's config, with `attributes`, `paths` (see `data.attributes.known_paths`) and, once
+            calibrated, `calibration`. Without `calibration`, temperatures are 1 and nothing is accepted.
     """
 
     def __init__(self, config: dict, joint: bool = True):
@@ -52,14 +52,14 @@ class Decoder:
         self.threshold = {name: thresholds.get(name) for name in self.names}  # None: no confidence is enough
 
     def __call__(self, logits: Mapping[str, Tensor]) -> Answers:
-        """{attribute: (B, classes)} -> what to say of each of B pictures."""
+        """{attribute: logits (B, classes)} -> the answers for B pictures."""
         together = max(1, min(AT_ONCE, SCORES // max((len(known) for _, known in self.paths), default=1)))
         pieces = zip(*(logits[name].split(together) for name in self.names), strict=True)
         said = [self._decode(dict(zip(self.names, piece, strict=True))) for piece in pieces]
         return Answers(*map(torch.cat, zip(*said, strict=True)))
 
     def probabilities(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{attribute: (B, classes)} -> the calibrated probability of every class, in the same shapes."""
+        """{attribute: logits (B, classes)} -> the calibrated probability of every class, in the same shapes."""
         return {name: log_p.exp() for name, log_p in self._log_probabilities(logits).items()}
 
     def _log_probabilities(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
-"""Starting from a trained checkpoint: a new model takes over what it shares with it, though its attributes may differ.
+"""Start from a trained checkpoint: a new model takes over what both have, even if their attributes differ.
 
-Adapters come over whole, and so does the text encoder where vocabulary and length of titles are the same. Of the heads,
-what an attribute's label was computed from comes over: its output rows, the hidden layer of its level, and the columns
-that read what both models know. Columns that read something new start at zero, so that all that is kept answers at
-first as it did before, unless an attribute of a level above it, or the text encoder, was left out; a number too, though
-the train rows, by which it is scaled, may be others now.
+The adapters are copied if both models read pictures, and the text encoder if vocabulary and length of titles are the
+same. In the heads, everything that a kept label is computed from is copied: its output rows, the hidden layer of its
+level, and the columns for inputs that both models have. Columns for new inputs start at zero, so that at first all that
+is kept predicts as before, unless an attribute of a level above it, or the text encoder, was left out. Numbers predict
+as before too, even if the new train rows give them another scale.
 """
 
 import json
@@ -27,11 +27,10 @@ NUMBER = "a number"  # what the one output of a number means; a class's outputs 
 
 
 def predecessor(config: dict, folder: Path) -> dict:
-    """The config of the checkpoint that a run with this one (`backbone`, `lora` and `inputs` are enough) inherits from.
+    """The config of the checkpoint that a run with `config` (needs `backbone`, `lora`, `inputs` only) inherits from.
 
     Raises:
-        UserError: the checkpoint cannot be read, is of another backbone or other LoRA layers, or reads nothing of what
-            this run reads.
+        UserError: the checkpoint cannot be read, has another backbone or other LoRA layers, or shares no input.
     """
     old = read_config(folder)
     if not set(old["inputs"].split("+")) & set(config["inputs"].split("+")):
@@ -52,10 +51,11 @@ def _both_see(old: dict, config: dict) -> bool:
 
 
 def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
-    """Copy what `model`, described by `config`, shares with a checkpoint, in place; and say what was kept and is new.
+    """Copy a checkpoint's share into `model`, described by `config`, in place; returns what was kept and is new.
 
     Raises:
-        UserError: as `predecessor`; both read titles alone, not alike; the checkpoint's tensors do not fit its config.
+        UserError: as `predecessor`; titles are the only shared input, but with another vocabulary or length; the
+            checkpoint's tensors do not fit its config.
     """
     old = predecessor(config, folder)
     seen, state = _both_see(old, config), stored_tensors(folder, old)
@@ -92,12 +92,12 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
 
 
 def _set(lora: dict) -> dict:
-    """The LoRA options that are on and shape the layers: dropout may be another."""
+    """The LoRA options that are set and shape the layers; dropout may differ."""
     return {key: value for key, value in lora.items() if key != "dropout" and value is not None and value is not False}
 
 
 def _tokens(config: dict) -> tuple[int, list[str]] | None:
-    """What a text encoder's numbers mean; nothing where no titles are read."""
+    """Length and vocabulary of titles, which give a text encoder's weights their meaning; None without titles."""
     return config["text"] and (config["text"]["length"], config["text"]["vocab"])
 
 
@@ -112,11 +112,11 @@ class Layer(NamedTuple):
 def _inherit_heads(
     heads: HierarchicalHeads, config: dict, old_heads: HierarchicalHeads, old: dict
 ) -> dict[str, tuple[int, int]]:
-    """Copy what both have; {attribute: (outputs kept, outputs)}."""
+    """Copy what both heads have; returns {attribute: (number of outputs kept, number of outputs)}."""
     kept, rescale, before = {}, _rescale(config, old), list(_levels(old_heads, old))
     for names, layers in _levels(heads, config):
         matches = [was for theirs, was in before if set(theirs) & set(names) and len(was) == len(layers)]
-        match = matches[0] if matches else []  # of two levels made one, the first
+        match = matches[0] if matches else []  # where two levels became one, the first
         for layer, was in zip(layers, match, strict=False):
             _copy(layer, was, rescale)
         known = set(match[-1].rows) if match else set()
@@ -127,7 +127,7 @@ def _inherit_heads(
 
 
 def _rescale(config: dict, old: dict) -> dict[tuple, tuple[float, float]]:
-    """Of each number's output, (a, b): z of the old scale is a z + b of the new one."""
+    """{output of a number: (a, b)}, where z in the old scale is a z + b in the new one."""
     scales = [{x["name"]: x for x in about["attributes"] if x["kind"] == "number"} for about in (config, old)]
     shared = ((name, new, scales[1][name]) for name, new in scales[0].items() if name in scales[1])
     return {
@@ -136,7 +136,7 @@ def _rescale(config: dict, old: dict) -> dict[tuple, tuple[float, float]]:
 
 
 def _levels(heads: HierarchicalHeads, config: dict) -> Iterator[tuple[list[str], list[Layer]]]:
-    """The attributes of each level, and its layers: one, or two with a hidden one between them."""
+    """The attributes of each level, and its layers: one, or two with hidden units between them."""
     attributes = {a["name"]: a for a in config["attributes"]}
     text = TEXT_WIDTH if config["text"] else 0
     seen: list[tuple] = [("image", i) for i in range(heads.levels[0].in_features - text)]  # of the embedding
@@ -153,7 +153,7 @@ def _levels(heads: HierarchicalHeads, config: dict) -> Iterator[tuple[list[str],
 
 @torch.no_grad()
 def _copy(new: Layer, old: Layer, rescale: dict) -> None:
-    """Rows that both layers have, over columns that both have; those columns of the rows that are new become zero."""
+    """Copy the rows that both layers have, in the columns that both have; new columns of these rows become zero."""
     rows, old_rows = _shared(new.rows, old.rows)
     columns, old_columns = _shared(new.columns, old.columns)
     row_a, row_b = torch.tensor([rescale.get(new.rows[i], (1.0, 0.0)) for i in rows]).view(-1, 2).unbind(1)
@@ -165,7 +165,7 @@ def _copy(new: Layer, old: Layer, rescale: dict) -> None:
 
 
 def _shared(mine: list[tuple], theirs: list[tuple]) -> tuple[Tensor, Tensor]:
-    """Where what both lists hold is in the one, and in the other."""
+    """The positions of the items that both lists hold, in `mine` and in `theirs`."""
     place = {meaning: i for i, meaning in enumerate(theirs)}
     pairs = [(i, place[meaning]) for i, meaning in enumerate(mine) if meaning in place]
     here, there = torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(1)

@@ -1,12 +1,12 @@
-"""What is known of the train pictures that are most alike, beside what the heads say.
+"""Combine the heads' predictions with the labels of the most similar train pictures.
 
-A catalogue shows an article again in another colour, and the next one of its line. A few million weights do not
-remember each of them; looking them up does. After kNN-LM (Khandelwal et al. 2020, arXiv:1911.00172), of each attribute
+A catalogue shows an article again in another colour, or the next article of the same line. A few million weights do not
+memorise each article, so train pictures are looked up, as in kNN-LM (Khandelwal et al. 2020, arXiv:1911.00172):
 
     p = (1 - share) softmax(logits / T) + share * votes
 
-where the nearest train pictures vote for their labels; a number is mixed with the mean of theirs. `refit.py` makes it,
-and fits share and T on validation rows.
+for each attribute, where the nearest train pictures vote for their labels. A number is mixed with the mean of the
+neighbours' numbers. `refit.py` builds the neighbours and fits share and T on validation rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FILE = "neighbours.safetensors"  # in a checkpoint's folder
-COMPONENTS = {"hog": 512, "embedding": 256}  # at most
-WEIGHTS = {"hog": 2 / 3, "embedding": 1 / 3}  # in how alike two pictures are
-FLOOR = 0.01  # of the largest component's deviation, added to that of each: the smallest are noise
+COMPONENTS = {"hog": 512, "embedding": 256}  # principal components, at most
+WEIGHTS = {"hog": 2 / 3, "embedding": 1 / 3}  # in the similarity of two pictures
+FLOOR = 0.01  # this share of the largest component's deviation is added to each one's: the smallest are noise
 NEAREST = 16
-SHARPNESS = 25.0  # a neighbour that is 0.04 more alike has e times the vote
-# Edges that are more alike are taken for those of the very picture, whose own label is no second opinion. By mistake
-# that befalls 4 of 4,005 validation rows: the like of these in another colour does not vote.
+SHARPNESS = 25.0  # a neighbour whose cosine is 0.04 higher has e times the vote
+# A neighbour whose edges are more alike than this counts as the same picture, whose label is no second opinion, and has
+# no vote. For 4 of 4,005 validation rows this is a mistake: the neighbour is the same article in another colour.
 SAME = 0.9995
-ID_BYTES = 255  # of an id that are kept: as many as a file's name may have
-LARGEST = 1e9  # number that such a file may hold: larger ones could end as no numbers in an answer
-FLOATS = (torch.float16, torch.float32)  # the kinds that a file may hold, the last of them to compute with
-# The same of those tensors that are something else.
+ID_BYTES = 255  # kept of each id: as many as a file's name may have
+LARGEST = 1e9  # number that such a file may hold: larger ones could turn into NaN in an answer
+FLOATS = (torch.float16, torch.float32)  # dtypes that a file may hold; the last one is computed with
+# The same for the tensors that have other dtypes.
 KINDS = {
     "labels": (torch.int32, torch.int64),
     "values": (torch.float32,),
@@ -38,11 +38,11 @@ KINDS = {
 
 
 class Alike(NamedTuple):
-    """The train pictures that are most like each of B, the most alike first; the very picture keeps its place.
+    """The train pictures most similar to each of B pictures, the most similar first; the same picture keeps its place.
 
     Attributes:
-        cosines: (B, K) from -1 to 1; of the very picture -1.
-        rows: (B, K), which they are.
+        cosines: (B, K) from -1 to 1; -1 for the same picture.
+        rows: (B, K), their row numbers in `Neighbours`.
     """
 
     cosines: Tensor
@@ -50,7 +50,7 @@ class Alike(NamedTuple):
 
 
 class Voter(NamedTuple):
-    """A train picture: its id, the hash of its pixels, how alike it is, and its labels, negative where missing."""
+    """A train picture: its id, the hash of its pixels, its similarity, and its labels, negative where missing."""
 
     id: str
     hash: int
@@ -59,18 +59,18 @@ class Voter(NamedTuple):
 
 
 class Neighbours(nn.Module):
-    """Train pictures, their labels, numbers and names. How alike two pictures are is by two thirds how alike their
-    edges are (`models.hog`) and by one their embeddings: of each the cosine of whitened principal components.
+    """Train pictures with their labels, numbers and ids. The similarity of two pictures is two thirds that of their
+    edges (`models.hog`) and one third that of their embeddings, each the cosine of whitened principal components.
 
     Args:
         classes: attribute -> its number of classes, in the order of the columns of `labels`.
         numbers: attributes that are numbers, in the order of the columns of `values`.
         tensors: `{hog,embedding}_{mean,basis}` (n,), (n, c), which whiten; `bank` (N, sum of c), the pictures; `labels`
             (N, A), negative where missing; `values` (N, M) of numbers, scaled, NaN where missing; `ids` (N, W), UTF-8
-            filled up with zeros; `hashes` (N,) of their pixels; `temperature` (A,); `share` (A + M,).
+            padded with zeros; `hashes` (N,) of their pixels; `temperature` (A,); `share` (A + M,).
 
     Raises:
-        ValueError: they are not these tensors, or do not fit together.
+        ValueError: `tensors` has other names, or they do not fit together.
     """
 
     def __init__(self, classes: Mapping[str, int], numbers: Sequence[str], tensors: Mapping[str, Tensor]):
@@ -92,8 +92,8 @@ class Neighbours(nn.Module):
         ids: Sequence[str],
         known: Mapping[str, Tensor],
     ) -> "Neighbours":
-        """Of N train pictures, edges (N, n), embeddings (N, m), ids, and as above what is `known` of each: `labels`,
-        `values` and `hashes`. Their votes do not count yet."""
+        """Build it from N train pictures: edges (N, n), embeddings (N, m), ids, and `known`, the tensors `labels`,
+        `values` and `hashes` as above. All shares are 0, so votes do not count yet."""
         shares = torch.zeros(len(classes) + len(numbers))
         tensors = {"ids": _as_bytes(ids), "temperature": torch.ones(len(classes)), "share": shares} | dict(known)
         for name, seen in (("hog", hog), ("embedding", embedding)):
@@ -104,18 +104,18 @@ class Neighbours(nn.Module):
         return made
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: pictures in fp16, which changes how alike they are by 1e-5."""
+        """The tensors for a checkpoint; `bank` is in fp16, which changes similarities by 1e-5."""
         return self.state_dict() | {"bank": self.bank.half(), "labels": self.labels.int()}
 
     def forward(self, alike: Alike, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is alike, and what the heads say, (B, classes), or (B, 1) of a number -> the same in its place."""
+        """Mix the heads' outputs, (B, classes) or (B, 1) of a number, with the neighbours'; shapes do not change."""
         heard = zip(self.heard(alike, logits).items(), self.share, strict=True)
         mixed = {name: torch.lerp(*pair, share) for (name, pair), share in heard}
         return {name: mixed[name].clamp(min=1e-12).log() if name in self.classes else mixed[name] for name in logits}
 
     def heard(self, alike: Alike, logits: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """{attribute: probabilities (B, classes), or a number (B, 1), by the heads, and by the neighbours}. A neighbour
-        whose label is missing votes as the heads do, and so does the very picture."""
+        """{attribute: (the heads' prediction, the neighbours' prediction)}, probabilities (B, classes) or a number
+        (B, 1). Neighbours whose label is missing vote as the heads predict, and so does the same picture."""
         weights = (alike.cosines * SHARPNESS).softmax(1) * (alike.cosines > -1)  # (B, K)
         labels = self.labels[alike.rows]  # (B, K, A)
         found = {}
@@ -132,14 +132,14 @@ class Neighbours(nn.Module):
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def nearest(self, hog: Tensor, embedding: Tensor) -> Alike:
-        """Of edges (B, n) and embeddings (B, m)."""
+        """The train pictures nearest to pictures with edges (B, n) and embeddings (B, m)."""
         described, n = self.describe(hog, embedding), self.hog_basis.shape[1]
         near, rows = (described @ self.bank.T).topk(min(NEAREST, len(self.bank)))
         by_edges = (self.bank[rows][..., :n] @ described[:, :n, None])[..., 0]
         return Alike(near.masked_fill(by_edges > SAME * WEIGHTS["hog"], -1.0), rows)
 
     def voters(self, alike: Alike, most: int) -> list[list[Voter]]:
-        """Of each of B those that are most alike, the first of them first."""
+        """For each of B pictures, up to `most` neighbours that vote, the most similar first."""
         cosines, order = alike.cosines.topk(min(most, alike.cosines.shape[1]))
         rows = alike.rows.gather(1, order)
         told = (self.ids[rows], self.hashes[rows], cosines, self.labels[rows])
@@ -148,7 +148,7 @@ class Neighbours(nn.Module):
         return [[voter for voter in some if voter.cosine > -1] for some in found]
 
     def describe(self, hog: Tensor, embedding: Tensor) -> Tensor:
-        """(B, D) of length 1."""
+        """Edges (B, n) and embeddings (B, m) -> (B, D) of length 1, whose products are similarities."""
         parts = (
             ("hog", hog, self.hog_mean, self.hog_basis),
             ("embedding", embedding, self.embedding_mean, self.embedding_basis),
@@ -158,13 +158,13 @@ class Neighbours(nn.Module):
         )
 
     def _apply(self, fn, recurse: bool = True):
-        # Moved with the model, but in fp32 whatever that computes in: who is nearest is a matter of small differences.
+        # Tensors move with the model but keep their dtype, fp32: small differences decide which picture is nearest.
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
 
 
 def _whitening(seen: Tensor, components: int) -> tuple[Tensor, Tensor]:
     """Mean (n,) and basis (n, c) of rows (N, n): `(x - mean) @ basis` has the largest principal components, nearly of
-    variance 1; no more than so few rows have, or all others would count as much, in what none of them showed."""
+    variance 1. There are at most N - 1, as N rows vary in no more: further ones would count as much, as mere noise."""
     components = max(1, min(components, len(seen) - 1))
     mean = seen.float().mean(0)
     centred = seen.float() - mean
@@ -175,7 +175,7 @@ def _whitening(seen: Tensor, components: int) -> tuple[Tensor, Tensor]:
 
 
 def _as_bytes(ids: Sequence[str]) -> Tensor:
-    """(N, W), UTF-8 filled up with zeros."""
+    """Ids as UTF-8 bytes (N, W), padded with zeros."""
     cut = [id.encode(errors="replace")[:ID_BYTES] for id in ids]
     width = max(1, *map(len, cut))
     filled = bytearray(b"".join(id.ljust(width, b"\0") for id in cut))
@@ -187,12 +187,12 @@ def _as_text(id: list[int]) -> str:
 
 
 def _in_range(tensor: Tensor, gaps: bool) -> bool:
-    """Whether no number is too large nor, where there may be no gaps, missing."""
+    """Whether no number is too large and, unless `gaps` allows it, none is NaN."""
     return not tensor.is_floating_point() or bool(((tensor.abs() < LARGEST) | (tensor.isnan() & gaps)).all())
 
 
 def _misfit(classes: Mapping[str, int], numbers: Sequence[str], tensors: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with tensors that a stranger may have written; None where nothing is."""
+    """What is wrong with tensors that may come from a stranger; None if nothing is."""
     names = {"bank", *KINDS, "temperature", "share"} | {f"{x}_{y}" for x in COMPONENTS for y in ("mean", "basis")}
     if tensors.keys() != names:
         return f"it holds {', '.join(sorted(tensors.keys() ^ names))} too much or too little"

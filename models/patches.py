@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def forward_features(backbone: VisionTransformer, images: Tensor, keep: float = 1.0, drop: float = 0.0) -> Tensor:
-    """timm's `forward_features`, over the share `keep` of each picture's patches that has most contrast.
+    """timm's `forward_features`, computed only on the share `keep` of each picture's patches that has most contrast.
 
-    A patch carries its position with it, so the others can be left out as masked autoencoders do (He et al. 2022,
-    arXiv:2111.06377), and what a picture's empty patches would say is where the kept ones are not.
+    A patch token carries its position, so the other patches can be left out, as in masked autoencoders (He et al. 2022,
+    arXiv:2111.06377); where the empty patches are follows from where the kept ones are not.
 
     Args:
         images: (B, 3, S, S), normalised, in fp32 whatever the backbone computes in.
@@ -18,9 +18,9 @@ def forward_features(backbone: VisionTransformer, images: Tensor, keep: float = 
             (PatchDropout, Liu et al. 2022, arXiv:2208.07220).
 
     Returns:
-        (B, prefix + K, d) tokens after the last norm, K = (1 - drop) of keep of all patches, at least one.
+        (B, prefix + K, d) tokens after the last norm, with K = (1 - drop) · keep · number of patches, at least 1.
     """
-    seen = images.to(next(backbone.patch_embed.parameters()).dtype)  # contrast goes by what is not rounded
+    seen = images.to(next(backbone.patch_embed.parameters()).dtype)  # contrast is measured before rounding
     if keep == 1 and not drop:
         return backbone.forward_features(seen)
     tokens = backbone._pos_embed(backbone.patch_embed(seen))  # (B, prefix + patches, d)
@@ -37,8 +37,8 @@ def forward_features(backbone: VisionTransformer, images: Tensor, keep: float = 
 
 
 def by_contrast(images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, 3, S, S) -> (B, patches) their indices, row by row, the greatest difference within a channel first."""
-    side = [size // count for size, count in zip(images.shape[2:], grid, strict=True)]  # a hybrid's is not its patch's
+    """(B, 3, S, S) -> (B, patches) patch indices, those with the greatest difference within one channel first."""
+    side = [size // count for size, count in zip(images.shape[2:], grid, strict=True)]  # in a hybrid not the patch size
     highest, lowest = F.max_pool2d(images, side), -F.max_pool2d(-images, side)
     contrast = (highest - lowest).amax(1).flatten(1)  # (B, patches)
     return contrast.argsort(dim=1, descending=True, stable=True)

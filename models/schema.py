@@ -7,7 +7,7 @@ from models.text import SPECIAL
 
 
 def number(value) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # not of NaN, nor of larger whole numbers
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN and for larger integers
 
 
 def positive(value) -> bool:
@@ -24,18 +24,18 @@ def labels_of(config: dict) -> dict[str, list[str]]:
 
 
 def learnt_from(config: dict) -> list[str]:
-    """Fingerprints of the catalogues whose rows a checkpoint has seen: its run's, those that its heads were fitted to
-    since, and those that the checkpoint which the run began from had seen."""
+    """Fingerprints of the catalogues whose rows a checkpoint has seen: that of its run, those its heads were fitted
+    to since, and those that the checkpoint it was started from had seen."""
     return [config["data"]["fingerprint"], *config["data"].get("heads_fingerprint", "").split()]
 
 
-# Bounds, so that no number in a file makes us allocate without end.
+# Bounds, so that no number in a file causes an unbounded allocation.
 SIDE, PATCH, RANK, MANY = range(1, 4097), range(1, 257), range(1, 4097), range(10**9)
-MOST_PATCHES = 256  # a side
+MOST_PATCHES = 256  # per side
 
-# A type; a test; a range of whole numbers; a literal text; None; a tuple of alternatives; [shape] for a list of it, of
-# any length, and [shape, shape] for one of two; {str: shape} for a mapping; else an object of these keys, "?" where one
-# may be absent, and of others too where `...` is among them.
+# A shape is a type; a predicate; a range of integers; a literal string; None; a tuple of alternatives; [shape] for a
+# list of any length, or [shape, shape] for a list of two; {str: shape} for a mapping; else an object with these keys,
+# of which those that end in "?" may be absent, and with further keys if `...` is among them.
 ATTRIBUTE = {
     "name": str,
     "level": range(1, 100),
@@ -90,7 +90,7 @@ CONFIG = {
 
 
 def misfit(value, shape=CONFIG, where: str = "") -> str | None:
-    """The first place where a JSON value is not of a shape, such as "lora.rank"; None where all of it is."""
+    """The first place where a JSON value does not match a shape, such as "lora.rank"; None if all of it matches."""
     if isinstance(shape, tuple):
         return where if all(misfit(value, option, where) for option in shape) else None
     if isinstance(shape, list):
@@ -124,7 +124,7 @@ def misfit(value, shape=CONFIG, where: str = "") -> str | None:
 
 
 def contradiction(config: dict) -> str | None:
-    """In what a config that is of the right shape contradicts itself; None where it does not."""
+    """How a config of the right shape contradicts itself; None if it does not."""
     names = [a["name"] for a in config["attributes"]]
     classes = {a["name"]: a for a in config["attributes"] if a["kind"] == "class"}
     if not classes:

@@ -1,17 +1,17 @@
-"""A small text encoder, trained from scratch: titles are short, and in few words."""
+"""A small text encoder, trained from scratch: titles are short and use few different words."""
 
 import torch
 from torch import Tensor, nn
 
-PAD, *_ = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")  # tokens that every vocabulary has, by BERT's names
+PAD, *_ = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")  # tokens of every vocabulary, with BERT's names
 WIDTH, LAYERS, HEADS, DROPOUT = 128, 2, 4, 0.1
 
 
 class TextEncoder(nn.Module):
-    """Tokens (B, T) -> a summary (B, `WIDTH`): what two transformer layers make of the first token, [CLS].
+    """Tokens (B, T) -> a summary (B, `WIDTH`): the output of two transformer layers at the first token, [CLS].
 
     Args:
-        vocab: how many tokens there are.
+        vocab: the number of tokens in the vocabulary.
         length: T.
         pad: the token that fills up short titles; nothing attends to it.
     """

@@ -53,7 +53,8 @@ def python(code, folder):
         (
             SHOPIFY,
             "export.csv",
-            "Handle,Type,Vendor,Image Src\nred,Shirts,A,URL/0.jpg?v=1\nred,,,URL/1.jpg\nred,,,\nblue,Shoes,B,URL/2.jpg\n",
+            "Handle,Type,Vendor,Image Src\nred,Shirts,A,URL/0.jpg?v=1\nred,,,URL/1.jpg\nred,,,\n"
+            "blue,Shoes,B,URL/2.jpg\n",
             ["red-0", "red-1", "blue-0"],
             "Type",
             ["Shirts", "Shirts", "Shoes"],
