@@ -22,7 +22,7 @@ SIZES = ("img_size", "patch_size", "keep_patches")
 LORA_OPTIONS = ("targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "pissa")  # as `lora_layers` has them
 OF_PICTURES = (*LORA_OPTIONS, "lora_plus", "base", "patch_size", "keep_patches", "drop_patches", "warp", "compile")
 # Options that are taken from the checkpoint of `--init-from` where they are not given.
-INHERITED = ("backbone", "weights", *SIZES, *LORA_OPTIONS, "inputs", "title_length", "mask_title_leaks", "seed")
+INHERITED = ("backbone", "weights", *SIZES, *LORA_OPTIONS, "inputs", "title_length", "mask_title_leaks")
 
 
 def rank(text: str) -> int:
@@ -156,12 +156,7 @@ def add_training_options(p: Parser) -> None:
         default=False,
         help="torch.compile each block: for GPUs, 1.7 times as fast on an H200 (default: no)",
     )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="(default: %(default)s, with --init-from one of the checkpoint)",
-    )
+    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument(
         "--warp",
         type=float,
@@ -293,14 +288,11 @@ def parse_args(argv: list[str] | None, restarted: bool = False) -> argparse.Name
 
 
 def take_over(args: argparse.Namespace, given: Collection[str]) -> None:
-    """Take what makes the model from the checkpoint of `--init-from`, except for the options `given`.
-
-    The seed is a new one, or the first epoch would repeat the draws of the first epoch of the run before.
-    """
+    """Take what makes the model from the checkpoint of `--init-from`, except for the options `given`."""
     config = read_config(args.init_from)
     backbone = config["backbone"]
     made = config["lora"] | {name: backbone[name] for name in SIZES}
-    made |= {"inputs": config["inputs"], "seed": int(config["sha256"]["adapter.safetensors"][:8], 16)}
+    made["inputs"] = config["inputs"]
     if text := config["text"]:
         made |= {"title_length": text["length"], "mask_title_leaks": text["mask"]}
     if args.backbone in (None, backbone["name"]):

@@ -55,7 +55,7 @@ def fit_targets(
     for name, rows in lacking.items():
         if rows > len(train_rows) / 2:
             few = f"{len(train_rows) - rows:,} of {len(train_rows):,}"
-            print(f"hint: {name} has a label in {few} train rows; a cell meant for those below must be filled down")
+            print(f"hint: {name} has a label in {few} train rows; fill cells down if they were meant for more rows")
     for name, m in maps.items():
         for alike in nearly_alike(m.labels):
             print(f"hint: {name} has {' and '.join(map(repr, alike))}, as classes of their own; are they one?")

@@ -60,7 +60,7 @@ class Teacher:
         self.taught = {name: labels.get(name) == own for name, own in labels_of(pupil).items()}
         if not any(self.taught.values()):
             raise UserError("--teacher: it has the labels of none of this run's classes")
-        self.model, self.dtype = merge_lora(model).to(device, dtype), dtype
+        self.model = merge_lora(model).to(device, dtype)
         keep_base_in(self.model, dtype)
         self.size = config["preprocess"]["size"]
 
@@ -80,5 +80,5 @@ class Teacher:
         in fp32, or None where it is not taught."""
         if list(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        logits = self.model(torch.addcmul(self.shift, images, self.scale).to(self.dtype))
+        logits = self.model(torch.addcmul(self.shift, images, self.scale))
         return [logits[name].float().softmax(dim=-1) if taught else None for name, taught in self.taught.items()]

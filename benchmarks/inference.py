@@ -76,7 +76,8 @@ def in_bf16(model: nn.Module, compiled: bool = False) -> Callable[[Tensor], obje
     narrow = copy.deepcopy(model).bfloat16()
     keep_base_in(narrow, torch.bfloat16)
     narrow = torch.compile(narrow, dynamic=False) if compiled else narrow
-    return lambda images: narrow(images.bfloat16())
+    ours = isinstance(model, AttributeClassifier)  # which looks at the pictures before they are rounded
+    return lambda images: narrow(images if ours else images.bfloat16())
 
 
 def in_autocast(model: nn.Module, device: torch.device) -> Callable[[Tensor], object]:

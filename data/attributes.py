@@ -174,7 +174,7 @@ def known_paths(labels: np.ndarray, rows: np.ndarray, attributes: Sequence[Attri
     The paths are those of all fully labelled rows of the labels (N, A), however rare, sorted. Some are mistakes of the
     catalogue, but leaving them out improves no answer (`benchmarks/known_paths.py`). If no path agrees with a partly
     labelled row, such as shoes that have no sleeve, all ways to complete that row become paths too, unless this makes
-    more than `PATHS`. There are no known paths if no row is fully labelled.
+    more than `PATHS`. A hierarchy of which no row is fully labelled is left out.
     """
     names, known = [a.name for a in attributes if a.kind == "class"], []
     for family in families(attributes):
@@ -183,7 +183,8 @@ def known_paths(labels: np.ndarray, rows: np.ndarray, attributes: Sequence[Attri
             paths = np.unique(labels[np.ix_(rows[start : start + AT_ONCE], columns)], axis=0)  # (n, names)
             found |= set(map(tuple, paths[(paths > UNSEEN).all(1) & (paths != MISSING).any(1)].tolist()))
         sizes = [labels[rows, column].max(initial=MISSING) + 1 for column in columns]
-        known.append({"attributes": family, "known": [list(path) for path in sorted(_completed(found, sizes))]})
+        if completed := _completed(found, sizes):
+            known.append({"attributes": family, "known": [list(path) for path in sorted(completed)]})
     return known
 
 
@@ -211,7 +212,7 @@ def _completed(found: set[tuple[int, ...]], sizes: Sequence[int]) -> set[tuple[i
 def never_answered(paths: Sequence[dict], entries: Sequence[dict]) -> dict[str, list[str]]:
     """{attribute: its labels that are in no known path} of a checkpoint's config, where there are any."""
     labels, lost = {entry["name"]: entry["labels"] for entry in entries if entry["kind"] == "class"}, {}
-    for path in (path for path in paths if path["known"]):
+    for path in paths:
         for name, classes in zip(path["attributes"], zip(*path["known"], strict=True), strict=True):
             if rest := sorted(set(range(len(labels[name]))) - set(classes)):
                 lost[name] = [labels[name][c] for c in rest]

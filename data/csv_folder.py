@@ -23,8 +23,10 @@ def find_csv(path: Path) -> Path | None:
         return path
     if (styles := path / "styles.csv").is_file():
         return styles
-    tables = sorted(path.glob("*.*")) if (path / "images").is_dir() else []
-    tables = [table for table in tables if table.suffix.lower() in TABLES and not table.name.startswith(MACS_OWN)]
+    files = sorted(path.glob("*.*")) if (path / "images").is_dir() else []
+    files = [file for file in files if not file.name.startswith(MACS_OWN)]
+    of_each = ([file for file in files if file.suffix.lower() == suffix] for suffix in TABLES)
+    tables = next(filter(None, of_each), [])
     if len(tables) > 1:
         tables = [table for table in tables if not _written_by_us(table)]
     if len(tables) > 1:
@@ -109,11 +111,13 @@ class Names:
     def find(self, name: str) -> str | None:
         """The file of a name, which may begin with `images/` and the folders that lead there. A URL's path is shortened
         from the left until it names a file; it is tried as written, then decoded."""
-        asked, url = [], "://" in name
-        for way in (name, unquote(re.split("[?#]", name)[0])) if url else (name,):
-            parts = PurePosixPath(way.replace("\\", "/")).parts
-            begin = [i + 1 for i, part in enumerate(parts) if url or part.casefold() == "images"]
-            asked += [parts[i:] for i in (0, *begin) if parts[i:]]
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        asked = [parts, *(parts[i + 1 :] for i, part in enumerate(parts) if part.casefold() == "images")]
+        if "://" in name:
+            path = re.split("[?#]", name)[0]
+            *folders, last = PurePosixPath(path).parts
+            ways = (*folders, last + name[len(path) :]), PurePosixPath(unquote(path)).parts
+            asked = sorted((way[i:] for way in ways for i in range(len(way))), key=len, reverse=True)
         return next(filter(None, (self.spelt(str(PurePosixPath(*some))) for some in asked)), None)
 
     def spelt(self, name: str) -> str | None:

@@ -96,11 +96,12 @@ def decode(source: bytes | Path) -> Image.Image:
 
 def in_8_bits(image: Image.Image) -> Image.Image:
     """An 8-bit copy of a grey picture with 16 bits a pixel, or a TIFF with 12; a transparent level becomes white."""
-    tags, levels = getattr(image, "tag_v2", {}), np.asarray(image).astype(np.int64)
+    tags, levels = getattr(image, "tag_v2", {}), np.asarray(image).astype(np.int32)
     grey = (levels * 255 // (2 ** tags.get(BITS, (16,))[0] - 1)).clip(0, 255)
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts such pictures only if they have 8 bits
         grey = 255 - grey
-    grey[levels == image.info.get("transparency")] = 255
+    if (key := image.info.get("transparency")) is not None:
+        grey[levels == key] = 255
     return Image.fromarray(grey.astype(np.uint8))
 
 

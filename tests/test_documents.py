@@ -43,5 +43,7 @@ def test_options_exist(document):
 
 
 def test_files_exist(document):
-    said = re.findall(r"[\w/]*\b(\w+\.(?:py|toml))\b", document.read_text(encoding="utf-8"))
-    assert set(said) - {path.name for path in FILES} <= {"FILE.toml"}
+    said = set(re.findall(r"[\w./]*\b\w+\.(?:py|toml)\b", document.read_text(encoding="utf-8"))) - {"FILE.toml"}
+    for name in said:  # in the document's own folder, or below the repository's, or by its name alone
+        alone = "/" not in name and any(path.name == name for path in FILES)
+        assert alone or any((folder / name).exists() for folder in (document.parent, ROOT)), name

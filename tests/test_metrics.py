@@ -40,14 +40,6 @@ def test_scores_by_hand():
     assert scores["exact_match"] == 2 / 4  # rows 0 and 1: what is labelled is right
 
 
-def test_a_hierarchy_of_which_no_path_is_known_says_nothing():
-    rows = np.array([[0, 0, 0, 5], [1, 1, 1, 2]])
-    scores = score(rows, rows, NAMES, [*PATHS, {"attributes": ["brand"], "known": []}])
-    assert scores["valid_path_rate"] == scores["path_accuracy"] == 1.0
-    scores = score(rows, rows, NAMES, [{"attributes": NAMES[:3], "known": []}])
-    assert scores["valid_path_rate"] is scores["path_accuracy"] is None
-
-
 def test_an_attribute_without_any_label():
     labels = np.array([[0, 0, 0, MISSING]])
     scores = score(labels, np.array([[0, 0, 0, 1]]), NAMES, PATHS)

@@ -232,8 +232,6 @@ def test_an_attribute_is_added_to_a_trained_run(command, demo_run, cache_dir, tm
     for name, scores in before["attributes"].items():
         assert after["attributes"][name]["accuracy"] == pytest.approx(scores["accuracy"], abs=0.02), name
     assert {"season", "year"} < after["attributes"].keys()
-    seeds = [json.loads((run / "options.json").read_text())["seed"] for run in (demo_run, tmp_path / "run")]
-    assert seeds[0] != seeds[1], "it would begin with the pictures, turned alike, that the first began with"
     config, began = (read_config(run / "best") for run in (tmp_path / "run", demo_run))
     assert learnt_from(config) == [config["data"]["fingerprint"], began["data"]["fingerprint"]]
     adapters = [load_file(run / "best" / "adapter.safetensors") for run in (demo_run, tmp_path / "run")]

@@ -99,7 +99,9 @@ def test_labels_come_back_by_id_and_of_each_night_the_last(command, demo_run, se
     assert command(*nightly, answers / "1.parquet").returncode == 1
     (images / "+2.jpg").write_bytes(whole)
     assert command(*nightly, answers / "2.parquet").returncode == 0
+    again = pd.read_parquet(answers / "1.parquet").head(1).assign(articleType="Other")  # as after an answer anew
+    again.to_parquet(answers / "3.parquet")
     python(NIGHTS + "labels.to_parquet('nights.parquet')", tmp_path)
     labels = pd.read_parquet(tmp_path / "nights.parquet")
     assert sorted(Path(name).name for name in labels["image"]) == ["+0.jpg", "+1.jpg", "+2.jpg"]
-    assert labels["articleType"].notna().all()
+    assert labels["articleType"].notna().all() and (labels["articleType"] == "Other").sum() == 1

@@ -157,7 +157,7 @@ def test_a_picture_is_the_file_of_that_very_name_else_of_one_that_is_spelt_other
 
 def test_a_url_names_the_file_at_its_end_and_of_several_in_a_cell_the_first_does(tmp_path, capsys):
     images = tmp_path / "shop" / "images"
-    for i, name in enumerate(["a.jpg", "b.jpg", "2026/09/front.jpg", "cdn.x/2026/10/front.jpg"]):
+    for i, name in enumerate(["a.jpg", "b.jpg", "2026/09/front.jpg", "cdn.x/2026/10/front.jpg", "so rot/a.jpg"]):
         (images / name).parent.mkdir(parents=True, exist_ok=True)
         (images / name).write_bytes(picture(i, (6, 8)))
     cells = {
@@ -167,12 +167,14 @@ def test_a_url_names_the_file_at_its_end_and_of_several_in_a_cell_the_first_does
         "folders": "https://x/uploads/2026/09/front.jpg",
         "server": "https://cdn.x/2026/10/front.jpg?w=80",
         "other folder": "https://x/2026/11/front.jpg",
+        "decoded": "https://x/so%20rot/a.jpg?from=/b.jpg",
     }
     lines = [f'"{id}",{cell if cell.startswith(chr(34)) else chr(34) + cell + chr(34)}' for id, cell in cells.items()]
     (images.parent / "items.tsv").write_text("id,image\n" + "\n".join(lines))
     catalogue = load_source(str(images.parent), tmp_path)
     found = {id: catalogue.read(i) for i, id in enumerate(catalogue.ids)}
-    assert found == {id: picture(i, (6, 8)) for id, i in {"several": 0, "bars": 1, "folders": 2, "server": 3}.items()}
+    wanted = {"several": 0, "bars": 1, "folders": 2, "server": 3, "decoded": 4}
+    assert found == {id: picture(i, (6, 8)) for id, i in wanted.items()}
     assert {skipped.id for skipped in catalogue.skipped} == {"first gone", "other folder"}
     assert capsys.readouterr().err.endswith("column image names several pictures in 2 rows; the first is taken\n")
 

@@ -40,6 +40,17 @@ def test_the_patches_of_a_hybrid_are_those_of_its_grid():
 
 
 @torch.no_grad()
+def test_the_fullest_are_chosen_before_pictures_are_rounded():
+    """In bf16 levels near white are lost, and with them which patch has more contrast."""
+    model, images = create_backbone(DEMO)[0].eval().bfloat16(), 2 + torch.rand(2, 3, 64, 64) / 32
+    rounded = images.bfloat16()
+    assert not torch.equal(by_contrast(images, (8, 8))[:, :16], by_contrast(rounded.float(), (8, 8))[:, :16])
+    found, of_rounded = (forward_features(model, some, 0.25) for some in (images, rounded))
+    assert found.dtype == torch.bfloat16
+    assert not torch.equal(found, of_rounded)
+
+
+@torch.no_grad()
 def test_keeping_all_is_timms_own():
     model, images = create_backbone(DEMO)[0].eval(), torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(forward_features(model, images), model.forward_features(images), rtol=0, atol=0)
