@@ -40,7 +40,7 @@ from memory import in_parts
 from metrics import score, score_number, scores_table, trust_table
 from models.checkpoint import amend_config, find_checkpoint, read_config
 from models.decode import Answers, Decoder
-from models.schema import learnt_from
+from models.schema import learnt_on
 from report.page import write_report
 from task import Task, agree_on, load_task
 
@@ -144,13 +144,6 @@ def predict(model: nn.Module, task: Task, rows: np.ndarray, batch_size: int, wha
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
-def same_catalogue(task: Task, limit: int | None) -> bool:
-    """Whether the checkpoint was trained on these very files, even if on another choice of their rows. A copy of the
-    files counts as another catalogue."""
-    found = task.catalogue.fingerprint.removesuffix(f"-{limit}")
-    return any(one.startswith(found) for one in learnt_from(task.config))
-
-
 def unknown_labels(task: Task, rows: np.ndarray) -> Iterator[str]:
     """A line for each attribute for which these rows have labels that training never had. Attributes found inside a
     longer text, such as brands, are left out."""
@@ -176,7 +169,7 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
     agree_on(task)
     print(f"checkpoint {folder}")
     name, rows = task.catalogue.name, task.store.rows(split)
-    if args.calibrate and split == "all" and same_catalogue(task, args.limit):
+    if args.calibrate and split == "all" and learnt_on(task.config, task.catalogue.fingerprint, args.limit):
         raise UserError(f"--calibrate --split all: {name} is what {folder} was trained on; leave out --split")
     if not len(rows):
         raise UserError(f"{args.data} has no readable row in the {split} split")

@@ -30,9 +30,9 @@ from models.checkpoint import read_config
 VOCAB = "vocab.txt"  # in a run's folder, where titles are read
 
 
-def columns_of(attributes: Iterable[Attribute], title: str | None) -> list[str]:
-    """The columns that a catalogue must have for these attributes, and for titles where they are read."""
-    return list(dict.fromkeys([column for a in attributes for column in a.needs] + ([title] if title else [])))
+def columns_of(attributes: Iterable[Attribute], *others: str | None) -> list[str]:
+    """The columns that a catalogue must have for these attributes, and others that are not None."""
+    return list(dict.fromkeys([*(column for a in attributes for column in a.needs), *filter(None, others)]))
 
 
 def fit_targets(

@@ -29,7 +29,7 @@ from models.backbone import create_backbone
 from models.checkpoint import adapt, attach, load_checkpoint, read_config
 from models.classifier import AttributeClassifier
 from models.inherit import inherit, predecessor
-from models.schema import contradiction, labels_of, learnt_from, misfit
+from models.schema import contradiction, labels_of, learnt_from, learnt_on, misfit
 from options import EXTRA, LORA_OPTIONS, SIZES
 from targets import columns_of, encode, fit_targets, fit_text, named_vocabulary, read_titles
 from teacher import Teacher, load_teacher
@@ -80,13 +80,15 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
     attributes, reads = schema.attributes, "title" in args.inputs
     if reads and schema.title is None:
         raise UserError(f'--inputs {args.inputs}: {args.attributes} names no column of titles; add title = "COLUMN"')
-    needs = columns_of(attributes, schema.title if reads else None)
+    needs = columns_of(attributes, schema.title if reads else None, schema.article)
     catalogue = load_source(args.data, args.cache_dir, args.limit, needs)
+    if not args.resume:
+        check_split(args, catalogue, schema.article)
     numbers = read_numbers(catalogue.columns, attributes)
     backbone, config = begin(args)
     vocab = named_vocabulary(args) if reads else None
     loaded = load_teacher(args.teacher, args.teacher_weights, config, args.weights) if args.teacher else None
-    preprocess, store = open_pictures(args, catalogue, timm.data.resolve_model_data_config(backbone))
+    preprocess, store = open_pictures(args, catalogue, timm.data.resolve_model_data_config(backbone), schema.article)
     train_rows = store.rows("train")
     entries, known = fit_targets(catalogue, numbers, train_rows, attributes, args.min_brand_count)
     if not (known.labels[store.rows("val")] >= 0).any():
@@ -99,6 +101,7 @@ def setup(args: argparse.Namespace, device: torch.device) -> Task:
         "attributes": entries,
         "paths": paths,
         "title": schema.title,
+        "article": schema.article,
         "text": None,
         "preprocess": asdict(preprocess),
         "data": {"name": catalogue.name, "rows": len(catalogue), "fingerprint": catalogue.fingerprint}
@@ -155,13 +158,27 @@ def begin(args: argparse.Namespace) -> tuple[VisionTransformer, dict]:
     return backbone, config
 
 
-def open_pictures(args: argparse.Namespace, catalogue: Catalogue, wants: dict) -> tuple[Preprocess, ImageStore]:
-    """The catalogue's decoded pictures, and how they become what the backbone `wants`: timm's data config of it."""
+def check_split(args: argparse.Namespace, catalogue: Catalogue, article: str | None) -> None:
+    """Raise a `UserError` if a checkpoint that a new run learns from split this catalogue's rows otherwise: it may have
+    been trained on what are validation and test rows now."""
+    for option, folder in (("--init-from", args.init_from), ("--teacher", args.teacher)):
+        config = read_config(folder) if folder else {"article": article}
+        if (theirs := config.get("article")) != article and learnt_on(config, catalogue.fingerprint, args.limit):
+            said = f'article = "{theirs}"' if theirs else "no article"
+            raise UserError(f"{option} {folder} was trained with {said} in its file: have the same, or start anew")
+
+
+def open_pictures(
+    args: argparse.Namespace, catalogue: Catalogue, wants: dict, article: str | None
+) -> tuple[Preprocess, ImageStore]:
+    """The catalogue's decoded pictures, split by their column `article` if there is one, and how they become what the
+    backbone `wants`: timm's data config of it."""
     size = wants["input_size"][1:]
     preprocess = Preprocess(
         common_size(catalogue, max(size)), size, wants["interpolation"], wants["mean"], wants["std"]
     )
-    store = open_store(catalogue, preprocess.canvas, args.cache_dir, args.store_gb * 1e9)
+    articles = catalogue.columns[article] if article else None
+    store = open_store(catalogue, preprocess.canvas, args.cache_dir, args.store_gb * 1e9, articles)
     if distributed.first() and not args.resume:
         store.write_skipped(args.out / "skipped.csv")
     counts = {split: len(store.rows(split)) for split in SPLITS}
@@ -233,7 +250,10 @@ def load_task(
     preprocess = Preprocess(**config["preprocess"])
     title = config["title"] if config["text"] else None
     catalogue = load_source(data, cache_dir, limit, columns_of(attributes.values(), title))
-    store = open_store(catalogue, preprocess.canvas, cache_dir, store_gb * 1e9)
+    articles = catalogue.columns.get(article) if (article := config.get("article")) else None
+    if article and articles is None:
+        print(f"{catalogue.name} lacks the column {article}: pictures of one article may be in several splits")
+    store = open_store(catalogue, preprocess.canvas, cache_dir, store_gb * 1e9, articles)
     numbers = read_numbers(catalogue.columns, list(attributes.values()))
     known = encode(catalogue, numbers, list(attributes.values()), maps, scales)
     if title:

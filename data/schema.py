@@ -48,10 +48,17 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Schema:
-    """Attributes, classes first, and the column that holds titles, or None if there is none."""
+    """What a schema file declares.
+
+    Attributes:
+        attributes: classes first.
+        title: the column that holds titles, or None.
+        article: the column that says which article a picture shows, or None: see `data.split`.
+    """
 
     attributes: tuple[Attribute, ...]
     title: str | None = None
+    article: str | None = None
 
 
 FIELDS = {  # of a table in a schema file: type, and what the type is called
@@ -78,16 +85,13 @@ def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:
         raise UserError(f"cannot read --attributes {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} as TOML: {error}") from None
-    for key in text.keys() - {"title", "attributes", "optional"}:
-        raise UserError(f"{path}: {key!r} means nothing here; there are title, [attributes.NAME] and [optional.NAME]")
-    tables, optional, title = text.get("attributes", {}), text.get("optional", {}), text.get("title")
-    if (
-        not isinstance(tables, dict)
-        or not isinstance(optional, dict)
-        or not isinstance(title, str | None)
-        or title == ""
-    ):
-        raise UserError(f'{path}: write [attributes.NAME] for each attribute, and title = "COLUMN"')
+    tables, optional = text.pop("attributes", {}), text.pop("optional", {})
+    if unknown := text.keys() - {"title", "article"}:
+        there = "title, article, [attributes.NAME] and [optional.NAME]"
+        raise UserError(f"{path}: {sorted(unknown)[0]!r} means nothing here; there are {there}")
+    columns = all(isinstance(column, str) and column for column in text.values())
+    if not (isinstance(tables, dict) and isinstance(optional, dict) and columns):
+        raise UserError(f'{path}: write [attributes.NAME] for each attribute, and title or article = "COLUMN"')
     for name in extra:
         if name not in optional:
             raise UserError(f"{path} has no [optional.{name}]{nearest(name, optional)}")
@@ -116,7 +120,7 @@ def read_schema(path: Path, extra: Sequence[str] = ()) -> Schema:
         attributes.append(Attribute(**{"name": name, "column": name} | table | fitted))
     if not any(a.kind == "class" for a in attributes):
         raise UserError(f'{path} declares no [attributes.NAME] of kind "class"; at least one is needed')
-    return Schema(tuple(sorted(attributes, key=lambda a: KINDS.index(a.kind))), title)
+    return Schema(tuple(sorted(attributes, key=lambda a: KINDS.index(a.kind))), **text)
 
 
 def _check_table(where: str, table) -> None:

@@ -14,8 +14,10 @@ import platform
 import shutil
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from data.catalogue import Catalogue, Skipped
 from data.cells import inert
 from data.images import ImageError, decode, native_size, pixel_hash, to_canvas
 from data.sources import in_file_name
-from data.split import in_split
+from data.split import in_split, keys_of_articles
 from durable import claim, replace_csv
 from errors import UserError, say_once
 
@@ -55,6 +57,7 @@ class ImageStore:
         path: the folder.
         built: whether this call decoded, rather than found, the store.
         run: how many neighbouring rows are best read together; None if any row is quick to read.
+        keys: uint64 (N,), by which rows are split.
     """
 
     pixels: "np.ndarray | OnDemand"
@@ -64,6 +67,7 @@ class ImageStore:
     path: Path
     built: bool
     run: int | None
+    keys: np.ndarray
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +76,7 @@ class ImageStore:
 
     def rows(self, split: str) -> np.ndarray:
         """The readable rows of a split, or of "all"; int64, ascending."""
-        return np.flatnonzero(self.ok if split == "all" else self.ok & in_split(self.hashes, split))
+        return np.flatnonzero(self.ok if split == "all" else self.ok & in_split(self.keys, split))
 
     def write_skipped(self, path: Path) -> None:
         """List the skipped rows in a CSV file."""
@@ -127,12 +131,19 @@ class OnDemand:
             raise UserError(f"{which}: this picture could be read before, and not now: {error}") from None
 
 
-def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, most: float = math.inf) -> ImageStore:
+def open_store(
+    catalogue: Catalogue,
+    canvas: tuple[int, int],
+    cache_dir: Path,
+    most: float = math.inf,
+    articles: Sequence[str | None] | None = None,
+) -> ImageStore:
     """Open the catalogue's store under `cache_dir`; decode the pictures first if this was not done before.
 
     Args:
         canvas: (height, width) to store pictures at: `common_size` for training, the checkpoint's for evaluating.
         most: bytes that decoded pictures may take; where they would take more, they are not kept.
+        articles: which article each row shows, where that is known: rows of one are in one split.
 
     Raises:
         UserError: no picture can be decoded, a picture's file fails, the store is damaged or cannot be read, or the
@@ -159,6 +170,10 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, m
         _tell_of_earlier(path)
     ok = np.ones(len(catalogue), dtype=bool)
     ok[list(failures)] = False
+    keys = hashes
+    if articles is not None:
+        keys = np.zeros(len(catalogue), np.uint64)
+        keys[ok] = keys_of_articles(hashes[ok], list(compress(articles, ok)))
     return ImageStore(
         pixels=pixels,
         hashes=hashes,
@@ -168,6 +183,7 @@ def open_store(catalogue: Catalogue, canvas: tuple[int, int], cache_dir: Path, m
         path=path,
         built=built,
         run=None if keep else catalogue.run,
+        keys=keys,
     )
 
 

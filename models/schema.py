@@ -29,6 +29,13 @@ def learnt_from(config: dict) -> list[str]:
     return [config["data"]["fingerprint"], *config["data"].get("heads_fingerprint", "").split()]
 
 
+def learnt_on(config: dict, fingerprint: str, limit: int | None) -> bool:
+    """Whether a checkpoint was trained on the files of a catalogue, even if on another choice of rows than its `limit`.
+    A copy of the files counts as another catalogue."""
+    found = fingerprint.removesuffix(f"-{limit}")
+    return any(one.startswith(found) for one in learnt_from(config))
+
+
 # Bounds, so that no number in a file causes an unbounded allocation.
 SIDE, PATCH, RANK, MANY = range(1, 4097), range(1, 257), range(1, 4097), range(10**9)
 MOST_PATCHES = 256  # per side
@@ -69,6 +76,7 @@ CONFIG = {
     "attributes": [(CLASS, QUANTITY)],
     "paths": [{"attributes": [str], "known": [[range(10**6)]]}],
     "title": (str, None),
+    "article?": (str, None),
     "data": {"fingerprint": str, "heads_fingerprint?": str, ...: None},
     "inputs": ("image", "title", "image+title"),
     "text": (None, {"vocab": [str], "length": range(3, 513), "mask": bool}),

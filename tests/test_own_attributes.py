@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from data.sources import load_source
+from data.split import SPLITS
 from data.store import open_store
 from models.checkpoint import read_config
 from models.neighbours import FILE
 from models.schema import learnt_from
+from task import load_task
 from tests.conftest import with_fresh_heads
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +156,31 @@ def test_a_catalogue_that_does_not_fit_is_one_line(command, shop, cache_dir, tmp
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_photos_of_an_article_are_never_in_two_splits(command, shop, cache_dir, tmp_path):
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "images").symlink_to(shop / "images")
+    head, *lines = (shop / "items.csv").read_text().splitlines()
+    lines = [f"{line},A{i % 150}" for i, line in enumerate(lines)]
+    (tmp_path / "shop" / "items.csv").write_text("\n".join([f"{head},sku", *lines]))
+    (tmp_path / "own.toml").write_text(f'article = "sku"\n{FURNITURE.read_text()}')
+    words = ("train.py", "--data", tmp_path / "shop", "--backbone", "demo", "--epochs", 1, "--cache-dir", cache_dir)
+    done = command(*words, "--attributes", tmp_path / "own.toml", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    best = tmp_path / "run" / "best"
+    task = load_task(best, None, str(tmp_path / "shop"), cache_dir, None, torch.device("cpu"), 1.0)
+    found = [{task.catalogue.columns["sku"][row] for row in task.store.rows(split)} for split in SPLITS]
+    assert sum(map(len, found)) == len(set().union(*found)) == 150
+
+    done = command(*words, "--attributes", FURNITURE, "--init-from", best, "--out", tmp_path / "more")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(
+        'was trained with article = "sku" in its file: have the same, or start anew'
+    )
+    done = command("evaluate.py", "--data", shop, "--checkpoint", best, "--cache-dir", cache_dir)
+    assert done.returncode == 0, done.stderr
+    assert "shop lacks the column sku: pictures of one article may be in several splits" in done.stdout
 
 
 def test_a_value_far_from_all_others_is_named(command, shop, cache_dir, tmp_path):

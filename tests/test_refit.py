@@ -15,10 +15,10 @@ from data import fashion
 from data.batches import Rows
 from durable import at_rest, claim
 from errors import UserError
-from evaluate import same_catalogue
 from models.checkpoint import FORMAT, LOOKING, amend_config, read_config
 from models.heads import HierarchicalHeads
 from models.neighbours import FILE
+from models.schema import learnt_on
 from tests.conftest import with_fresh_heads
 
 TEXT = {"vocab": ["[PAD]", "[UNK]", "[CLS]", "[SEP]"], "length": 3, "mask": True}
@@ -233,7 +233,7 @@ def test_all_that_heads_were_fitted_to_is_known_again(command, demo_run, words, 
     assert config["data"]["heads_fingerprint"] == f"of-before {data['fingerprint']}"
     for found, known in (("of-before", True), (data["fingerprint"], True), ("other", False)):
         task = SimpleNamespace(config=config, catalogue=SimpleNamespace(fingerprint=found))
-        assert same_catalogue(task, None) == known
+        assert learnt_on(task.config, task.catalogue.fingerprint, None) == known
 
 
 def test_errors(command, demo_run, words, tmp_path):
