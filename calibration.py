@@ -90,8 +90,8 @@ def precision_threshold(confidence: np.ndarray, right: np.ndarray, target: float
     too low, the promise is broken in 20 % of samples of 2,000 rows, and more often in larger ones
     (`tests/test_calibration.py` draws some). Testing each at 1 % would end that, and accept much less.
 
-    Rows are taken to be independent. Where many of them share a picture they are right or wrong together, and a
-    threshold promises too much.
+    Rows are taken to be independent. Where many of them share a picture or show one article, they are right or wrong
+    together, and a threshold promises too much.
 
     The threshold is always above 0.5: an answer more likely wrong than right is for a person to review, even where
     other answers make up for it. None where no threshold is enough.

@@ -259,6 +259,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, folder: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task = load_task(folder, args.weights, args.data, args.cache_dir, args.limit, device, args.store_gb)
+    if (article := task.config.get("article")) and article not in task.catalogue.columns:
+        raise UserError(f"{args.data} lacks the column {article}, by which {folder} splits rows into train and val")
     rows, labelled = known_rows(task, "train"), (task.labels[task.store.rows("val")] >= 0).any(1).sum()
     with_labels, skipped = f"{len(rows):,} train and {labelled:,} val rows with labels", skipped_why(task.store.skipped)
     print(f"checkpoint {folder}\n{task.catalogue.name}: {with_labels}; {skipped}")

@@ -116,8 +116,8 @@ def check_same(saved: dict, config: dict, out: Path) -> None:
         raise UserError(f"--resume: the catalogue has {rows:,} rows, but {out} was trained with {were:,}; {anew}")
     if config["teacher"] != saved.get("teacher"):
         raise UserError(f"--resume: the model that --teacher names is not the one {out} learned from")
-    for key in ("attributes", "paths", "preprocess", "inputs", "text"):
-        if config[key] != saved[key]:
+    for key in ("article", "attributes", "paths", "preprocess", "inputs", "text"):
+        if config[key] != saved.get(key):
             raise UserError(f"--resume: the catalogue is not the one {out} was trained on: its {key} differ")
     if config["data"]["ids"] != saved["data"].get("ids", config["data"]["ids"]):
         raise UserError(f"--resume: the catalogue is not the one {out} was trained on: its ids, or their order, differ")

@@ -162,8 +162,11 @@ def check_split(args: argparse.Namespace, catalogue: Catalogue, article: str | N
     """Raise a `UserError` if a checkpoint that a new run learns from split this catalogue's rows otherwise: it may have
     been trained on what are validation and test rows now."""
     for option, folder in (("--init-from", args.init_from), ("--teacher", args.teacher)):
-        config = read_config(folder) if folder else {"article": article}
-        if (theirs := config.get("article")) != article and learnt_on(config, catalogue.fingerprint, args.limit):
+        if folder is None:
+            continue
+        config = read_config(folder)
+        same = learnt_on(config, catalogue.fingerprint, args.limit) or config["data"].get("name") == catalogue.name
+        if (theirs := config.get("article")) != article and same:
             said = f'article = "{theirs}"' if theirs else "no article"
             raise UserError(f"{option} {folder} was trained with {said} in its file: have the same, or start anew")
 
@@ -251,6 +254,8 @@ def load_task(
     title = config["title"] if config["text"] else None
     catalogue = load_source(data, cache_dir, limit, columns_of(attributes.values(), title))
     articles = catalogue.columns.get(article) if (article := config.get("article")) else None
+    if article and articles is None and learnt_on(config, catalogue.fingerprint, limit):
+        raise UserError(f"{catalogue.name} lacks the column {article}, by which {folder} was trained to split its rows")
     if article and articles is None:
         print(f"{catalogue.name} lacks the column {article}: pictures of one article may be in several splits")
     store = open_store(catalogue, preprocess.canvas, cache_dir, store_gb * 1e9, articles)

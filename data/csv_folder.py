@@ -24,11 +24,10 @@ def find_csv(path: Path) -> Path | None:
     if (styles := path / "styles.csv").is_file():
         return styles
     files = sorted(path.glob("*.*")) if (path / "images").is_dir() else []
-    files = [file for file in files if not file.name.startswith(MACS_OWN)]
-    of_each = ([file for file in files if file.suffix.lower() == suffix] for suffix in TABLES)
-    tables = next(filter(None, of_each), [])
-    if len(tables) > 1:
-        tables = [table for table in tables if not _written_by_us(table)]
+    files = [file for file in files if file.suffix.lower() in TABLES and not file.name.startswith(MACS_OWN)]
+    if len(files) > 1:
+        files = [file for file in files if not _written_by_us(file)]
+    tables = [file for file in files if file.suffix.lower() == ".csv"] or files
     if len(tables) > 1:
         raise UserError(f"{path} holds several CSV files; name one: --data {tables[0]}")
     return tables[0] if tables else None
@@ -115,7 +114,7 @@ class Names:
         asked = [parts, *(parts[i + 1 :] for i, part in enumerate(parts) if part.casefold() == "images")]
         if "://" in name:
             path = re.split("[?#]", name)[0]
-            *folders, last = PurePosixPath(path).parts
+            *folders, last = PurePosixPath(path).parts or ("",)
             ways = (*folders, last + name[len(path) :]), PurePosixPath(unquote(path)).parts
             asked = sorted((way[i:] for way in ways for i in range(len(way))), key=len, reverse=True)
         return next(filter(None, (self.spelt(str(PurePosixPath(*some))) for some in asked)), None)

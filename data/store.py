@@ -143,7 +143,7 @@ def open_store(
     Args:
         canvas: (height, width) to store pictures at: `common_size` for training, the checkpoint's for evaluating.
         most: bytes that decoded pictures may take; where they would take more, they are not kept.
-        articles: which article each row shows, where that is known: rows of one are in one split.
+        articles: which article each row shows, where that is known; see `keys_of_articles`.
 
     Raises:
         UserError: no picture can be decoded, a picture's file fails, the store is damaged or cannot be read, or the
@@ -173,7 +173,7 @@ def open_store(
     keys = hashes
     if articles is not None:
         keys = np.zeros(len(catalogue), np.uint64)
-        keys[ok] = keys_of_articles(hashes[ok], list(compress(articles, ok)))
+        keys[ok] = keys_of_articles(hashes[ok], compress(articles, ok))
     return ImageStore(
         pixels=pixels,
         hashes=hashes,

@@ -172,15 +172,23 @@ def test_photos_of_an_article_are_never_in_two_splits(command, shop, cache_dir, 
     task = load_task(best, None, str(tmp_path / "shop"), cache_dir, None, torch.device("cpu"), 1.0)
     found = [{task.catalogue.columns["sku"][row] for row in task.store.rows(split)} for split in SPLITS]
     assert sum(map(len, found)) == len(set().union(*found)) == 150
+    counts = ", ".join(f"{len(task.store.rows(split)):,} {split}" for split in SPLITS)
+    assert f"shop: {counts} rows" in done.stdout, "training split them so too"
 
     done = command(*words, "--attributes", FURNITURE, "--init-from", best, "--out", tmp_path / "more")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith(
         'was trained with article = "sku" in its file: have the same, or start anew'
     )
-    done = command("evaluate.py", "--data", shop, "--checkpoint", best, "--cache-dir", cache_dir)
+    words = ("--checkpoint", best, "--cache-dir", cache_dir)
+    done = command("evaluate.py", "--data", shop, *words)
+    assert (done.returncode, "shop lacks the column sku, by which" in done.stderr) == (2, True), done.stderr
+    (tmp_path / "shop" / "items.csv").write_text("\n".join([head, *(line.rsplit(",", 1)[0] for line in lines[1:])]))
+    done = command("evaluate.py", "--data", tmp_path / "shop", *words)
     assert done.returncode == 0, done.stderr
     assert "shop lacks the column sku: pictures of one article may be in several splits" in done.stdout
+    done = command("refit.py", "--data", tmp_path / "shop", *words)
+    assert (done.returncode, "lacks the column sku, by which" in done.stderr) == (2, True), done.stderr
 
 
 def test_a_value_far_from_all_others_is_named(command, shop, cache_dir, tmp_path):

@@ -168,6 +168,7 @@ def test_a_url_names_the_file_at_its_end_and_of_several_in_a_cell_the_first_does
         "server": "https://cdn.x/2026/10/front.jpg?w=80",
         "other folder": "https://x/2026/11/front.jpg",
         "decoded": "https://x/so%20rot/a.jpg?from=/b.jpg",
+        "of Access": "#https://x/a.jpg#",
     }
     lines = [f'"{id}",{cell if cell.startswith(chr(34)) else chr(34) + cell + chr(34)}' for id, cell in cells.items()]
     (images.parent / "items.tsv").write_text("id,image\n" + "\n".join(lines))
@@ -175,7 +176,7 @@ def test_a_url_names_the_file_at_its_end_and_of_several_in_a_cell_the_first_does
     found = {id: catalogue.read(i) for i, id in enumerate(catalogue.ids)}
     wanted = {"several": 0, "bars": 1, "folders": 2, "server": 3, "decoded": 4}
     assert found == {id: picture(i, (6, 8)) for id, i in wanted.items()}
-    assert {skipped.id for skipped in catalogue.skipped} == {"first gone", "other folder"}
+    assert {skipped.id for skipped in catalogue.skipped} == {"first gone", "other folder", "of Access"}
     assert capsys.readouterr().err.endswith("column image names several pictures in 2 rows; the first is taken\n")
 
 
@@ -359,6 +360,9 @@ def test_answers_beside_a_catalogue_are_no_part_of_it(tmp_path):
     assert list(load_source(str(shop), tmp_path / "cache").columns) == ["id", "colour"]
     (shop / "._items.csv").write_bytes(b"\0\5\x16\7")  # as macOS leaves on a stick
     assert list(load_source(str(shop), tmp_path / "cache").columns) == ["id", "colour"]
+    (shop / "items.csv").rename(shop / "items.tsv")
+    assert list(load_source(str(shop), tmp_path / "cache").columns) == ["id", "colour"]
+    (shop / "items.tsv").rename(shop / "items.csv")
     (shop / "more.csv").write_text("id,colour\n2,red\n")
     with pytest.raises(UserError, match=r"holds several CSV files; name one: --data .*items.csv"):
         load_source(str(shop), tmp_path / "cache")
