@@ -67,7 +67,8 @@ def _open(source: bytes | Path) -> Image.Image:
 
 def _is_heif(source: bytes | Path) -> bool:
     """Whether it is a HEIC or AVIF picture, which phones may name .jpg; the first box of the file lists its brands."""
-    head = source[:32] if isinstance(source, bytes) else source.open("rb").read(32)
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        head = file.read(32)
     return head[4:8] == b"ftyp" and any(kind in head for kind in (b"heic", b"heix", b"mif1", b"avif"))
 
 

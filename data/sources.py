@@ -63,7 +63,7 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
             f"cannot read {spec}, or not unpack it into {cache_dir} (--cache-dir names another folder): {error}"
         ) from error
     if not len(catalogue):
-        hint = "; a column image names each row's picture, or it is images/ID.jpg" if find_csv(Path(spec)) else ""
+        hint = "; a column image names each row's picture, or it is images/ID.jpg" if find_csv(path) else ""
         raise UserError(f"{spec} has no rows with an image ({skipped_why(catalogue.skipped)}){hint}")
     check_columns(catalogue.columns, needs, catalogue.name)
     catalogue = replace(catalogue, name=clean(catalogue.name), read=_identified(catalogue))
