@@ -37,6 +37,7 @@ def replace_file(path: Path, data: bytes) -> None:
         path.write_bytes(data)
         return
     part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)  # a stranger's folder may hold a link of this name
     try:
         part.write_bytes(data)
         give_name(part, path)

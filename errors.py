@@ -22,6 +22,7 @@ FAILING = {  # the fault of a disk, a network or this process, not of a file: it
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
 }
 
+CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), " ")  # for `str.translate`: one line, that no terminal obeys
 MOST = 10**12  # the largest count of anything that an option takes
 
 
@@ -132,7 +133,7 @@ def exits_cleanly(main):
             if (line := line_of(error)) is None:
                 raise
             process = int(os.environ.get("RANK", 0))  # torchrun's; most errors are the same in all
-            print(f"error{f' in process {process}' if process else ''}: {line}", file=sys.stderr)
+            print(f"error{f' in process {process}' if process else ''}: {line.translate(CONTROLS)}", file=sys.stderr)
             code = 2
         sys.exit(code)
 

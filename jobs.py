@@ -78,15 +78,15 @@ class Job:
             with told(f"cannot read {path}"):
                 found = json.loads(path.read_text(encoding="utf-8"))
             differing = [name for name in facts | found if facts.get(name) != found.get(name)]
-        except (ValueError, TypeError):
-            raise UserError(f"{path} is damaged; name another --out, or delete {self.folder}") from None
-        if differing:
-            verb = "differ" if len(differing) > 1 else "differs"
             hint = {
                 ("inputs",): f"; for what is new since, also add --skip {self.folder}",
                 ("inputs", "hub"): f", or go on with {' '.join(found['hub'])}" if found.get("hub") else "",
                 ("amp",): f", or go on with --amp {found['amp']}" if found.get("amp") else ", or leave out --amp",
             }.get(tuple(differing), "")
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(f"{path} is damaged; name another --out, or delete {self.folder}") from None
+        if differing:
+            verb = "differ" if len(differing) > 1 else "differs"
             raise UserError(
                 f"--out {self.folder} holds another job (its {', '.join(differing)} {verb}); name another folder{hint}"
             )

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from data.cells import inert, without_apostrophe
 from data.table import is_windows
 from durable import give_name
-from errors import UserError, first_line
+from errors import CONTROLS, UserError, first_line
 
 # In Parquet. With a row group for each batch, metadata would need more room than the answers.
 GROUP_ROWS = 4096
@@ -49,7 +49,7 @@ class Output:
         else:
             self.file = open(self.part, "w", newline="", encoding="utf-8")
         if self.kind == ".csv":
-            csv.writer(self.file).writerow(self.columns)
+            csv.writer(self.file).writerow(map(inert, self.columns))
         return self
 
     def __exit__(self, failed, *_):
@@ -132,7 +132,7 @@ def table(answer: dict) -> str:
     """What is said of one image, an attribute a line: a number, or label, confidence, decision and the next guesses;
     then the train pictures that are like it."""
     if "error" in answer:
-        return f"{answer['image']}: {answer['error']}\n"
+        return f"{answer['image']}: {answer['error']}".translate(CONTROLS) + "\n"
     lines = [answer["image"]]
     for name, said in answer["attributes"].items():
         if "value" in said:
@@ -142,7 +142,7 @@ def table(answer: dict) -> str:
         lines.append(f"  {name:<16}{said['label']:<24}{said['confidence']:>5.2f}  {said['decision']}  {rest}".rstrip())
     if like := answer.get("like"):
         lines.append(f"  {'like':<16}{', '.join(f'{name} {near:.2f}' for name, near in like)}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(line.translate(CONTROLS) for line in lines) + "\n"
 
 
 def caption(said: dict) -> str:

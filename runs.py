@@ -201,7 +201,7 @@ class Board:
     def __init__(self, folder: Path, attributes: list[str], written: dict[str, int], step: int):
         self.attributes, self.folder = attributes, folder
         for file in folder.glob(self.FILES):
-            if file.name not in written:
+            if file.name not in written or file.is_symlink():
                 file.unlink()
             elif file.stat().st_size > written[file.name]:
                 os.truncate(file, written[file.name])

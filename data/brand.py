@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 
 OTHER = "Other"  # the label of all brands too rare to have their own
 
+LONGEST = 32  # words of a brand's name, and more than most titles have
+
 GENDER = re.compile(r"\W*(men|women|boy|girl|kid|unisex|infant|teen)('?s)*\W*(-.*)?", re.IGNORECASE)
 _OWN_NAME = {"leecooper"}  # brands that begin with another brand's name and yet are no product line of it
 _SLIP_RATIO = 10  # a spelling this many times rarer than one that differs by one slip is taken for a misspelling of it
@@ -40,8 +42,8 @@ def key(words: list[str]) -> str:
 
 
 def _prefixes(words: list[str]) -> Iterator[list[str]]:
-    """The phrase itself, then ever shorter beginnings of it."""
-    return (words[:length] for length in range(len(words), 0, -1))
+    """The phrase itself, then ever shorter beginnings of it; of a text that is no title, only those of `LONGEST`."""
+    return (words[:length] for length in range(min(len(words), LONGEST), 0, -1))
 
 
 def _one_slip(a: str, b: str) -> bool:

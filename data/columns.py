@@ -89,11 +89,11 @@ def class_names(schema: pa.Schema) -> dict[str, list[str]]:
     """{column: class names} for columns of class numbers, as `datasets` keeps a `ClassLabel` in Arrow and parquet."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"].items()
-    except (KeyError, TypeError, ValueError, AttributeError):  # not written by `datasets`
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):  # not written by `datasets`
         return {}
     numbers = {field.name for field in schema if pa.types.is_integer(field.type)}  # else other cells replaced them
     classes = {name: f for name, f in features if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
-    return {name: f["names"] for name, f in classes.items() if name in numbers and "names" in f}
+    return {name: f["names"] for name, f in classes.items() if name in numbers and isinstance(f.get("names"), list)}
 
 
 def columns_of(table: pa.Table) -> dict[str, Column]:

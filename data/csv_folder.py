@@ -14,7 +14,7 @@ from data.table import TABLES, composed, read_rows
 from data.tars import IMAGES
 from errors import UserError, say_once
 
-URLS = re.compile(r"[\s,;|]+(?=\w+://)")  # what stands between the URLs in one cell
+URLS = re.compile(r"(?<![\s,;|])[\s,;|]+(?=\w+://)")  # what stands between the URLs in one cell
 
 
 def find_csv(path: Path) -> Path | None:

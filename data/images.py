@@ -15,6 +15,7 @@ from errors import FAILING, UserError
 Flip = Image.Transpose
 
 MAX_PIXELS = 64_000_000  # a 64-megapixel photo decodes to 192 MB; whatever claims more is refused before it is decoded
+MAX_SIDE = 65_535  # JPEG's own bound; resizing a longer side would take gigabytes
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow reads more; EPS would start Ghostscript
 MACS_OWN = "._"  # beginning of the name of a metadata file that macOS puts beside another, with its suffix
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
@@ -62,6 +63,8 @@ def _open(source: bytes | Path) -> Image.Image:
         raise
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} megapixels")
+    if max(image.size) > MAX_SIDE:
+        raise ImageError(f"{image.width}x{image.height} has a side of more than {MAX_SIDE:,} pixels")
     return image
 
 

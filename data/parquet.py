@@ -46,7 +46,7 @@ class File(NamedTuple):
     @property
     def failures(self) -> tuple[type[Exception], ...]:
         """What reading may raise: over a network, errors of several libraries."""
-        return (Exception,) if self.filesystem else (pa.ArrowException, OSError, UnicodeError)
+        return (Exception,) if self.filesystem else (pa.ArrowException, OSError, ValueError, OverflowError)
 
 
 def stat_of(path: Path | str) -> tuple[int, int]:
@@ -65,8 +65,8 @@ def open_file(path: Path | str, filesystem: FileSystem | None = None) -> File:
         found = found._replace(stat=None if filesystem else stat_of(path))
         with found.open() as file:
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-            nbytes = sum(group.total_byte_size for group in groups)
-            found = found._replace(rows=file.metadata.num_rows, nbytes=nbytes, schema=file.schema_arrow)
+            rows, nbytes = sum(group.num_rows for group in groups), sum(group.total_byte_size for group in groups)
+            found = found._replace(rows=rows, nbytes=nbytes, schema=file.schema_arrow)
     except found.failures as error:
         raise UserError(f"{path} cannot be read as parquet: {first_line(error)}") from None
     if twice := [name for name, times in Counter(found.schema.names).items() if times > 1]:

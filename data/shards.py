@@ -35,7 +35,7 @@ from data.images import ImageError, no_image, raise_if_failing
 from data.inputs import find_inputs, kind_of
 from data.parquet import File, open_file
 from data.parquet import rows as parquet_rows
-from data.tars import IMAGES, NOT_PLAIN, NOT_READ, UNREAD, is_plain, members, product, read_titles
+from data.tars import IMAGES, NOT_PLAIN, NOT_READ, UNREAD, cleaned, is_plain, members, product, read_titles
 from errors import UserError, first_line, told
 
 SHARD_ROWS = 4096
@@ -226,7 +226,7 @@ def _parquet_rows(file: File, start: int, stop: int, title: str | None) -> Itera
 def _row(cells: dict, otherwise: str, title: str | None) -> Row:
     """A row in the hub's schema, with the name `otherwise` if it gives none."""
     image = cells["image"] or {}
-    name = text(cells.get("id")) or image.get("path") or otherwise
+    name = text(cells.get("id")) or cleaned(image.get("path")) or otherwise
     return Row(name, image.get("bytes") or no_image(image), text(cells.get(title)) if title else None)
 
 

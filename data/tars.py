@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data.cells import clean, text
 from data.columns import Opened, check_columns, columns_of, kept
 from data.images import MACS_OWN, ImageError
-from errors import UserError, say_once
+from errors import UserError, first_line, say_once
 
 TEXT_BYTES = 1 << 20  # of a .txt or .json, at most
 READ = 8192  # products at a time
@@ -192,15 +192,20 @@ def members(path: Path, suffixes: Iterable[str]) -> Iterator[tuple[tarfile.TarFi
     Raises:
         tarfile.TarError, OSError: the tar is damaged, or lacks its end mark.
     """
-    size = path.stat().st_size
-    with tarfile.open(path, "r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep them all in memory
-            if member.offset_data + member.size > size and member.isreg():
-                raise tarfile.ReadError(f"{member.name} is not whole")
-            name = PurePosixPath(member.name)
-            if not member.isdir() and name.suffix.lower() in suffixes and not name.name.startswith(MACS_OWN):
-                yield tar, member
-        tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header, or none, for the end
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("no end mark")
+    size, end = path.stat().st_size, 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # tarfile would keep them all in memory
+                has_data = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
+                if tar.offset <= end or (has_data and member.offset_data + member.size > size):
+                    raise tarfile.ReadError(f"{member.name} is not whole")
+                end = tar.offset
+                name = PurePosixPath(member.name)
+                if not member.isdir() and name.suffix.lower() in suffixes and not name.name.startswith(MACS_OWN):
+                    yield tar, member
+            tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header, or none, for the end
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("no end mark")
+    except (ValueError, OverflowError, MemoryError, RecursionError) as error:  # tarfile believes any size in a header
+        raise tarfile.ReadError(f"a damaged header ({first_line(error)})") from error

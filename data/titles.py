@@ -22,7 +22,7 @@ TRAINED = 4000  # tokens of a vocabulary that we train, at most
 
 def stem(word: str) -> str:
     """A word without case, plural ending and the "en" of "golden": "Dresses", "dress" -> "dr"; "scarves" -> "scarf"."""
-    short = re.sub("(?<=..)(en)?[es]*$", "", word.casefold())
+    short = re.sub("(?<=..)(en)?[es]*$", "", word.casefold()[:64])  # no word is longer
     return re.sub("v$", "f", re.sub("y$", "i", short))
 
 

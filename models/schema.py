@@ -1,17 +1,21 @@
 """What a checkpoint's `config.json` must look like before anything is built from it: a stranger may have written it."""
 
-import sys
+import math
 from collections.abc import Collection
 
 from models.text import SPECIAL
 
 
 def number(value) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN and for larger integers
+    return type(value) in (int, float) and abs(value) < (math.inf if type(value) is float else 2**53)
 
 
 def positive(value) -> bool:
     return number(value) and value > 0
+
+
+def temperature(value) -> bool:
+    return number(value) and 1e-3 <= value <= 1e3  # `calibration.py` fits 0.05 to 20
 
 
 def share(value) -> bool:
@@ -39,6 +43,7 @@ def learnt_on(config: dict, fingerprint: str, limit: int | None) -> bool:
 # Bounds, so that no number in a file causes an unbounded allocation.
 SIDE, PATCH, RANK, MANY = range(1, 4097), range(1, 257), range(1, 4097), range(10**9)
 MOST_PATCHES = 256  # per side
+TAKEN = ("image", "error")  # columns beside those of the attributes
 
 # A shape is a type; a predicate; a range of integers; a literal string; None; a tuple of alternatives; [shape] for a
 # list of any length, or [shape, shape] for a list of two; {str: shape} for a mapping; else an object with these keys,
@@ -90,7 +95,7 @@ CONFIG = {
     "calibration?": {
         "target_precision": share,
         "rows": MANY,
-        "temperature": {str: positive},
+        "temperature": {str: temperature},
         "threshold": {"joint": {str: (number, None)}, "independent": {str: (number, None)}},
     },
     ...: None,
@@ -140,6 +145,9 @@ def contradiction(config: dict) -> str | None:
     for kind, given in [("attributes", names), *((f"labels of {name}", a["labels"]) for name, a in classes.items())]:
         if not given or len(set(given)) < len(given):
             return f"its {kind} are none, or one comes twice"
+    said = [*names, *(f"{name}_{key}" for name in classes for key in ("confidence", "decision")), *TAKEN]
+    if len(set(said)) < len(said):
+        return "an attribute is called like another column of what infer.py writes"
     for name, a in classes.items():
         if len(a["counts"]) != len(a["labels"]):
             return f"its counts of {name} are not of its labels"
@@ -156,6 +164,8 @@ def contradiction(config: dict) -> str | None:
     fitted = config.get("calibration")
     if fitted and any(k.keys() != classes.keys() for k in (fitted["temperature"], *fitted["threshold"].values())):
         return "its temperatures or thresholds are of other attributes"
+    if max(config["preprocess"]["canvas"]) > max(config["preprocess"]["size"]):
+        return "its preprocess.canvas is larger than the size that its backbone reads"
     backbone = config["backbone"]
     if (backbone["img_size"] or 1) > MOST_PATCHES * (backbone["patch_size"] or 16):
         return f"its img_size has more than {MOST_PATCHES} patches a side"

@@ -96,6 +96,6 @@ def write_csv(
     lines = [COLUMNS]
     for why, group, s in numbered:
         given, said = (inert(classes[s.attribute][c]) for c in (s.given, s.said))
-        cells = (inert(catalogue.ids[s.row]), s.attribute, given, f"{s.given_p:.2e}", said, f"{s.said_p:.4f}")
+        cells = (inert(catalogue.ids[s.row]), inert(s.attribute), given, f"{s.given_p:.2e}", said, f"{s.said_p:.4f}")
         lines.append((why, group, *cells, inert(titles[s.row])))
     replace_csv(path, lines)

@@ -13,8 +13,9 @@ import torch
 
 from data.schema import FASHION
 from durable import replace_file
-from errors import exits_cleanly
+from errors import UserError, exits_cleanly
 from options import parse_args
+from output import table
 from runs import options_text
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,13 @@ def test_what_the_machine_refuses_is_one_line(capsys, error, said):
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {said}")
+
+
+def test_a_strangers_name_in_a_message_starts_no_line_and_moves_no_cursor(capsys):
+    with pytest.raises(SystemExit):
+        raising(UserError("a\nerror: all good\x1b[2J.jpg is not whole"))
+    assert capsys.readouterr().err == "error: a error: all good [2J.jpg is not whole\n"
+    assert table({"image": "a\r\x9b2Jb.jpg", "error": "x\ny"}) == "a  2Jb.jpg: x y\n"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("size mismatch"), FileNotFoundError(errno.ENOENT, "no", "x")])

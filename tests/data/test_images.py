@@ -125,6 +125,11 @@ def test_too_many_pixels_are_refused_before_decoding(monkeypatch):
         decode(bomb)
 
 
+def test_nor_is_a_line_of_pixels_whose_resizing_would_take_gigabytes():
+    with pytest.raises(ImageError, match="70000x1 has a side of more than 65,535 pixels"):
+        decode(encoded(Image.new("L", (70_000, 1)), "png"))
+
+
 def test_pillow_does_not_warn_of_what_is_refused():
     """In a process of its own, as pytest has filters of its own."""
     script = (

@@ -223,6 +223,66 @@ def test_an_empty_tar_has_no_rows_and_a_hostile_one_no_surprise(tmp_path):
     assert "huge.jpg is not whole" in last.picture
 
 
+def header(name: str, kind: bytes, size: bytes) -> bytes:
+    """A tar's header with any bytes for a size."""
+    data = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    data[124:136], data[156:157], data[148:156] = size, kind, b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, b"?"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(b"\xff" * 10 + b"\xfe\x00", id="of -512, back to the header itself"),
+        pytest.param(b"\x80" + b"\xff" * 11, id="of more than a disk has"),
+        pytest.param(b"\x80" + bytes(4) + b"\x7f" + bytes(6), id="of more than memory has"),
+    ],
+)
+def test_a_tar_whose_headers_lie_about_sizes_ends(tmp_path, kind, size):
+    whole = write_tar(tmp_path / "a.tar", {"1.png": picture(0)}).read_bytes()
+    begins = 512 + len(picture(0)) + -len(picture(0)) % 512  # of what comes after the first member
+    (tmp_path / "a.tar").write_bytes(whole[:begins] + header("x.png", kind, size) + bytes(1024))
+    rows = rows_of(open_source([str(tmp_path / "a.tar")]))
+    assert rows[0] == Row("1.png", picture(0))
+    assert rows[-1].picture.startswith("damaged or cut short after 1 pictures")
+    assert len(rows) == 2
+
+
+def test_a_footer_that_counts_other_rows_than_there_are_is_not_believed(shop):
+    """It has no checksum. 30, in Thrift's zigzag, is 60; a row group of 7 rows is 14."""
+    folder, pictures = shop
+    path = folder / "b.parquet"
+    data = path.read_bytes()
+    length = int.from_bytes(data[-8:-4], "little")
+    footer = data[-8 - length : -8]
+    places = [i for i, byte in enumerate(footer) if footer[i - 1 : i + 1] == b"\x16\x3c"]
+    for place in places:
+        path.write_bytes(data[: -8 - length] + footer[:place] + b"\x38" + footer[place + 1 :] + data[-8:])
+        if pq.ParquetFile(path).metadata.num_rows == 28:
+            break
+    else:
+        pytest.fail("no byte of the footer is the number of rows")
+    assert [row.picture for row in rows_of(open_source([str(path)]))] == pictures[:30]
+
+
+@pytest.mark.parametrize("field", [{"path": pa.int64()}, {"path": pa.binary()}])
+def test_a_name_that_is_no_text_is_made_one(tmp_path, field):
+    kind = pa.struct({"bytes": pa.binary()} | field)
+    cell = {"bytes": picture(0), "path": 5 if field["path"] == pa.int64() else b"x"}
+    pq.write_table(pa.table({"image": pa.array([cell], kind)}), tmp_path / "a.parquet")
+    (row,) = rows_of(open_source([str(tmp_path / "a.parquet")]))
+    assert isinstance(row.name, str)
+
+
+def test_an_id_that_python_has_no_date_for_is_the_rows_reason(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", [picture(0)], id=pa.array([2**62], pa.timestamp("us")))
+    (row,) = rows_of(open_source([str(path)]))
+    assert row.name == f"{path}#0"
+    assert row.picture.startswith("damaged parquet: ")
+
+
 def test_a_csv_file_is_answered_by_its_ids_and_each_row_once(tmp_path):
     images = tmp_path / "shop" / "images"
     images.mkdir(parents=True)

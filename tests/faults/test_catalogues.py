@@ -215,11 +215,14 @@ def test_a_formula_in_a_label_or_a_file_name_is_no_formula_in_the_csv(tmp_path):
     from output import Output
 
     said = {"label": "=cmd|' /C calc'!A0", "confidence": 0.5, "decision": "review", "top": []}
-    with Output(tmp_path / "labels.csv", [{"name": "brand", "kind": "class"}]) as output:
+    with Output(
+        tmp_path / "labels.csv", [{"name": "brand", "kind": "class"}, {"name": "=1", "kind": "number"}]
+    ) as output:
         output.write([{"image": "@x.jpg", "attributes": {"brand": said}}, {"image": "-1.jpg", "error": "+1"}])
     with open(tmp_path / "labels.csv", newline="") as lines:
-        rows = list(csv.reader(lines))[1:]
-    assert rows == [["'@x.jpg", "'=cmd|' /C calc'!A0", "0.5", "review", ""], ["'-1.jpg", "", "", "", "'+1"]]
+        head, *rows = csv.reader(lines)
+    assert head == ["image", "brand", "brand_confidence", "brand_decision", "'=1", "error"]
+    assert rows == [["'@x.jpg", "'=cmd|' /C calc'!A0", "0.5", "review", "", ""], ["'-1.jpg", "", "", "", "", "'+1"]]
 
 
 def build(folder: str, cache: str, result: str, fault=None) -> None:
