@@ -137,9 +137,8 @@ def answer(args, crew: Crew) -> int:
     folder = find_checkpoint(args.checkpoint)
     config = read_config(folder)
     labelled = set().union(*map(labelled_in, args.skip))
-    results = [path for path in args.skip if (path / "job.json").is_file()] + [args.out] * args.job
     title = config["title"] if config["text"] else None
-    source = open_source(args.images, title, args.shard_rows, results, labelled)
+    source = open_source(args.images, title, args.shard_rows, labelled)
     for option, path in (("--out", None if args.job else args.out), ("--plot", args.plot)):
         if path:
             earlier = (file for skip in args.skip for file in (skip.iterdir() if skip.is_dir() else [skip]))

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -57,18 +56,7 @@ def _plain(cells: pa.ChunkedArray | pa.Scalar):
         raise UserError(f"a cell of the table, {error.object[:80]!r}, is not UTF-8; write it anew as such") from None
 
 
-class Opened(NamedTuple):
-    """The opened files of a catalogue.
-
-    Attributes:
-        columns: the text columns by name.
-        read: row -> the picture's encoded bytes, in any thread; raises `ImageError` where there are none.
-        run: how many neighbouring rows are read together; None if each row is read by itself.
-    """
-
-    columns: dict[str, Column]
-    read: Callable[[int], bytes]
-    run: int | None
+Opened = tuple[dict[str, Column], Callable[[int], bytes], int | None]  # `columns`, `read` and `run` of a `Catalogue`
 
 
 def check_columns(found: Collection[str], required: Sequence[str], where: object) -> None:

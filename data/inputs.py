@@ -15,7 +15,7 @@ from errors import UserError, say_once
 KINDS = {"image": IMAGES, "parquet": {".parquet"}, "tar": {".tar"}}  # what folders are searched for
 SOUGHT = set().union(*KINDS.values())
 NAMED = 5  # kinds of other files that a note names, at most
-JOB = ("labels", "locks")  # folders of a job: results of an earlier run are parquet too
+JOB = ("labels", "locks")  # folders of a job, where a job.json lies beside them
 
 
 def kind_of(name: str | Path) -> str:
@@ -26,14 +26,13 @@ def kind_of(name: str | Path) -> str:
     return next((kind for kind, suffixes in kinds.items() if name.suffix.lower() in suffixes), "image")
 
 
-def find_inputs(word: str, without: Iterable[Path], notes: list[str]) -> list[str | Path]:
+def find_inputs(word: str, notes: list[str]) -> list[str | Path]:
     """The files that a word means, or the word itself where it names a dataset on the hub.
 
     A folder or glob stands for the pictures in it, else the parquet files, else the tar files. A broken link counts as
     a picture that cannot be read, not as one that does not exist.
 
     Args:
-        without: folders of jobs, whose results are no input.
         notes: messages about what was left out are appended to it.
 
     Raises:
@@ -54,10 +53,7 @@ def find_inputs(word: str, without: Iterable[Path], notes: list[str]) -> list[st
         folders = {p for p in found if os.path.isdir(p)}
         outer = (p for p in sorted(folders) if folders.isdisjoint(p.parents))
         matches = list(dict.fromkeys([*found, *(p for folder in outer for p in _inside(folder, notes))]))
-    real = functools.cache(os.path.realpath)  # cached: many files, few folders
-    if results := {real(folder / name) for folder in without for name in JOB}:
-        matches = [p for p in matches if real(p.parent) not in results]
-    matches = [p for p in matches if os.path.isfile(p) or not os.path.exists(p)]
+    matches = [p for p in without_answers(matches) if os.path.isfile(p) or not os.path.exists(p)]
     matches = [p for p in matches if not p.name.startswith(MACS_OWN)]
     beside = path.glob("*") if is_folder and os.path.isdir(path / "images") else []
     tables = sorted(p for p in beside if p.suffix.lower() in TABLES)
@@ -71,6 +67,16 @@ def find_inputs(word: str, without: Iterable[Path], notes: list[str]) -> list[st
         count = f"{len(by_kind[kind]):,} {kind} file{'s' * (len(by_kind[kind]) > 1)}"
         notes.append(f"{word}: took the {chosen} files; {count} left out, name them to have them read")
     return by_kind[chosen]
+
+
+def without_answers(paths: Iterable[Path]) -> list[Path]:
+    """Those that are not in the folders of a job of `infer.py`, whose answers are parquet too."""
+
+    @functools.cache  # many files, few folders
+    def of_a_job(folder: Path) -> bool:
+        return folder.name in JOB and os.path.isfile(folder.parent / "job.json")
+
+    return [path for path in paths if not of_a_job(path.parent)]
 
 
 def _inside(folder: Path, notes: list[str]) -> list[Path]:

@@ -103,7 +103,7 @@ def open_parquet(
     table = kept(texts, schema, _texts(files, schema))
     per_row = sum(file.nbytes for file in files) / max(1, sum(file.rows for file in files))
     run = max(1, min(RUN_ROWS, int(RUN_BYTES / max(1, per_row))))
-    return Opened(columns_of(table), Pictures(files, run), run)
+    return columns_of(table), Pictures(files, run), run
 
 
 def _texts(files: list[File], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

@@ -22,7 +22,7 @@ import hashlib
 import itertools
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -94,7 +94,6 @@ def open_source(
     asked: list[str],
     title: str | None = None,
     rows: int = SHARD_ROWS,
-    without: Iterable[Path] = (),
     labelled: Set[str] = frozenset(),
 ) -> Source:
     """Open files, folders, globs and `hub:OWNER/NAME` (see `find_inputs`), in order, each once.
@@ -102,14 +101,13 @@ def open_source(
     Args:
         title: the column of titles, if titles are asked for.
         rows: the most rows of a shard, where the input can be cut into shards.
-        without: folders of jobs, whose results are no input.
         labelled: names of rows to leave out.
 
     Raises:
         UserError: an input does not exist; there are no rows; a parquet file is not parquet or lacks `image`.
     """
     notes: list[str] = []
-    found = {name: None for word in asked for name in find_inputs(word, without, notes)}  # each once
+    found = {name: None for word in asked for name in find_inputs(word, notes)}  # each once
     shards, facts, files, beside, hub_names = [], [], [], [], []
     for kind, some in itertools.groupby(found, kind_of):
         some = list(some)

@@ -22,7 +22,7 @@ from data.cells import clean
 from data.columns import VERSION, Column, check_columns, columns_of
 from data.csv_folder import find_csv, open_csv
 from data.images import MACS_OWN, ImageError, no_image
-from data.inputs import all_files
+from data.inputs import all_files, without_answers
 from data.parquet import BUFFER, open_parquet
 from data.tars import open_tars
 from errors import UserError, first_line, say_once
@@ -66,19 +66,8 @@ def load_source(spec: str, cache_dir: Path, limit: int | None = None, needs: Seq
         hint = "; a column image names each row's picture, or it is images/ID.jpg" if find_csv(path) else ""
         raise UserError(f"{spec} has no rows with an image ({skipped_why(catalogue.skipped)}){hint}")
     check_columns(catalogue.columns, needs, catalogue.name)
-    catalogue = replace(catalogue, name=clean(catalogue.name), read=_identified(catalogue))
+    catalogue = replace(catalogue, name=clean(catalogue.name))
     return catalogue if limit is None or limit >= len(catalogue) else _take(catalogue, limit)
-
-
-def _identified(catalogue: Catalogue) -> Callable[[int], bytes]:
-    """The catalogue's `read`, but rows without an id raise, as no list could tell them from others."""
-
-    def read(i: int) -> bytes:
-        if catalogue.ids[int(i)] is None:
-            raise ImageError("no id")
-        return catalogue.read(i)
-
-    return read
 
 
 def _take(catalogue: Catalogue, limit: int) -> Catalogue:
@@ -108,11 +97,7 @@ def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     """Open a parquet or tar file, or a folder of them; their text columns are copied to the cache."""
     opens = {".parquet": open_parquet, ".tar": open_tars}
     there = sorted(all_files(path)) if path.is_dir() else [path]
-    there = [p for p in there if not p.name.startswith(MACS_OWN)]
-    if path.is_dir():  # answers of a job of infer.py are parquet too
-        folders = {p.parent for p in there if p.parent.name == "labels"}
-        answers = {folder for folder in folders if (folder.parent / "job.json").is_file()}
-        there = [p for p in there if p.parent not in answers]
+    there = [p for p in without_answers(there) if not p.name.startswith(MACS_OWN)]
     found = {suffix: [file for file in there if file.suffix.lower() == suffix] for suffix in opens}
     suffix = next((s for s, files in found.items() if files), None)
     if others := sum(map(len, found.values())) - len(found.get(suffix, [])):
@@ -124,9 +109,14 @@ def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     files, root = found[suffix], path if path.is_dir() else path.parent
     fingerprint = stat_fingerprint({str(file.relative_to(root)): file.stat() for file in files})
     name = path.resolve().stem if path.is_file() else path.resolve().name
-    texts = cache_dir / "columns" / f"{in_file_name(name)}-{fingerprint}-{VERSION}.arrow"
-    opened = opens[suffix](files, texts, ("id", *needs))
-    return Catalogue(name, opened.columns["id"], opened.columns, opened.read, fingerprint, run=opened.run)
+    return _copied(opens[suffix], files, name, fingerprint, cache_dir, needs)
+
+
+def _copied(opens: Callable, files: list, name: str, key: str, cache_dir: Path, needs: Sequence[str], *at) -> Catalogue:
+    """A catalogue whose text columns are copied to the cache under a name and a key."""
+    texts = cache_dir / "columns" / f"{in_file_name(name)}-{key}-{VERSION}.arrow"
+    columns, read, run = opens(files, texts, ("id", *needs), *at)
+    return Catalogue(name, columns["id"], columns, read, key, run=run)
 
 
 def _hub(repo_id: str) -> Catalogue:
@@ -159,9 +149,7 @@ def _streamed(spec: str, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
         raise UserError(f"cannot read {spec}: {first_line(error)}") from error
     if not paths:
         raise UserError(f"{spec} holds no parquet files; {repo} alone is downloaded, whatever it holds")
-    texts = cache_dir / "columns" / f"{in_file_name(repo)}-{commit}-{VERSION}.arrow"
-    opened = open_parquet(paths, texts, ("id", *needs), PyFileSystem(FSSpecHandler(files)))
-    return Catalogue(repo, opened.columns["id"], opened.columns, opened.read, commit, run=opened.run)
+    return _copied(open_parquet, paths, repo, commit, cache_dir, needs, PyFileSystem(FSSpecHandler(files)))
 
 
 def _from_table(name: str, table, fingerprint: str) -> Catalogue:

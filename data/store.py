@@ -247,7 +247,10 @@ def _pixels(path: Path, shape: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def _read(catalogue: Catalogue, row: int) -> bytes:
-    """A picture's bytes. A file that fails raises `UserError`: a store that lists it would outlive the failure."""
+    """A picture's bytes. A file that fails raises `UserError`: a store that lists it would outlive the failure. A row
+    without an id counts as unreadable, as no list could tell it from others."""
+    if catalogue.ids[row] is None:
+        raise ImageError("no id")
     try:
         return catalogue.read(row)
     except ImageError as error:

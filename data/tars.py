@@ -81,7 +81,7 @@ def open_tars(paths: list[Path], texts: Path, needs: Sequence[str]) -> Opened:
         except OSError as error:
             raise ImageError(error.strerror) from error
 
-    return Opened(columns_of(table.drop_columns(list(PLACE))), read, None)
+    return columns_of(table.drop_columns(list(PLACE))), read, None
 
 
 def _batches(paths: list[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

@@ -429,9 +429,11 @@ def test_results_are_no_input(shop):
     folder, pictures = shop
     write_parquet(folder / "out" / "labels" / "00000.parquet", pictures[:3])
     assert open_source([str(folder)]).rows == 38
-    for asked in (str(folder), f"{folder}/**/*.parquet"):
-        assert open_source([asked], without=[Path(os.path.relpath(folder / "out"))]).rows == 35
-    assert open_source([str(folder)], without=[folder]).rows == 38, "only its labels/ would be its results"
+    (folder / "out" / "job.json").write_text("{}")
+    for asked in (str(folder), os.path.relpath(folder), f"{folder}/**/*.parquet"):
+        assert open_source([asked]).rows == 35
+    (folder / "out" / "job.json").rename(folder / "job.json")
+    assert open_source([str(folder)]).rows == 38, "only labels/ beside it would be its results"
 
 
 def test_the_fingerprint_follows_names_and_sizes(shop, tmp_path):
