@@ -18,7 +18,8 @@ def draw_dropped(numel: int, p: float, device: torch.device) -> Tensor:
     would take a fifth of a training step, returns the positions of the dropped elements, about `4 p` bytes per element.
     They are read from a tape at a random offset, as evolution strategies read their noise (Salimans et al. 2017,
     arXiv:1703.03864, section 2). Two elements of different draws are dropped independently of each other; two elements
-    of the same draw are both dropped with probability p² ± p / √TAPE.
+    of the same draw are both dropped with probability p², give or take p (1 - p) / √TAPE (the standard deviation over
+    all distances between them; at one distance it is always the same, as the tape is).
     """
     if device.type != "cpu":  # the host would have to wait for the number of positions
         return torch.empty(numel, dtype=torch.bool, device=device).bernoulli_(p)
@@ -56,7 +57,7 @@ def draw_marks(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hide(x: Tensor, marks: Sequence[Tensor | None], p: float) -> Tensor:
-    """Zero each element of `x` (n, in) independently with probability `p`; the same marks zero the same elements.
+    """Zero each element of `x` (n, in) with probability `p`, any two independently; the same marks zero the same ones.
 
     This is for torch.compile, which fuses it into the kernel that computes `x`. A hash of its row's and its column's
     mark decides whether an element is dropped. So no mask is kept and no number is drawn per element, which would take
@@ -65,8 +66,9 @@ def hide(x: Tensor, marks: Sequence[Tensor | None], p: float) -> Tensor:
     rows, columns = marks
     if rows is None:
         return x
-    even = _hash(rows[:, None] ^ columns)  # its input is random already, so one round is enough
-    return torch.where(even < round(p * 2**32) - 2**31, 0, x)
+    # By the marks alone, three corners of a rectangle would decide the fourth (the XOR of all is 0).
+    uniform = _hash(rows[:, None] ^ columns)
+    return torch.where(uniform < round(p * 2**32) - 2**31, 0, x)
 
 
 def _hash(z: Tensor) -> Tensor:

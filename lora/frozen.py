@@ -12,18 +12,18 @@ SMALL = 2**25  # up to so many multiplications, oneDNN costs an fp32 product mor
 class Prepared:
     """A layer that may keep, beside its given weight, a copy in the dtype and layout that it computes in."""
 
-    kept: Frozen | None = None
+    prepared: Frozen | None = None
 
     def __getstate__(self) -> dict:
         # oneDNN's layout cannot be copied: a copy has to be prepared anew.
-        return super().__getstate__() | {"kept": None}
+        return super().__getstate__() | {"prepared": None}
 
     def _apply(self, *args, **kwargs):
-        self.kept = None  # the layer was moved or cast
+        self.prepared = None  # the layer was moved or cast
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self.kept = None
+        self.prepared = None
         super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -33,19 +33,16 @@ class FrozenLinear(Prepared, nn.Linear):
     @torch.no_grad()
     def keep_base_in(self, dtype: torch.dtype) -> None:
         """As `LoRALayer.keep_base_in`, for inference."""
-        self.kept = pack(cast(self, dtype))
+        self.prepared = pack(cast(self, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        kept = None if torch.compiler.is_compiling() else self.kept
-        wide = kept and kept.weight.dtype is self.weight.dtype is torch.float32
-        if wide and x.numel() * self.out_features <= SMALL:
+        dtype = autocast_dtype(x.device.type) or x.dtype
+        if not serves(self.prepared, dtype) or needs_gradient(x, self.weight, self.bias):
+            return linear(x, self.weight, self.bias)
+        if dtype is self.weight.dtype is torch.float32 and x.numel() * self.out_features <= SMALL:
             return F.linear(x, self.weight, self.bias)
-        if kept and not needs_gradient(x, self.weight, self.bias):
-            dtype = autocast_dtype(x.device.type) or x.dtype
-            if serves(kept, dtype):
-                return linear(x.to(dtype), kept.weight, kept.bias)
-        return linear(x, self.weight, self.bias)
+        return linear(x.to(dtype), self.prepared.weight, self.prepared.bias)
 
 
 def cast(layer: nn.Linear, dtype: torch.dtype) -> Frozen:
@@ -53,7 +50,7 @@ def cast(layer: nn.Linear, dtype: torch.dtype) -> Frozen:
     return Frozen(layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
 
 
-def serves(kept: Frozen | None, dtype: torch.dtype) -> bool:
-    """Whether `kept`, which `keep_base_in` may have made, can be used to compute in `dtype`."""
+def serves(prepared: Frozen | None, dtype: torch.dtype) -> bool:
+    """Whether `prepared`, which `keep_base_in` may have made, can be used to compute in `dtype`."""
     # The compiler cannot read oneDNN's layout, and it fuses the cast into other operations.
-    return not torch.compiler.is_compiling() and kept is not None and kept.weight.dtype == dtype
+    return prepared is not None and prepared.weight.dtype == dtype and not torch.compiler.is_compiling()

@@ -4,6 +4,7 @@ Plain autograd over `base(x) + scaling * (dropout(x) @ A.T) @ B.T` gives the sam
 the backward pass it makes a full-size tensor for the update and another for its sum with the base.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,19 @@ from .recompute import source_of
 AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not AVX2
 ONEDNN_BF16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-INT8_UNIT = 128  # int8 weights are computed with in units of so many steps: in single steps, sums would overflow fp16
+INT8_UNIT = 128  # products take an int8 weight q as q / 128: sums of q itself would overflow fp16
+
+
+def without_autocast(function):
+    """Decorate a function that computes in the dtypes of its arguments. Each call has contexts of its own: those of a
+    function decorated with `torch.autocast` keep their state on one object, for all threads."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 class Frozen(NamedTuple):
@@ -55,7 +68,8 @@ def lora_linear(
     Returns:
         (..., out), in the dtype of `base`. Gradients come back in each input's own dtype.
     """
-    # autograd Functions are opaque to autocast. Casting A and B out here lets autograd cast their gradients back.
+    # autocast does not cast what an autograd Function is given. Casting A and B here lets autograd cast their gradients
+    # back.
     dtype = base.weight.dtype if base.scale is None else base.scale.dtype
     if dropout:
         lora_A = lora_A / (1 - dropout)  # dropout's factor costs a pass over the small A instead of one over x
@@ -70,38 +84,39 @@ def lora_linear(
 
 
 class _LoRALinearFunction(torch.autograd.Function):
-    """d(·) zeroes the dropped elements, h = d(x) Aᵀ (n, rank), and d before a name is a gradient:
+    """With drop(·) for dropout, whose factor 1 / (1 - p) is in A already, and dh for the gradient of h:
 
-    y  = x Wᵀ + b + h Bᵀ
-    dh = dy B,    dA = dhᵀ d(x),    dB = dyᵀ h,    dx = dy W + d(dh A)
+    h  = drop(x) Aᵀ (n, rank),    y  = x Wᵀ + b + h Bᵀ
+    dh = dy B,    dA = dhᵀ drop(x),    dB = dyᵀ h,    dx = dy W + drop(dh A)
 
-    For dA it keeps the tensors that `source` recomputes x from; without a source x, which another operation may keep
-    too, or, if x was cast, the cast with its dropped elements zeroed. The base never changes and is kept by reference.
+    For dA it keeps the tensors that `source` makes x from again, if there is one; else, if x was cast, the cast, whose
+    dropped elements are zero already; else x itself, which another operation may keep too. The base is kept by
+    reference: nothing may change it between forward and backward, which autograd would notice and this does not.
     """
 
     @staticmethod
+    @without_autocast
     def forward(ctx, x, lora_A, lora_B, base, dropped, source):
         cast = x.to(lora_A.dtype)
         y = frozen_linear(cast, base)  # (n, out)
         h = linear(zeroed(cast, dropped, own=cast is not x), lora_A)  # (n, rank)
         y.addmm_(h, lora_B.T)  # into y: the update never exists as a tensor of its own
         ctx.base, ctx.x_dtype = base, x.dtype
-        ctx.make, kept = source or (None, (cast,))
-        ctx.save_for_backward(h, dropped, lora_A, lora_B, *kept)
+        ctx.make, saved = source or (None, (cast,))
+        ctx.save_for_backward(h, dropped, lora_A, lora_B, *saved)
         return y
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)  # compute in the dtype of forward, even if backward runs under autocast
-    @torch.autocast("cuda", enabled=False)
+    @without_autocast  # compute in the dtype of forward, even if backward runs under autocast
     def backward(ctx, dy):
-        h, dropped, lora_A, lora_B, *kept = ctx.saved_tensors
+        h, dropped, lora_A, lora_B, *saved = ctx.saved_tensors
         needs_x, needs_A, needs_B, *_ = ctx.needs_input_grad
         dx = dA = dB = None
         if needs_x or needs_A:
             dh = linear(dy, lora_B.T)
         if needs_A:
-            x = ctx.make(*kept).to(dh.dtype).reshape(-1, lora_A.shape[1]).contiguous() if ctx.make else kept[0]
+            x = ctx.make(*saved).to(dh.dtype).reshape(-1, lora_A.shape[1]).contiguous() if ctx.make else saved[0]
             if ctx.make or ctx.x_dtype == dh.dtype:  # else x is forward's cast, zeroed already
                 x = zeroed(x, dropped, own=ctx.make is not None)
             dA = dh.T @ x
@@ -116,13 +131,14 @@ class _LoRALinearFunction(torch.autograd.Function):
 class _ForCompiler(torch.autograd.Function):
     """The same for torch.compile, which fuses all operations between two matrix products. So it has few products:
 
-    y = [x h] [W B]ᵀ + b,    [dx₀ dh] = dy [W B],    dx = dx₀ + d(dh A)
+    y = [x h] [W B]ᵀ + b,    [dx₀ dh] = dy [W B],    dx = dx₀ + drop(dh A)
 
-    The compiler chooses which tensors to keep. Plain autograd would compute dW along with dB. Nothing is changed in
-    place: if the output of a Function is, torch 2.11 compiles its gradient to zero.
+    The compiler chooses which tensors to keep. Plain autograd would compute dW along with dB. Forward changes nothing
+    in place: torch 2.11 compiles the gradient of an output that was changed there to zero.
     """
 
     @staticmethod
+    @without_autocast
     def forward(ctx, x, lora_A, lora_B, weight, bias, dropout):
         ctx.x_dtype, ctx.dropout = x.dtype, dropout
         x = x.to(weight.dtype)
@@ -135,8 +151,7 @@ class _ForCompiler(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
+    @without_autocast
     def backward(ctx, dy):
         seen, h, lora_A, joined, *marks = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
@@ -166,8 +181,7 @@ class _Int8LinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
+    @without_autocast
     def backward(ctx, dy):
         return add_frozen_gradient(None, dy, ctx.base), None
 

@@ -26,12 +26,20 @@ class Target:
 Table = Mapping[str, Target | Iterable[Target]]
 
 
-def apply_lora(model: nn.Module, target_modules: Iterable[str], *settings, **options) -> nn.Module:
+def apply_lora(
+    model: nn.Module,
+    target_modules: Iterable[str],
+    rank: int | Mapping[str, int],
+    alpha: float | Mapping[str, float],
+    dropout: float = 0.0,
+    table: Table | None = None,
+    **options,
+) -> nn.Module:
     """Put LoRA on the target layers of `model`, in place, and freeze everything but the LoRA parameters.
 
     Takes the arguments of `lora_layers` and raises its errors; after an error no layer is replaced. Returns `model`.
     """
-    for path, layer in lora_layers(model, target_modules, *settings, **options).items():
+    for path, layer in lora_layers(model, target_modules, rank, alpha, dropout, table, **options).items():
         model.set_submodule(path, layer)
     set_trainable_params(model, get_adapter_params(model))
     return model
@@ -46,8 +54,9 @@ def lora_layers(
     table: Table | None = None,
     *,
     layers: Iterable[int] | None = None,
+    rslora: bool = False,
+    dora: bool = False,
     pissa: bool = False,
-    **variant: bool,
 ) -> dict[str, LoRALayer]:
     """LoRA layers over the target layers of `model`, by dotted name; the model keeps its own layers, now frozen.
 
@@ -60,8 +69,8 @@ def lora_layers(
         dropout: as in `LoRALinear`; `lora_dropout` in PEFT.
         table: the meaning of those target names that are not simply the names of whole layers in this model.
         layers: adapt only these blocks (the first number in a layer's dotted name); `layers_to_transform` in PEFT.
+        rslora, dora: as in `LowRank`.
         pissa: start at the principal part of each weight, see `start_at_principal`.
-        variant: `rslora`, `dora`, as in `LowRank`.
 
     Raises:
         ValueError: there is no target; a target matches no layer, or a layer that has LoRA already or its own forward
@@ -76,6 +85,7 @@ def lora_layers(
     plan = _resolve(model, target_modules, table or {})
     if layers is not None:
         plan = _only(plan, set(layers))
+    variant = {"rslora": rslora, "dora": dora}
     adapted = {
         path: _adapt(model.get_submodule(path), targets, rank, alpha, dropout, variant)
         for path, targets in plan.items()
@@ -115,7 +125,8 @@ def _resolve(model: nn.Module, target_modules: Iterable[str], table: Table) -> d
 def is_plain(layer: nn.Linear) -> bool:
     """Whether a layer computes W x + b and nothing else: LoRA would skip a custom forward and hooks."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return not hooked and type(layer).forward in (nn.Linear.forward, FrozenLinear.forward)
+    own = "forward" in vars(layer)  # as accelerate's hooks set it
+    return not (hooked or own) and type(layer).forward in (nn.Linear.forward, FrozenLinear.forward)
 
 
 def _only(plan: dict[str, dict[str, Target]], layers: set[int]) -> dict[str, dict[str, Target]]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import INT8_UNIT, Frozen, autocast_dtype, int8_linear, linear
+from .functional import INT8_UNIT, Frozen, autocast_dtype, int8_linear, linear, without_autocast
 
 DAMPING = 0.01  # this share of the inputs' mean square is added to each input's: hardly active inputs are not relied on
 BLOCK = 128  # inputs within which errors are passed on one by one; one matrix product passes them to all others
@@ -12,7 +12,7 @@ BLOCK = 128  # inputs within which errors are passed on one by one; one matrix p
 class Int8Linear(nn.Module):
     """A frozen linear layer whose weight is stored as symmetric int8 with a scale for each output row.
 
-        W ≈ scale[:, None] * quantised,    scale = max |W| of the row / 127
+        W ≈ scale[:, None] * quantised,    scale = max |W| of the row / 127, in bf16
 
     Only the weight is quantised: inputs, outputs and products stay in the compute dtype.
 
@@ -25,7 +25,8 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         wide = layer.weight.detach().float()
-        scale = wide.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        # To bf16 and back: all dtypes compute with the same weight.
+        scale = (wide.abs().amax(1) / 127).bfloat16().float().clamp(min=torch.finfo(torch.float32).tiny)
         steps = wide / scale[:, None]
         rounded = steps.round() if inputs is None else round_for(inputs, steps)
         self.register_buffer("quantised", rounded.to(torch.int8).contiguous())  # NCCL sends only such
@@ -49,6 +50,7 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
+@without_autocast  # what runs the model may have autocast on, and rounded moments may not be positive definite
 def round_for(inputs: Tensor, weight: Tensor) -> Tensor:
     """Round `weight` (out, in) to integers from -127 to 127 so that the outputs for `inputs` (..., in) change little.
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .frozen import FrozenLinear, Prepared, cast, serves
-from .functional import Frozen, autocast_dtype, lora_linear, pack
+from .functional import Frozen, autocast_dtype, lora_linear, pack, without_autocast
 from .int8 import Int8Linear
 
 
@@ -25,7 +25,7 @@ class LowRank(nn.Module):
         rslora: scaling = alpha / sqrt(rank), so that the update does not shrink as the rank grows (Kalajdzievski 2023,
             arXiv:2312.03732; `use_rslora` in PEFT).
         dora: also train the norm of each row of W₀ + ΔW: `lora_magnitude` (out,), which starts at the norms of W₀'s
-            rows (Liu et al. 2024, arXiv:2402.09353; `use_dora` in PEFT).
+            rows (Liu et al. 2024, arXiv:2402.09353; `use_dora` in PEFT). The paper says columns, as its W is (in, out).
 
     Raises:
         ValueError: `rank` is below 1 or `alpha` is not positive.
@@ -38,12 +38,12 @@ class LowRank(nn.Module):
         if not alpha > 0:
             raise ValueError(f"alpha must be positive, got {alpha}")
         out_features, in_features = weight.shape
-        where = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, **where))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **where))
+        like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        lengths = nn.Parameter(weight.detach().to(**where).norm(dim=1)) if dora else None
-        self.register_parameter("lora_magnitude", lengths)
+        norms = nn.Parameter(weight.detach().to(**like).norm(dim=1)) if dora else None
+        self.register_parameter("lora_magnitude", norms)
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         for name in ("start_A", "start_B"):  # the initial A and B that PiSSA subtracts from the base
             self.register_buffer(name, None, persistent=False)
@@ -53,8 +53,10 @@ class LowRank(nn.Module):
         """scaling · B, (out, rank): the one place where the scaling is applied."""
         return self.scaling * self.lora_B
 
-    @torch.autocast("cpu", enabled=False)  # autocast would round ΔW before it is merged or DoRA takes norms
-    @torch.autocast("cuda", enabled=False)
+    def extra_repr(self) -> str:
+        return f"rank={len(self.lora_A)}, scaling={self.scaling:g}"
+
+    @without_autocast  # which would round ΔW before it is merged or DoRA takes norms
     def delta_weight(self) -> Tensor:
         """ΔW, (out, in), in the precision of A and B."""
         return self.scaled_B @ self.lora_A
@@ -68,13 +70,20 @@ class LowRank(nn.Module):
     def row_scale(self, weight: Tensor) -> Tensor:
         """DoRA's m / |W₀ + ΔW| (out,), a factor for each output. The norm gets no gradient (its paper, section 4.3)."""
         with torch.no_grad():
-            lengths = (weight + self.delta_weight()).norm(dim=1)
-        return self.lora_magnitude / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)  # a row may be all zeros
+            norms = (weight + self.delta_weight()).norm(dim=1)
+        return self.lora_magnitude / norms.clamp(min=torch.finfo(norms.dtype).tiny)  # a row may be, and stay, all zeros
 
 
 class LoRALayer(Prepared):
-    """What both layers below share: a frozen `base_layer` and low-rank pairs for rows of its weight. `updates()` lists
-    the pairs; `joint_pair()` joins them into one: A (sum of ranks, in) and the scaled B (out, sum of ranks)."""
+    """What both layers below share: a frozen `base_layer`, and low-rank pairs for rows of its weight."""
+
+    def pairs(self) -> list[tuple[slice, LowRank]]:
+        """Each pair, with the rows of the weight that it updates."""
+        raise NotImplementedError
+
+    def joint_pair(self) -> tuple[Tensor, Tensor]:
+        """All pairs as one: A (sum of ranks, in), and B (out, sum of ranks) with the scaling in it."""
+        raise NotImplementedError
 
     def _wrap(self, base_layer: nn.Linear, dropout: float) -> None:
         if not 0 <= dropout < 1:
@@ -109,9 +118,12 @@ class LoRALayer(Prepared):
 
     def reference_forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """What `forward` computes, in plain autograd; `keep` is 1 for elements of `x` that dropout keeps, else 0."""
-        dropped_out = x if keep is None else x * keep / (1 - self.dropout)
-        base, update, scale = self.base_layer, F.linear(dropped_out, self.delta_weight()), self._row_scale()
-        return base(x) + update if scale is None else _rescale(F.linear(x, base.weight) + update, scale, base.bias)
+        base, scale = self.base_layer, self._row_scale()
+        seen = x if keep is None else x * keep / (1 - self.dropout)
+        y = F.linear(x, base.weight) + F.linear(seen, self.delta_weight())  # W₀ x + ΔW dropout(x)
+        if scale is not None:
+            y = y * scale  # DoRA
+        return y if base.bias is None else y + base.bias
 
     @torch.no_grad()
     def merge(self) -> FrozenLinear:
@@ -131,26 +143,25 @@ class LoRALayer(Prepared):
         the layer is on its device. Moving or copying the layer, or loading a state dict into it, discards the copies;
         after any other change of the base, call it again.
         """
-        self.kept = None
-        self.kept = pack(self._frozen(dtype), for_gradients=True)
+        self.prepared = None
+        self.prepared = pack(self._frozen(dtype), for_gradients=True)
 
     def _frozen(self, dtype: torch.dtype | None = None) -> Frozen:
         """The base in `dtype`; by default in the current compute dtype: autocast's if it is on, else its own."""
-        base, lora_A = self.base_layer, self.updates()[0][1].lora_A
+        base, lora_A = self.base_layer, self.pairs()[0][1].lora_A
         dtype = dtype or autocast_dtype(lora_A.device.type)
         if isinstance(base, Int8Linear):
             return base.frozen(dtype or lora_A.dtype)
         dtype = dtype or base.weight.dtype
-        return self.kept if serves(self.kept, dtype) else cast(base, dtype)
+        return self.prepared if serves(self.prepared, dtype) else cast(base, dtype)
 
     def _row_scale(self) -> Tensor | None:
         """DoRA's scale of every output (out,), 1 where no pair updates it; None without DoRA."""
-        updates = self.updates()
-        if updates[0][1].lora_magnitude is None:
+        pairs, weight = self.pairs(), self.base_layer.weight
+        if pairs[0][1].lora_magnitude is None:
             return None
-        weight = self.base_layer.weight
-        scale = updates[0][1].lora_magnitude.new_ones(len(weight))
-        for rows, pair in updates:
+        scale = pairs[0][1].lora_magnitude.new_ones(len(weight))
+        for rows, pair in pairs:
             scale[rows] = pair.row_scale(weight[rows])
         return scale
 
@@ -160,8 +171,7 @@ def choose(setting: float | Mapping[str, float], name: str) -> float:
     return setting[name] if isinstance(setting, Mapping) else setting
 
 
-@torch.autocast("cpu", enabled=False)
-@torch.autocast("cuda", enabled=False)  # autocast would cast y and keep the cast
+@without_autocast  # which would cast y and keep the cast
 def _rescale(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """scale · y + b. DoRA scales W₀ x + ΔW x before adding b. The scale is not cast: bf16 would round it to 1."""
     return y * scale if bias is None else torch.addcmul(bias, y, scale)
@@ -175,17 +185,27 @@ class LoRALinear(LoRALayer, LowRank):
     Args:
         base_layer: the layer to adapt; it is kept by reference and frozen.
         rank, alpha, rslora, dora: as in `LowRank`.
-        dropout: the probability that the update does not see an element of x in training; `lora_dropout` in PEFT.
+        dropout: the probability that the update does not see an element of x in training; `lora_dropout` in PEFT. With
+            DoRA, W₀ x still sees all of x; PEFT hides elements from the part of it that DoRA's scale adds.
 
     Raises:
         ValueError: `rank` is below 1, `alpha` is not positive, or `dropout` is outside [0, 1).
     """
 
-    def __init__(self, base_layer: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **variant: bool):
-        super().__init__(base_layer.weight, rank, alpha, **variant)
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        *,
+        rslora: bool = False,
+        dora: bool = False,
+    ):
+        super().__init__(base_layer.weight, rank, alpha, rslora=rslora, dora=dora)
         self._wrap(base_layer, dropout)
 
-    def updates(self) -> list[tuple[slice, LowRank]]:
+    def pairs(self) -> list[tuple[slice, LowRank]]:
         return [(slice(None), self)]
 
     def joint_pair(self) -> tuple[Tensor, Tensor]:
@@ -222,7 +242,9 @@ class LoRAFusedLinear(LoRALayer, nn.Module):
         rank: int | Mapping[str, int],
         alpha: float | Mapping[str, float],
         dropout: float = 0.0,
-        **variant: bool,
+        *,
+        rslora: bool = False,
+        dora: bool = False,
     ):
         super().__init__()
         size, rest = divmod(base_layer.out_features, num_blocks)
@@ -234,16 +256,17 @@ class LoRAFusedLinear(LoRALayer, nn.Module):
             raise ValueError(f"blocks must name each block once, got {dict(blocks)}")
         self.rows = {name: slice(block * size, (block + 1) * size) for name, block in blocks.items()}
         for name, rows in self.rows.items():
-            self.add_module(name, LowRank(base_layer.weight[rows], choose(rank, name), choose(alpha, name), **variant))
+            weight, r = base_layer.weight[rows], choose(rank, name)
+            self.add_module(name, LowRank(weight, r, choose(alpha, name), rslora=rslora, dora=dora))
         self._wrap(base_layer, dropout)
 
-    def updates(self) -> list[tuple[slice, LowRank]]:
+    def pairs(self) -> list[tuple[slice, LowRank]]:
         return [(rows, self.get_submodule(name)) for name, rows in self.rows.items()]
 
     def joint_pair(self) -> tuple[Tensor, Tensor]:
-        lora_A = torch.cat([pair.lora_A for _, pair in self.updates()])
+        lora_A = torch.cat([pair.lora_A for _, pair in self.pairs()])
         scaled_B, start = lora_A.new_zeros(self.base_layer.out_features, len(lora_A)), 0
-        for rows, pair in self.updates():
+        for rows, pair in self.pairs():
             stop = start + len(pair.lora_A)
             scaled_B[rows, start:stop] = pair.scaled_B  # the rest stays 0: other pairs do not update these rows
             start = stop
@@ -251,8 +274,8 @@ class LoRAFusedLinear(LoRALayer, nn.Module):
 
     def delta_weight(self) -> Tensor:
         """ΔW, (out, in); zero in the blocks that are not adapted."""
-        wide = torch.promote_types(self.base_layer.weight.dtype, torch.float32)
-        delta = torch.zeros_like(self.base_layer.weight, dtype=wide)
-        for rows, pair in self.updates():
+        dtype = torch.promote_types(self.base_layer.weight.dtype, torch.float32)
+        delta = torch.zeros_like(self.base_layer.weight, dtype=dtype)
+        for rows, pair in self.pairs():
             delta[rows] += pair.delta_weight()
         return delta

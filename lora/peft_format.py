@@ -15,6 +15,10 @@ from .state import get_adapter_params, load_params, set_trainable_params
 
 PREFIX = "base_model.model."
 LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")  # initialisations of PEFT's; all others change the base
+FOREIGN = (  # features that are not read
+    *("modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication", "alora_invocation_tokens"),
+    *("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "use_qalora"),
+)
 KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 
 
@@ -80,7 +84,7 @@ def from_peft(
     """
     if config.get("peft_type") != "LORA":
         raise ValueError(f"the adapter is of PEFT type {config.get('peft_type')!r}, not LORA")
-    foreign = [key for key in ("modules_to_save", "fan_in_fan_out", "lora_bias", "use_qalora") if config.get(key)]
+    foreign = [key for key in FOREIGN if config.get(key)]
     if foreign or config.get("bias", "none") != "none":
         raise ValueError(f"the adapter uses {', '.join(foreign) or 'bias'}, which is not supported")
     if isinstance(start := config.get("init_lora_weights"), str) and start not in LEAVE_THE_BASE:

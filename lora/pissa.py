@@ -20,16 +20,17 @@ def start_at_principal(layer: LoRALayer) -> None:
         ValueError: a pair's rank is above the smaller dimension of its weight.
     """
     base = layer.base_layer
-    for rows, pair in layer.updates():
-        u, s, v = torch.linalg.svd(base.weight[rows].to(pair.lora_A.dtype), full_matrices=False)
+    for rows, pair in layer.pairs():
+        # In double: where singular values are close, fp32 would not find the same part again on another machine.
+        u, s, vt = torch.linalg.svd(base.weight[rows].double(), full_matrices=False)
         rank = len(pair.lora_A)
         if rank > len(s):
             raise ValueError(f"PiSSA: rank {rank} is above {len(s)}, the smaller side of a weight to adapt")
         root = (s[:rank] / pair.scaling).sqrt()
         pair.lora_B.copy_(u[:, :rank] * root)
-        pair.lora_A.copy_(root[:, None] * v[:rank])
+        pair.lora_A.copy_(root[:, None] * vt[:rank])
         pair.start_A, pair.start_B = pair.lora_A.clone(), pair.lora_B.clone()
     rest = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     rest.weight = nn.Parameter((base.weight - layer.delta_weight()).to(base.weight.dtype), requires_grad=False)
     rest.bias = base.bias
-    layer.base_layer, layer.kept = rest.train(base.training), None
+    layer.base_layer, layer.prepared = rest.train(base.training), None

@@ -32,6 +32,7 @@ def quantize_base(model: nn.Module, run: Callable[[], object] | None = None) -> 
         over = {id(module.base_layer): module for module in model.modules() if isinstance(module, LoRALayer)}
 
         def hook(path: str, layer: nn.Linear):
+            @torch.inference_mode(False)  # else the buffers made here could not be loaded into later
             def make(_, inputs):
                 made[path] = Int8Linear(layer, inputs[0])
 

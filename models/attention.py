@@ -12,6 +12,8 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lora.functional import without_autocast
+
 SCORES = 2**19  # scores computed at a time: they stay in the cache, and memory does not grow with the batch
 
 
@@ -79,7 +81,7 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)  # compute in the dtype of forward, even if backward runs under autocast
+    @without_autocast  # compute in the dtype of forward, even if backward runs under autocast
     def backward(ctx, dout):
         (packed,) = ctx.saved_tensors
         (q, k, v), (do,) = packed, _pack(dout, 1, ctx.num_heads)

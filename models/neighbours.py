@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora.functional import without_autocast
+
 FILE = "neighbours.safetensors"  # in a checkpoint's folder
 COMPONENTS = {"hog": 512, "embedding": 256}  # principal components, at most
 WEIGHTS = {"hog": 2 / 3, "embedding": 1 / 3}  # in the similarity of two pictures
@@ -129,8 +131,7 @@ class Neighbours(nn.Module):
             found[name] = said, mean + (1 - known.sum(1, keepdim=True)) * said
         return found
 
-    @torch.autocast("cpu", enabled=False)
-    @torch.autocast("cuda", enabled=False)
+    @without_autocast
     def nearest(self, hog: Tensor, embedding: Tensor) -> Alike:
         """The train pictures nearest to pictures with edges (B, n) and embeddings (B, m)."""
         described, n = self.describe(hog, embedding), self.hog_basis.shape[1]

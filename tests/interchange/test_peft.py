@@ -323,6 +323,7 @@ def test_what_cannot_be_read_is_said(vits):
     for config, message in (
         ({"peft_type": "IA3"}, "PEFT type 'IA3', not LORA"),
         ({"peft_type": "LORA", "modules_to_save": ["classifier"]}, "modules_to_save, which is not supported"),
+        ({"peft_type": "LORA", "alora_invocation_tokens": [3]}, "alora_invocation_tokens, which is not supported"),
         ({"peft_type": "LORA", "bias": "all"}, "bias, which is not supported"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "started with pissa_niter_4, which changes"),
         ({"peft_type": "LORA"}, "lacks lora_alpha"),

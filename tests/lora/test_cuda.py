@@ -19,7 +19,7 @@ def make_layer(kind, dropout=0.0, dtype=torch.float32, **variant):
         "plain": lambda: LoRALinear(base, 4, 8, dropout, **variant),
         "fused": lambda: LoRAFusedLinear(base, blocks, 3, 4, 8, dropout, **variant),
     }[kind]()
-    for _, pair in layer.updates():
+    for _, pair in layer.pairs():
         nn.init.normal_(pair.lora_B, std=0.1)
     return layer.to(GPU)
 

@@ -49,7 +49,7 @@ def make_layer(kind, dropout=0.0, bias=True, dtype=torch.float64):
         layer = LoRALinear(base, 2, 3, dropout, rslora=kind == "rslora")
     if kind == "pissa":
         start_at_principal(layer)
-    for _, pair in layer.updates():
+    for _, pair in layer.pairs():
         nn.init.normal_(pair.lora_B)
     return layer
 

@@ -77,7 +77,7 @@ def test_precision(base, adapter):
         LoRALinear(nn.Linear(6, 6, dtype=base), rank=2, alpha=4),
         LoRAFusedLinear(nn.Linear(6, 6, dtype=base), {"key": 1}, num_blocks=2, rank=2, alpha=4),
     ):
-        for _, pair in layer.updates():
+        for _, pair in layer.pairs():
             nn.init.normal_(pair.lora_B)
             assert pair.lora_A.dtype == pair.lora_B.dtype == adapter
         merged = layer.merge().weight

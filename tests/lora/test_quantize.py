@@ -20,16 +20,43 @@ def test_by_hand():
     assert quantised(torch.tensor([1.0, 1.0, 9.0])).tolist() == [63, 0]
 
 
+def test_the_weight_is_the_same_in_every_dtype():
+    layer = Int8Linear(nn.Linear(64, 8))
+    weights = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        eye = torch.eye(64, dtype=dtype)
+        weights[dtype] = (layer.frozen(dtype).scale * (layer.quantised.T.to(dtype) / int8.INT8_UNIT)).float()
+        assert (layer(eye) - layer.bias).isfinite().all()
+    torch.testing.assert_close(weights[torch.bfloat16], weights[torch.float32], rtol=2**-8, atol=0)
+    assert (layer.scale.bfloat16().float() == layer.scale).all()
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_however_the_model_is_run_it_is_rounded_the_same_and_can_be_loaded_into(mode):
+    torch.manual_seed(0)
+    x, model = torch.randn(99, 16) @ torch.randn(16, 16), nn.Sequential(nn.Linear(16, 4)).requires_grad_(False)
+    plain, other = copy.deepcopy(model), copy.deepcopy(model)
+    quantize_base(plain, lambda: plain(x))
+
+    def run():
+        with mode():
+            other(x)
+
+    quantize_base(other, run)
+    assert torch.equal(other[0].quantised, plain[0].quantised)
+    other.load_state_dict(plain.state_dict())
+
+
 def test_steps_do_not_overflow_fp16_where_the_outputs_do_not():
     linear = nn.Linear(1024, 1, bias=False)
-    nn.init.constant_(linear.weight, 0.05)  # 127 steps each: 1,024 of those are twice what fp16 holds
+    nn.init.constant_(linear.weight, 127 / 2048)  # 127 steps each: 1,024 of those are twice what fp16 holds
     x = torch.ones(1, 1024, dtype=torch.float16)
-    torch.testing.assert_close(Int8Linear(linear)(x).item(), 51.2, rtol=2e-3, atol=0)
+    torch.testing.assert_close(Int8Linear(linear)(x).item(), 63.5, rtol=2e-3, atol=0)
     layer = LoRALinear(Int8Linear(linear), 1, 1)
     x.requires_grad_()
     with torch.autocast("cpu", torch.float16):
         (layer(x) * 50_000).backward()
-    torch.testing.assert_close(x.grad, torch.full_like(x, 2500), rtol=2e-3, atol=0)
+    torch.testing.assert_close(x.grad, torch.full_like(x, 50_000 * 127 / 2048), rtol=2e-3, atol=0)
 
 
 def test_errors_are_passed_on_by_hand():

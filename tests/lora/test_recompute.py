@@ -37,7 +37,8 @@ def test_gradients_are_those_of_plain_autograd(name, shape):
     u = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     x = maker(u)
     assert source_of(x) is not None
-    torch.testing.assert_close(source_of(x).make(*source_of(x).tensors), x.detach(), rtol=1e-14, atol=1e-14)
+    make, tensors = source_of(x)
+    torch.testing.assert_close(make(*tensors), x.detach(), rtol=1e-14, atol=1e-14)
     inputs = (u, layer.lora_A, layer.lora_B)
     torch.testing.assert_close(gradients(layer(x), *inputs), gradients(layer.reference_forward(x), *inputs))
 
@@ -90,6 +91,17 @@ def test_an_input_that_was_changed_in_place_is_kept_as_it_is(name):
         x.mul_(3)
     pair = layer.lora_A, layer.lora_B
     torch.testing.assert_close(gradients(layer(x), *pair), gradients(layer.reference_forward(x), *pair))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_input_whose_making_autograd_has_forgotten_is_kept(name):
+    maker, layer = make_pair(name)
+    x = maker(torch.randn(7, 5, dtype=torch.float64, requires_grad=True))
+    layer(x).square().sum().backward()  # and with it the graph behind x is gone
+    first = layer.lora_A.grad, layer.lora_B.grad
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.reference_forward(x))
+    torch.testing.assert_close(gradients(layer(x), layer.lora_A, layer.lora_B), first)
 
 
 def test_an_input_of_other_making_is_kept():
