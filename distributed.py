@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from errors import UserError
+from startup import cores
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # to wait while the first decodes a catalogue; one that died is noticed at once
@@ -59,8 +60,7 @@ def share_cores() -> None:
     """Let torchrun's processes on a CPU compute with all cores: it gives each a single thread."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // processes))
+        torch.set_num_threads(max(1, cores() // processes))
 
 
 @contextlib.contextmanager

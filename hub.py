@@ -1,10 +1,7 @@
 """Find out in seconds, not after a minute of retries, if the hub can be reached; and pin datasets to a commit."""
 
-import http.client
 import re
 import threading
-import urllib.error
-import urllib.request
 from functools import cache
 
 import huggingface_hub.constants
@@ -23,14 +20,12 @@ def reachable() -> bool:
     answered = threading.Event()
 
     def probe():
-        try:
-            urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=TIMEOUT).close()
-        except urllib.error.HTTPError as error:
-            if error.code >= 500 or error.code in (403, 407):  # a proxy's refusal is not the hub's answer
-                return
-        except (OSError, ValueError, http.client.HTTPException):  # no answer, no address, no answer in HTTP
+        try:  # by the client that downloads, which knows the certificates and proxies that it needs
+            status = huggingface_hub.get_session().head(ENDPOINT, timeout=TIMEOUT).status_code
+        except Exception:  # several libraries raise here; any error means no answer
             return
-        answered.set()
+        if status < 500 and status not in (403, 407):  # a proxy's refusal is not the hub's answer
+            answered.set()
 
     # A thread of its own, because no timeout ends a name look-up that hangs.
     thread = threading.Thread(target=probe, daemon=True)

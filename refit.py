@@ -248,7 +248,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--neighbours looks at pictures, which {folder} does not")
     if "resume" in config:
         raise UserError(f"{folder} is where a run goes on from; name {folder.with_name('best')}")
-    if others := sorted({path.name for path in folder.glob("*")} - set(config["sha256"])):
+    there = {path.name for path in folder.glob("[!.]*")}  # without what a file manager hides there
+    if others := sorted(there - set(config["sha256"])):
         raise UserError(f"{folder} also holds {', '.join(others)}: copy its checkpoint into a folder of its own first")
     check_writable(folder.parent / "file", "--checkpoint")
     with at_rest(folder.parent):

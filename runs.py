@@ -130,9 +130,9 @@ def _has_options_of_a_run(path: Path, args: argparse.Namespace) -> bool:
 
 def discard_run(out: Path) -> None:
     """Take away the folder of a run that could not be set up, unless there is more in it than `open_run` put there."""
-    for made in (*SET_UP, ".lock"):
-        (out / made).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not empty: it was there before
+    with contextlib.suppress(OSError):  # not empty: it was there before; on Windows, the lock is still open
+        for made in (*SET_UP, ".lock"):
+            (out / made).unlink(missing_ok=True)
         out.rmdir()
 
 

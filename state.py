@@ -102,7 +102,8 @@ class TrainingState:
         """The inverse of `optimizer_tensors`."""
         for path, tensor in tensors.items():
             name, key = path.rsplit("/", 1)
-            self.optimizer.state[self.params[name]][key] = tensor.to(self.params[name].device)
+            # A copy: the tensor may be a view of the file, which could not be replaced on Windows then.
+            self.optimizer.state[self.params[name]][key] = tensor.to(self.params[name].device, copy=True)
 
 
 def check_same(saved: dict, config: dict, out: Path) -> None:

@@ -264,7 +264,7 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     for split in ["val"] if args.no_test else ["val", "test"]:
         if (rows := len(task.store.rows(split))) > SCORED:
             print(f"of {rows:,} {split} rows at most {SCORED:,} with labels are scored here, by evaluate.py all")
-    out = shlex.quote(str(args.out))
+    out = shlex.quote(args.out.as_posix())
     again = f"python train.py --resume --out {out}"
     try:
         finished = fit(args, task)

@@ -49,7 +49,7 @@ def open_csv(table: Path) -> Catalogue:
     images = table.parent / "images"
     if not images.is_dir():
         raise UserError(f"{table.parent} has {table.name} but no folder images/")
-    files = {str(path.relative_to(images)): path.stat() for path in all_files(images)}
+    files = {path.relative_to(images).as_posix(): path.stat() for path in all_files(images)}
     names = Names(files)
     found, skipped, seen, several = [], [], set(), 0
     for number, row in read_rows(table):

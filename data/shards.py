@@ -163,7 +163,7 @@ def _without(shards: list[Shard], labelled: Set[str]) -> list[Shard]:
 
 def _file_name(path: Path) -> str:
     # A file name need not be valid text; bytes that are not are replaced, or no format could write the name.
-    return os.fsencode(path).decode("utf-8", "replace")
+    return os.fsencode(path.as_posix()).decode("utf-8", "replace")
 
 
 def _file_rows(paths: list[Path]) -> Iterator[Row]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import distributed
+import startup
 from errors import UserError
 from models.checkpoint import sealed
 from options import parse_args
@@ -275,6 +276,16 @@ def test_restarts_need_a_folder_to_find_again(words, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     with contextlib.ExitStack() as held, pytest.raises(UserError, match="max-restarts: name the run's folder with"):
         choose(list(map(str, words)), torch.device("cpu"), held, False)
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("400000 100000", 4), ("150000 100000", 2), ("50000 100000", 1), ("max 100000", 8), ("", 8)]
+)
+def test_a_containers_quota_counts(monkeypatch, tmp_path, quota, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
+    (tmp_path / "cpu.max").write_text(quota)
+    assert startup.cores(tmp_path / "cpu.max") == cores
+    assert startup.cores(tmp_path / "none") == 8
 
 
 def test_processes_share_the_cores(monkeypatch):
