@@ -90,8 +90,7 @@ def precision_threshold(confidence: np.ndarray, right: np.ndarray, target: float
     too low, the promise is broken in 20 % of samples of 2,000 rows, and more often in larger ones
     (`tests/test_calibration.py` draws some). Testing each at 1 % would end that, and accept much less.
 
-    Rows are taken to be independent. Where many of them share a picture or show one article, they are right or wrong
-    together, and a threshold promises too much.
+    Rows are taken to be independent.
 
     The threshold is always above 0.5: an answer more likely wrong than right is for a person to review, even where
     other answers make up for it. None where no threshold is enough.
@@ -103,8 +102,23 @@ def precision_threshold(confidence: np.ndarray, right: np.ndarray, target: float
     return float(thresholds[enough[-1]]) if len(enough) else None
 
 
-def calibrate(logits: Mapping[str, Tensor], labels: np.ndarray, config: dict, target: float = TARGET_PRECISION) -> dict:
+def one_of_each(keys: np.ndarray) -> np.ndarray:
+    """A row of each distinct key (N,), drawn at random, the same ones each time; ascending."""
+    order = np.random.default_rng(0).permutation(len(keys))
+    return np.sort(order[np.unique(keys[order], return_index=True)[1]])
+
+
+def calibrate(
+    logits: Mapping[str, Tensor],
+    labels: np.ndarray,
+    keys: np.ndarray,
+    config: dict,
+    target: float = TARGET_PRECISION,
+) -> dict:
     """A checkpoint's `calibration`: temperatures, then thresholds for the answers those give, decoded either way.
+
+    Thresholds are fitted to one row of each key, because answers about one picture, or photos of one article, are right
+    or wrong together: counted as independent, they would promise too much.
 
     An attribute keeps its temperature in `config` if no row has a label of it that the model knows. If no row has any
     label of it, it keeps its thresholds too, provided that they are for the same target.
@@ -112,6 +126,7 @@ def calibrate(logits: Mapping[str, Tensor], labels: np.ndarray, config: dict, ta
     Args:
         logits: {attribute: (N, classes)} of rows the model was not trained on.
         labels: (N, A) their labels.
+        keys: (N,) by which they are split (`data.store.ImageStore.keys`).
     """
     truths, names = torch.from_numpy(labels).long(), list(labels_of(config))
     temperature = {name: fit_temperature(logits[name], truths[:, i]) for i, name in enumerate(names)}
@@ -120,6 +135,8 @@ def calibrate(logits: Mapping[str, Tensor], labels: np.ndarray, config: dict, ta
         unknown = [name for i, name in enumerate(names) if (labels[:, i] < 0).all()]
         temperature |= {name: before["temperature"][name] for name in unknown}
     fitted = {"target_precision": target, "rows": len(labels), "temperature": temperature, "threshold": {}}
+    once = one_of_each(keys)
+    logits, labels = {name: logits[name][once] for name in names}, labels[once]
     for how in ("joint", "independent"):
         nothing_yet = {"temperature": temperature, "threshold": {how: {}}}
         answers = Decoder(config | {"calibration": nothing_yet}, how == "joint")(logits)

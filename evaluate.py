@@ -178,7 +178,7 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
         target, labelled = args.target_precision or TARGET_PRECISION, (task.labels[rows] != MISSING).any(0)
         if not labelled.any():
             raise UserError(f"--calibrate: none of the {len(rows):,} {split} rows of {args.data} has a label")
-        fitted = calibrate(found.logits, task.labels[rows], task.config, target)
+        fitted = calibrate(found.logits, task.labels[rows], task.store.keys[rows], task.config, target)
         if distributed.first():
             amend_config(folder, calibration=fitted)
         print(f"calibrated on {len(rows):,} rows of {name}, {split}; kept in {folder / 'config.json'}")

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.cells import inert, without_apostrophe
-from data.table import is_windows
+from data.table import read_rows
 from durable import give_name
 from errors import CONTROLS, UserError, first_line
 
@@ -103,7 +103,7 @@ def labelled_in(path: Path) -> set[str]:
             names.update(_labelled_in(file))
         except OSError as error:
             raise UserError(f"cannot read --skip {file}: {error.strerror or error}") from None
-        except (ValueError, LookupError, TypeError, RecursionError, csv.Error, pa.ArrowException) as error:
+        except (UserError, ValueError, LookupError, TypeError, RecursionError, pa.ArrowException) as error:
             raise UserError(f"--skip {file} is no file that --out wrote: {first_line(error)}") from None
     if not all(isinstance(name, str) for name in names):
         raise UserError(f"--skip {path} is no file that --out wrote: an image has no name")
@@ -115,15 +115,10 @@ def _labelled_in(file: Path) -> list[str]:
         columns = pq.read_table(file, columns=["image", "error"])
         rows = zip(columns["image"].to_pylist(), columns["error"].to_pylist(), strict=True)
         return [name for name, error in rows if error is None]
-    windows = file.suffix.lower() == ".csv" and is_windows(file)
-    # Excel puts a byte order mark first, or saves what it can in its own way.
-    with open(file, newline="", encoding="cp1252" if windows else "utf-8-sig") as lines:
-        if file.suffix.lower() == ".csv":
-            mark = max(",;\t", key=lines.readline().count)  # a spreadsheet may have saved it since
-            lines.seek(0)
-            rows = csv.DictReader(lines, delimiter=mark)  # then without the empty error at a row's end
-            whole = (row for row in rows if not row["error"] and row[rows.fieldnames[-2]])
-            return [without_apostrophe(row["image"]) for row in whole]
+    if file.suffix.lower() == ".csv":  # which a spreadsheet may have saved since
+        rows = (row for _, row in read_rows(file, ("image", "error")) if isinstance(row, dict))
+        return [without_apostrophe(row["image"]) for row in rows if not row["error"] and row[list(row)[-2]]]
+    with open(file, encoding="utf-8-sig") as lines:
         answers = [(answer["image"], "attributes" in answer) for answer in map(json.loads, lines)]
     return [name for name, labelled in answers if labelled]
 

@@ -187,7 +187,7 @@ def refit(task: Task, rows: np.ndarray, batch_size: int, look: bool) -> tuple[di
 
     def judged(calibration: dict | None = None) -> tuple[dict, dict]:
         logits = answers(model, of_val)
-        calibration = calibration or calibrate(logits, task.labels[val], uncalibrated, target)
+        calibration = calibration or calibrate(logits, task.labels[val], task.store.keys[val], uncalibrated, target)
         calibrated = task._replace(config=task.config | {"calibration": calibration})
         return judge(calibrated, "val", val, logits, joint=True).scores, calibration
 

@@ -195,7 +195,7 @@ def keep_best(
         state.progress |= {"best_accuracy": scores["mean_accuracy"], "best_epoch": epoch}
         fitted = {}
         if args.base == "float" and distributed.first():  # of an 8-bit base at the end, on the float base
-            fitted["calibration"] = calibrate(found.logits, task.labels[rows], task.config)
+            fitted["calibration"] = calibrate(found.logits, task.labels[rows], task.store.keys[rows], task.config)
         state.save_best(**fitted)
 
 
@@ -208,7 +208,8 @@ def on_float_base(args: argparse.Namespace, task: Task, state: TrainingState, st
     with stop.at_once():
         found = evaluate(task, "val", most=SCORED)
     if distributed.first() and "calibration" not in config:  # or the run had ended before, and was calibrated since
-        amend_config(state.best, calibration=calibrate(found.logits, task.labels[found.rows], config))
+        fitted = calibrate(found.logits, task.labels[found.rows], task.store.keys[found.rows], config)
+        amend_config(state.best, calibration=fitted)
     print(f"\non the float base:\n{scores_table(found.scores)}")
     return task
 

@@ -140,7 +140,7 @@ def measure(folder: Path, cache: Path) -> dict:
 
     def validate() -> None:
         logits = {a["name"]: torch.randn(len(rows), len(a["labels"])) for a in entries}
-        fitted = calibrate(logits, known.labels[rows], config)
+        fitted = calibrate(logits, known.labels[rows], rows, config)
         judge(task._replace(config=config | {"calibration": fitted}), "val", rows, logits, joint=True)
 
     timed("validation", validate)

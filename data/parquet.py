@@ -175,32 +175,35 @@ class Pictures:
 
     def _from(self, start: int) -> Iterator[bytes | str | None]:
         for file, begin in zip(self.files, self.begins, strict=False):
-            row = max(0, start - begin)
-            if row >= file.rows:
-                continue
-            try:
-                for cells in rows(file, row, file.rows):
-                    row += 1
-                    yield cells["image"] and cells["image"]["bytes"]
-            except file.failures as error:
-                if file.filesystem or getattr(error, "errno", None):  # a network or disk failed, not the rows
-                    reason = first_line(error)
-                    raise UserError(f"{file.path} broke off: {reason}; start again, a run with --resume") from error
-                yield from [f"damaged parquet: {first_line(error)}"] * (file.rows - row)
+            for row in rows(file, max(0, start - begin), file.rows):
+                yield row if isinstance(row, str) else row["image"] and row["image"]["bytes"]
 
 
-def rows(file: File, start: int, stop: int, columns: Iterable[str] = ("image.bytes",)) -> Iterator[dict]:
-    """Rows `start` to `stop` of a file, from the row groups that hold any of them; rows before `start` are discarded.
+def rows(file: File, start: int, stop: int, columns: Iterable[str] = ("image.bytes",)) -> Iterator[dict | str]:
+    """Rows `start` to `stop` of a file; from where it turns out to be damaged, the reason in the place of each row.
 
     Raises:
-        those of `File.failures`: the file is damaged, or its text is not UTF-8.
+        UserError: a network or a disk failed, which says nothing about the rows.
     """
+    row = start
+    try:
+        for cells in _intact_rows(file, start, stop, columns):
+            row += 1
+            yield cells
+    except file.failures as error:
+        if file.filesystem or getattr(error, "errno", None):
+            raise UserError(f"{file.path} broke off: {first_line(error)}; start again, a run with --resume") from error
+        yield from [f"damaged parquet: {first_line(error)}"] * (stop - row)
+
+
+def _intact_rows(file: File, start: int, stop: int, columns: Iterable[str]) -> Iterator[dict]:
+    """Read the row groups that hold any of the rows; rows before `start` are discarded."""
     # Without these two options, pyarrow loads a row group's whole columns into memory.
     with file.open(buffer_size=BUFFER, pre_buffer=False) as opened:
         sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
         begins = [0, *itertools.accumulate(sizes)]
         groups = [i for i, size in enumerate(sizes) if begins[i] < stop and begins[i] + size > start]
-        at = begins[groups[0]]
+        at = begins[groups[0]] if groups else 0
         for batch in opened.iter_batches(READ, row_groups=groups, columns=list(columns)):
             low, high = max(start - at, 0), min(stop - at, len(batch))
             if low < high:

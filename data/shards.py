@@ -209,16 +209,10 @@ def _parquet_shards(path: Path, rows: int, title: str | None, notes: list[str]) 
 
 
 def _parquet_rows(file: File, start: int, stop: int, title: str | None) -> Iterator[Row]:
-    """Rows `start` to `stop` of a file; from where it turns out to be damaged, each has that as its reason."""
-    number = start
-    try:
-        for cells in parquet_rows(file, start, stop, ["id", "image.bytes", "image.path", *([title] if title else [])]):
-            yield _row(cells, f"{file.path}#{number}", title)
-            number += 1
-    except file.failures as error:
-        _raise_if_broken(error, file.path)
-        reason = f"damaged parquet: {first_line(error)}"
-        yield from (Row(f"{file.path}#{n}", reason) for n in range(number, stop))
+    columns = ["id", "image.bytes", "image.path", *([title] if title else [])]
+    for number, cells in enumerate(parquet_rows(file, start, stop, columns), start):
+        name = f"{file.path}#{number}"
+        yield Row(name, cells) if isinstance(cells, str) else _row(cells, name, title)
 
 
 def _row(cells: dict, otherwise: str, title: str | None) -> Row:
@@ -244,14 +238,9 @@ def _tar_rows(path: Path, title: str | None) -> Iterator[Row]:
             if unread and count == before:  # not if its JPEG lies beside it, as phones export them
                 yield Row(unread, NOT_READ, titles.get(name))
     except (tarfile.TarError, OSError) as error:
-        _raise_if_broken(error, path)
+        if getattr(error, "errno", None):  # a disk failed, which says nothing about the rows and may be temporary
+            raise UserError(f"{path} broke off: {os.strerror(error.errno)}; start again") from error
         yield Row(_file_name(path), clean(f"damaged or cut short after {count:,} pictures: {error}"))
-
-
-def _raise_if_broken(error: Exception, path: Path | str) -> None:
-    """Raise a `UserError` if a disk or network failed, which says nothing about the rows and may be temporary."""
-    if getattr(error, "errno", None):
-        raise UserError(f"{path} broke off: {os.strerror(error.errno)}; start again") from error
 
 
 def _load_hub(name: str) -> dict:

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -163,17 +164,14 @@ def cleaned(value) -> str | None:
 def read_titles(path: Path, column: str) -> dict[str, str | None]:
     """{product: title} of a tar: from the column, as training reads it, else from the text file. This is a separate
     pass, so that no picture has to wait in memory for its title."""
-    plain, listed = {}, {}
+    said: dict[str, dict] = defaultdict(dict)
     with contextlib.suppress(tarfile.TarError):  # reading the pictures meets the same damage and reports it
-        for tar, member in members(path, {".txt", ".json"}):
-            data = tar.extractfile(member).read(TEXT_BYTES) if is_plain(member) else b""
-            if member.name.lower().endswith(".txt"):
-                plain[product(member.name)] = text(data.decode("utf-8", "replace"))
-                continue
-            with contextlib.suppress(ValueError, RecursionError):
-                if isinstance(facts := json.loads(data), dict):
-                    listed[product(member.name)] = cleaned(facts.get(column))
-    return plain | {name: title for name, title in listed.items() if title}
+        for tar, member in members(path, TEXTS):
+            if is_plain(member):
+                suffix = PurePosixPath(member.name).suffix.lower()
+                cells = _cells(suffix, tar.extractfile(member).read(TEXT_BYTES + 1)) or {}
+                said[product(member.name)] |= {key: cell for key, cell in cells.items() if cell}
+    return {name: cells.get(column) or cells.get("txt") for name, cells in said.items()}
 
 
 def is_plain(member: tarfile.TarInfo) -> bool:

@@ -14,6 +14,7 @@ from calibration import (
     calibration_scores,
     coverage_curve,
     fit_temperature,
+    one_of_each,
     precision_threshold,
     reliability,
 )
@@ -145,20 +146,38 @@ def test_an_attribute_without_labels_keeps_what_was_fitted_before():
         for i, name in ((0, "room"), (1, "wood"))
     }
     labels = truth.numpy()
-    config["calibration"] = before = calibrate(logits, labels, config, 0.9)
+    config["calibration"] = before = calibrate(logits, labels, np.arange(len(labels)), config, 0.9)
     halved = labels.copy()
     halved[:, 1] = MISSING
     halved[::2, 0] = UNSEEN
-    after = calibrate(logits, halved, config, 0.9)
+    after = calibrate(logits, halved, np.arange(len(labels)), config, 0.9)
     assert after["temperature"]["wood"] == before["temperature"]["wood"] != 1
     assert after["temperature"]["room"] != before["temperature"]["room"]
     halved[:, 0] = UNSEEN
-    unknown = calibrate(logits, halved, config, 0.9)
+    unknown = calibrate(logits, halved, np.arange(len(labels)), config, 0.9)
     assert unknown["temperature"] == before["temperature"]
     assert unknown["threshold"]["joint"]["room"] is None, "no answer can have been right"
     for how in ("joint", "independent"):
         assert after["threshold"][how]["wood"] == before["threshold"][how]["wood"] is not None
-        assert calibrate(logits, halved, config, 0.95)["threshold"][how]["wood"] is None, "it was for another target"
+        stricter = calibrate(logits, halved, np.arange(len(labels)), config, 0.95)
+        assert stricter["threshold"][how]["wood"] is None, "it was for another target"
+
+
+def test_photos_of_an_article_count_once_towards_a_promise():
+    config = {"attributes": [{"name": "wood", "kind": "class", "labels": list("ab")}], "paths": []}
+    labels = np.arange(1000)[:, None] % 2
+    logits = {"wood": 9.0 * F.one_hot(torch.from_numpy(labels[:, 0]), 2)}
+    for articles, enough in ((1000, True), (150, True), (149, False), (1, False)):
+        fitted = calibrate(logits, labels, np.arange(1000) % articles, config, 0.98)
+        assert (fitted["threshold"]["joint"]["wood"] is not None) is enough
+
+
+def test_the_photo_that_counts_is_any_of_its_articles():
+    keys = np.repeat(np.arange(300), 4)  # photos lie together, and the first may be the best one
+    rows = one_of_each(keys)
+    assert (keys[rows] == np.arange(300)).all()
+    assert np.bincount(rows % 4).min() > 50
+    assert (one_of_each(keys) == rows).all()
 
 
 def test_calibrating_answers_that_are_decoded_jointly():
@@ -171,7 +190,7 @@ def test_calibrating_answers_that_are_decoded_jointly():
     logits = {name: 6 * F.one_hot(truth, classes) + 3 * torch.randn(3000, classes, generator=g) for name in names}
     labels = truth.numpy()[:, None].repeat(4, 1)
     labels[:5, 0], labels[5:9, 0] = MISSING, UNSEEN
-    config["calibration"] = calibrate(logits, labels, config, 0.9)
+    config["calibration"] = calibrate(logits, labels, np.arange(len(labels)), config, 0.9)
     assert config["calibration"]["rows"] == 3000
     for how in ("joint", "independent"):
         answers = Decoder(config, how == "joint")(logits)
