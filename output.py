@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from data.cells import inert, without_apostrophe
 from data.table import read_rows
 from durable import give_name
-from errors import CONTROLS, UserError, first_line
+from errors import CONTROLS, UserError, first_line, told
 
 # In Parquet. With a row group for each batch, metadata would need more room than the answers.
 GROUP_ROWS = 4096
@@ -57,10 +57,15 @@ class Output:
             if self.held and not failed:
                 self._write_held()
             self.file.close()
+        except BaseException:
+            failed = True
+            raise
+        finally:
+            if failed:
+                self.part.unlink(missing_ok=True)
+        with told(f"cannot write {self.path}", f"; the answers are left in {self.part}"):  # Excel may have it open
             if not failed:
                 give_name(self.part, self.path)
-        finally:
-            self.part.unlink(missing_ok=True)
 
     def write(self, answers: list[dict]) -> None:
         if self.kind == ".jsonl":
