@@ -19,10 +19,10 @@ def test_a_parquet_of_several_row_groups_has_each_answer_once_and_in_order(tmp_p
 
 
 def test_answers_are_not_lost_where_their_name_cannot_be_taken(tmp_path):
-    with pytest.raises(UserError, match=r"cannot write .*a\.csv: .*; the answers are left in .*\.part"):
-        with Output(tmp_path / "a.csv", []) as output:
-            output.write([{"image": "1.jpg", "attributes": {}}])
-            (tmp_path / "a.csv").mkdir()
+    refused = pytest.raises(UserError, match=r"cannot write .*a\.csv: .*; the answers are left in .*\.part")
+    with refused, Output(tmp_path / "a.csv", []) as output:
+        output.write([{"image": "1.jpg", "attributes": {}}])
+        (tmp_path / "a.csv").mkdir()
     (part,) = tmp_path.glob(".a.csv.*.part")
     assert part.read_text() == "image,error\n1.jpg,\n"
 
