@@ -175,8 +175,9 @@ class Pictures:
 
     def _from(self, start: int) -> Iterator[bytes | str | None]:
         for file, begin in zip(self.files, self.begins, strict=False):
-            for row in rows(file, max(0, start - begin), file.rows):
-                yield row if isinstance(row, str) else row["image"] and row["image"]["bytes"]
+            if start < begin + file.rows:
+                for row in rows(file, max(0, start - begin), file.rows):
+                    yield row if isinstance(row, str) else row["image"] and row["image"]["bytes"]
 
 
 def rows(file: File, start: int, stop: int, columns: Iterable[str] = ("image.bytes",)) -> Iterator[dict | str]:
@@ -203,7 +204,7 @@ def _intact_rows(file: File, start: int, stop: int, columns: Iterable[str]) -> I
         sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
         begins = [0, *itertools.accumulate(sizes)]
         groups = [i for i, size in enumerate(sizes) if begins[i] < stop and begins[i] + size > start]
-        at = begins[groups[0]] if groups else 0
+        at = begins[groups[0]]
         for batch in opened.iter_batches(READ, row_groups=groups, columns=list(columns)):
             low, high = max(start - at, 0), min(stop - at, len(batch))
             if low < high:
