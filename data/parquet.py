@@ -175,8 +175,8 @@ class Pictures:
 
     def _from(self, start: int) -> Iterator[bytes | str | None]:
         for file, begin in zip(self.files, self.begins, strict=False):
-            if start < begin + file.rows:
-                for row in rows(file, max(0, start - begin), file.rows):
+            if (first := max(0, start - begin)) < file.rows:
+                for row in rows(file, first, file.rows):
                     yield row if isinstance(row, str) else row["image"] and row["image"]["bytes"]
 
 
