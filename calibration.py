@@ -117,8 +117,9 @@ def calibrate(
 ) -> dict:
     """A checkpoint's `calibration`: temperatures, then thresholds for the answers those give, decoded either way.
 
-    Thresholds are fitted to one row of each key, because answers about one picture, or photos of one article, are right
-    or wrong together: counted as independent, they would promise too much.
+    Thresholds are fitted to one labelled row of each key, because answers about one picture, or photos of one article,
+    are right or wrong together: counted as independent, they would promise too much. So they do where a catalogue has
+    several photos of its articles, and no column `article` that says so.
 
     An attribute keeps its temperature in `config` if no row has a label of it that the model knows. If no row has any
     label of it, it keeps its thresholds too, provided that they are for the same target.
@@ -135,22 +136,26 @@ def calibrate(
         unknown = [name for i, name in enumerate(names) if (labels[:, i] < 0).all()]
         temperature |= {name: before["temperature"][name] for name in unknown}
     fitted = {"target_precision": target, "rows": len(labels), "temperature": temperature, "threshold": {}}
-    once = one_of_each(keys)
-    logits, labels = {name: logits[name][once] for name in names}, labels[once]
     for how in ("joint", "independent"):
         nothing_yet = {"temperature": temperature, "threshold": {how: {}}}
         answers = Decoder(config | {"calibration": nothing_yet}, how == "joint")(logits)
         fitted["threshold"][how] = {
-            name: precision_threshold(*judged(answers, labels, column), target) for column, name in enumerate(names)
+            name: precision_threshold(*judged(answers, labels, column, keys), target)
+            for column, name in enumerate(names)
         }
         if before and before["target_precision"] == target:
             fitted["threshold"][how] |= {name: before["threshold"][how][name] for name in unlabelled}
     return fitted
 
 
-def judged(answers: Answers, labels: np.ndarray, column: int) -> tuple[np.ndarray, np.ndarray]:
-    """Confidence (n,) and rightness (n,) of one attribute's answers, over the n rows whose label is known."""
-    known = labels[:, column] != MISSING
+def judged(
+    answers: Answers, labels: np.ndarray, column: int, keys: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence (n,) and rightness (n,) of one attribute's answers, over the n rows whose label is known, or with
+    `keys` (N,) over one such row of each key."""
+    known = np.flatnonzero(labels[:, column] != MISSING)
+    if keys is not None:
+        known = known[one_of_each(keys[known])]
     confidence, said = answers.confidence[:, column].double().numpy(), answers.labels[:, column].numpy()
     return confidence[known], (said == labels[:, column])[known]
 

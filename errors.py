@@ -33,7 +33,7 @@ class UserError(Exception):
 def say_once(note: str) -> None:
     """Print a note to stderr; of torchrun's processes, which all have the same to say, only the first does."""
     if not int(os.environ.get("RANK", 0)):
-        print(note, file=sys.stderr)
+        print(note.translate(CONTROLS), file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):

@@ -181,7 +181,9 @@ def score_checkpoint(args: argparse.Namespace, split: str, device: torch.device)
         fitted = calibrate(found.logits, task.labels[rows], task.store.keys[rows], task.config, target)
         if distributed.first():
             amend_config(folder, calibration=fitted)
-        print(f"calibrated on {len(rows):,} rows of {name}, {split}; kept in {folder / 'config.json'}")
+        apart = len(np.unique(task.store.keys[rows]))
+        several = f" ({apart:,} different pictures or articles)" if apart < len(rows) else ""
+        print(f"calibrated on {len(rows):,} rows{several} of {name}, {split}; kept in {folder / 'config.json'}")
         if split == "all" and task.config["data"].get("name") == name:  # in other files, or it had been refused
             print(f"hint: {folder} was trained on a {name} too; if on some of these rows, thresholds promise too much")
         known = (task.labels[rows] >= 0).any(0)

@@ -30,7 +30,7 @@ from data.title_table import TitleTable
 from defaults import AMP, choose_amp
 from distributed import local_rank, share_cores
 from durable import alone_in
-from errors import Parser, UserError, check_writable, exits_cleanly, positive_int, told
+from errors import CONTROLS, Parser, UserError, check_writable, exits_cleanly, positive_int, told
 from jobs import Crew, Job
 from labeller import Labeller
 from models.checkpoint import find_checkpoint, read_config
@@ -149,7 +149,7 @@ def answer(args, crew: Crew) -> int:
     title_of = find_titles(args.title, titles, source)
     notes = [f"checkpoint {folder}", *source.notes, *notes_of(args, config, source, title_of)]
     if crew.rank == 0:
-        print(*notes, sep="\n", file=sys.stderr)
+        print(*(note.translate(CONTROLS) for note in notes), sep="\n", file=sys.stderr)
     labeller = load_labeller(args, folder)
     if labeller.config != config:
         raise UserError(f"{folder} was replaced meanwhile, as by a run that goes on; start again")
@@ -172,7 +172,7 @@ def notes_of(args, config: dict, source: Source, title_of: Callable[[Row], str |
     if config["text"]:
         notes.append(f"answers from {config['inputs']}")
         if len(source.files) == source.rows:
-            given = sum(bool(title_of(Row(str(path), path))) for path in source.files)
+            given = sum(bool(title_of(Row(path.as_posix(), path))) for path in source.files)
             notes[-1] += f"; {given:,} titles given"
             if args.titles and source.files and not given:
                 raise UserError(no_titles(args.titles))

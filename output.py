@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from data.cells import inert, without_apostrophe
 from data.table import read_rows
 from durable import give_name
-from errors import CONTROLS, UserError, first_line, told
+from errors import CONTROLS, UserError, first_line, say_once
 
 # In Parquet. With a row group for each batch, metadata would need more room than the answers.
 GROUP_ROWS = 4096
@@ -57,15 +57,10 @@ class Output:
             if self.held and not failed:
                 self._write_held()
             self.file.close()
-        except BaseException:
-            failed = True
-            raise
-        finally:
-            if failed:
-                self.part.unlink(missing_ok=True)
-        with told(f"cannot write {self.path}", f"; the answers are left in {self.part}"):  # Excel may have it open
             if not failed:
                 give_name(self.part, self.path)
+        finally:
+            self.part.unlink(missing_ok=True)
 
     def write(self, answers: list[dict]) -> None:
         if self.kind == ".jsonl":
@@ -121,8 +116,11 @@ def _labelled_in(file: Path) -> list[str]:
         rows = zip(columns["image"].to_pylist(), columns["error"].to_pylist(), strict=True)
         return [name for name, error in rows if error is None]
     if file.suffix.lower() == ".csv":  # which a spreadsheet may have saved since
-        rows = (row for _, row in read_rows(file, ("image", "error")) if isinstance(row, dict))
-        return [without_apostrophe(row["image"]) for row in rows if not row["error"] and row[list(row)[-2]]]
+        rows = list(read_rows(file, ("image", "error")))
+        if bad := [f"line {number}, {row}" for number, row in rows if isinstance(row, str)]:
+            say_once(f"--skip {file}: rows that cannot be read, whose pictures count as new: {len(bad):,}, {bad[0]}")
+        whole = (row for _, row in rows if isinstance(row, dict) and not row["error"] and row[list(row)[-2]])
+        return [without_apostrophe(row["image"]) for row in whole]
     with open(file, encoding="utf-8-sig") as lines:
         answers = [(answer["image"], "attributes" in answer) for answer in map(json.loads, lines)]
     return [name for name, labelled in answers if labelled]

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from errors import CONTROLS
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -59,4 +61,4 @@ def skipped_why(skipped: Sequence[Skipped]) -> str:
         return "0 skipped"
     reason, count = Counter(re.sub(r"\d+", "…", row.reason) for row in skipped).most_common(1)[0]
     first = next(row for row in skipped if re.sub(r"\d+", "…", row.reason) == reason)
-    return f"{len(skipped):,} skipped, {count:,} of them as {first.id}: {first.reason}"
+    return f"{len(skipped):,} skipped, {count:,} of them as {first.id}: {first.reason}".translate(CONTROLS)

@@ -98,7 +98,7 @@ class Names:
     def __init__(self, files: Iterable[str]):
         self.exact: dict[str, str] = {}
         for file in sorted(files, key=lambda file: (Path(file).suffix.lower() not in IMAGES, file)):  # pictures first
-            stem = str(Path(file).with_suffix(""))
+            stem = str(PurePosixPath(file).with_suffix(""))
             self.exact.setdefault(stem, file)
             self.exact.setdefault(composed(stem), file)
         self.exact |= {composed(file): file for file in sorted(files)} | {file: file for file in files}

@@ -74,7 +74,8 @@ def without_answers(paths: Iterable[Path]) -> list[Path]:
 
     @functools.cache  # many files, few folders
     def of_a_job(folder: Path) -> bool:
-        return folder.name in JOB and os.path.isfile(folder.parent / "job.json")
+        above, name = os.path.split(os.path.realpath(folder))
+        return name in JOB and os.path.isfile(os.path.join(above, "job.json"))
 
     return [path for path in paths if not of_a_job(path.parent)]
 

@@ -96,8 +96,8 @@ def in_file_name(name: str) -> str:
 def _files(path: Path, cache_dir: Path, needs: Sequence[str]) -> Catalogue:
     """Open a parquet or tar file, or a folder of them; their text columns are copied to the cache."""
     opens = {".parquet": open_parquet, ".tar": open_tars}
-    there = sorted(all_files(path)) if path.is_dir() else [path]
-    there = [p for p in without_answers(there) if not p.name.startswith(MACS_OWN)]
+    there = sorted(without_answers(all_files(path))) if path.is_dir() else [path]
+    there = [p for p in there if not p.name.startswith(MACS_OWN)]
     found = {suffix: [file for file in there if file.suffix.lower() == suffix] for suffix in opens}
     suffix = next((s for s, files in found.items() if files), None)
     if others := sum(map(len, found.values())) - len(found.get(suffix, [])):

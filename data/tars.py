@@ -170,7 +170,7 @@ def read_titles(path: Path, column: str) -> dict[str, str | None]:
             if is_plain(member):
                 suffix = PurePosixPath(member.name).suffix.lower()
                 cells = _cells(suffix, tar.extractfile(member).read(TEXT_BYTES + 1)) or {}
-                said[product(member.name)] |= {key: cell for key, cell in cells.items() if cell}
+                said[product(member.name)] |= {key: cells[key] for key in (column, "txt") if cells.get(key)}
     return {name: cells.get(column) or cells.get("txt") for name, cells in said.items()}
 
 
@@ -196,7 +196,8 @@ def members(path: Path, suffixes: Iterable[str]) -> Iterator[tuple[tarfile.TarFi
             while (member := tar.next()) is not None:
                 tar.members.clear()  # tarfile would keep them all in memory
                 has_data = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
-                if tar.offset <= end or (has_data and member.offset_data + member.size > size):
+                whole = member.size >= 0 and tar.offset > end  # else it would be read again, and again
+                if not whole or (has_data and member.offset_data + member.size > size):
                     raise tarfile.ReadError(f"{member.name} is not whole")
                 end = tar.offset
                 name = PurePosixPath(member.name)

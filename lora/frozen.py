@@ -53,4 +53,4 @@ def cast(layer: nn.Linear, dtype: torch.dtype) -> Frozen:
 def serves(prepared: Frozen | None, dtype: torch.dtype) -> bool:
     """Whether `prepared`, which `keep_base_in` may have made, can be used to compute in `dtype`."""
     # The compiler cannot read oneDNN's layout, and it fuses the cast into other operations.
-    return prepared is not None and prepared.weight.dtype == dtype and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and prepared is not None and prepared.weight.dtype == dtype

@@ -172,6 +172,15 @@ def test_photos_of_an_article_count_once_towards_a_promise():
         assert (fitted["threshold"]["joint"]["wood"] is not None) is enough
 
 
+def test_of_an_articles_photos_a_labelled_one_counts():
+    config = {"attributes": [{"name": "wood", "kind": "class", "labels": list("ab")}], "paths": []}
+    labels = np.arange(800)[:, None] // 4 % 2
+    logits = {"wood": 9.0 * F.one_hot(torch.from_numpy(labels[:, 0]), 2)}
+    labels[np.arange(800) % 4 > 0] = MISSING
+    fitted = calibrate(logits, labels, np.arange(800) // 4, config, 0.98)
+    assert fitted["threshold"]["joint"]["wood"] is not None, "of 200 articles"
+
+
 def test_the_photo_that_counts_is_any_of_its_articles():
     keys = np.repeat(np.arange(300), 4)  # photos lie together, and the first may be the best one
     rows = one_of_each(keys)

@@ -226,6 +226,7 @@ def test_a_result_to_skip_that_is_none_is_one_line(command, demo_run, photos, tm
     done = command("infer.py", photos, *words)
     if not message:  # rows that were cut off have no labels
         assert (done.returncode, "as they have labels" in done.stderr) == (1, False)
+        assert "whose pictures count as new: 1, line 4, 3 cells under 4 columns" in done.stderr
         assert done.stdout.count("articleType") == 5
         return
     assert (done.returncode, done.stdout) == (2, "")

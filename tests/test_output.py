@@ -1,9 +1,7 @@
 """A file of answers, whole."""
 
 import pyarrow.parquet as pq
-import pytest
 
-from errors import UserError
 from output import Output, labelled_in
 
 
@@ -16,15 +14,6 @@ def test_a_parquet_of_several_row_groups_has_each_answer_once_and_in_order(tmp_p
     file = pq.ParquetFile(tmp_path / "a.parquet")
     assert file.num_row_groups == 2
     assert file.read()["image"].to_pylist() == names
-
-
-def test_answers_are_not_lost_where_their_name_cannot_be_taken(tmp_path):
-    refused = pytest.raises(UserError, match=r"cannot write .*a\.csv: .*; the answers are left in .*\.part")
-    with refused, Output(tmp_path / "a.csv", []) as output:
-        output.write([{"image": "1.jpg", "attributes": {}}])
-        (tmp_path / "a.csv").mkdir()
-    (part,) = tmp_path.glob(".a.csv.*.part")
-    assert part.read_text() == "image,error\n1.jpg,\n"
 
 
 def test_results_in_a_folder_count_together_and_as_a_spreadsheet_saves_them(tmp_path):

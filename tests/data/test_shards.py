@@ -236,6 +236,7 @@ def header(name: str, kind: bytes, size: bytes) -> bytes:
     "size",
     [
         pytest.param(b"\xff" * 10 + b"\xfe\x00", id="of -512, back to the header itself"),
+        pytest.param(b"\xff" * 12, id="of -1, which reads all the rest"),
         pytest.param(b"\x80" + b"\xff" * 11, id="of more than a disk has"),
         pytest.param(b"\x80" + bytes(4) + b"\x7f" + bytes(6), id="of more than memory has"),
     ],

@@ -219,7 +219,7 @@ def test_the_base_cast_once_gives_the_same_as_cast_at_every_call():
     assert all(map(torch.equal, run(), before))
     assert layer.prepared.weight is kept
     assert torch.equal(layer(x), in_fp32), "outside autocast the base is used as it is"
-    assert "kept" not in "".join(layer.state_dict())
+    assert "prepared" not in "".join(layer.state_dict())
     assert copy.deepcopy(layer).prepared is None
     assert layer.prepared.weight is kept
 
