@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from lora import get_adapter_params, load_params
-from models.checkpoint import make_heads, read_config, stored_tensors
+from models.checkpoint import check_size, make_heads, read_config, stored_tensors
 from models.classifier import AttributeClassifier
 from models.heads import HierarchicalHeads
 from models.neighbours import FILE
@@ -62,6 +62,7 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
     read = bool(old["text"] and _tokens(old) == _tokens(config))
     if not seen and not read:
         raise UserError(f"--init-from {folder} reads titles in another vocabulary or length: none of it can be kept")
+    check_size(folder, old)
     heads = make_heads(model.backbone.num_features, old)
     mine = {"heads.": dict(heads.named_parameters())}
     mine |= {"backbone.": get_adapter_params(model.backbone)} if seen else {}

@@ -229,6 +229,8 @@ def test_what_is_no_safetensors_of_this_model_is_refused_with_the_reason(checkpo
     ("change", "reason"),
     [
         (lambda c: c["attributes"][0].update(labels=list("abc"), counts=[1] * 3), r"misshaped heads\.levels\.0"),
+        (lambda c: c["attributes"][0].update(labels=[*map(str, range(10**6))], counts=[1] * 10**6), "too small for so"),
+        (lambda c: c["text"]["vocab"].extend(map(str, range(10**6))), "too small for so many labels or words"),
         (lambda c: c["attributes"][0]["labels"].append("a"), "labels of gender are none, or one comes twice"),
         (lambda c: c["lora"].update(rank=10**9), r"lora\.rank is missing or not what it should be"),
         (lambda c: c["lora"].update(rank=3), r"misshaped backbone"),
