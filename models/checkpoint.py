@@ -29,7 +29,7 @@ from models.schema import contradiction, labels_of, misfit
 from models.text import PAD, TextEncoder
 from models.text import WIDTH as TEXT_WIDTH
 
-LEAST_BYTES = 128  # that a label or a word takes, at a width of 32 numbers
+LEAST = 32  # numbers of a label or a word; no ViT is narrower
 FORMAT, LOOKING = 4, 7  # without and with neighbours; raise both if older code could not read the new files
 
 
@@ -236,19 +236,18 @@ def load_checkpoint(folder: Path, weights: Path | None = None) -> tuple[Attribut
         )
     if list(backbone.patch_embed.img_size) != config["preprocess"]["size"]:
         raise UserError(f"{folder} contradicts itself: its preprocess.size is not what its backbone reads")
-    check_size(folder, config)
+    check_size(stored_tensors(folder, config), config, folder)
     model = attach(adapt(backbone, config), config)
     load_tensors(folder, model, config)
     return model.eval(), config
 
 
-def check_size(folder: Path, config: dict) -> None:
-    """Raise a `UserError` if a checkpoint's file is too small for so many labels and words, each of which has a row of
-    numbers there: building heads and a text encoder for them could take all memory."""
+def check_size(state: Mapping[str, Tensor], config: dict, folder: Path) -> None:
+    """Raise a `UserError` if a checkpoint's tensors are too small for so many labels and words, each of which has a row
+    of numbers there: building heads and a text encoder for them could take all memory."""
     labels, vocab = sum(map(len, labels_of(config).values())), (config["text"] or {}).get("vocab", ())
-    path = folder / "adapter.safetensors"
-    if (labels + len(vocab)) * LEAST_BYTES > path.stat().st_size:
-        raise UserError(f"{path} does not fit its config.json: it is too small for so many labels or words")
+    if (labels + len(vocab)) * LEAST > sum(tensor.numel() for tensor in state.values()):
+        raise UserError(f"{folder} does not fit its config.json: its tensors are too small for so many labels or words")
 
 
 def remembered_weights(folder: Path) -> Path | None:

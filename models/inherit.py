@@ -62,7 +62,7 @@ def inherit(model: AttributeClassifier, config: dict, folder: Path) -> str:
     read = bool(old["text"] and _tokens(old) == _tokens(config))
     if not seen and not read:
         raise UserError(f"--init-from {folder} reads titles in another vocabulary or length: none of it can be kept")
-    check_size(folder, old)
+    check_size(state, old, folder)
     heads = make_heads(model.backbone.num_features, old)
     mine = {"heads.": dict(heads.named_parameters())}
     mine |= {"backbone.": get_adapter_params(model.backbone)} if seen else {}
