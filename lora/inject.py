@@ -26,20 +26,12 @@ class Target:
 Table = Mapping[str, Target | Iterable[Target]]
 
 
-def apply_lora(
-    model: nn.Module,
-    target_modules: Iterable[str],
-    rank: int | Mapping[str, int],
-    alpha: float | Mapping[str, float],
-    dropout: float = 0.0,
-    table: Table | None = None,
-    **options,
-) -> nn.Module:
+def apply_lora(model: nn.Module, target_modules: Iterable[str], *settings, **options) -> nn.Module:
     """Put LoRA on the target layers of `model`, in place, and freeze everything but the LoRA parameters.
 
     Takes the arguments of `lora_layers` and raises its errors; after an error no layer is replaced. Returns `model`.
     """
-    for path, layer in lora_layers(model, target_modules, rank, alpha, dropout, table, **options).items():
+    for path, layer in lora_layers(model, target_modules, *settings, **options).items():
         model.set_submodule(path, layer)
     set_trainable_params(model, get_adapter_params(model))
     return model
